@@ -1,0 +1,50 @@
+"""Fused dequantize-and-multiply kernels for quantized weights; torch and Triton only.
+
+Importing this package imports no Triton: planning runs where there is none.
+"""
+
+from fusedq_kernels.layout import (
+    empty_packed,
+    pack,
+    pack_rows,
+    packed_shapes,
+    unpack,
+    weight_bytes,
+)
+from fusedq_kernels.op import matmul
+from fusedq_kernels.types import (
+    KERNEL_LAYOUT,
+    DeviceSpec,
+    GemmShape,
+    KernelName,
+    Launch,
+    Layout,
+    LogicalWeight,
+    PackedWeight,
+    QuantSpec,
+    Reason,
+    TileConfig,
+    WeightType,
+)
+
+__all__ = [
+    "KERNEL_LAYOUT",
+    "DeviceSpec",
+    "GemmShape",
+    "KernelName",
+    "Launch",
+    "Layout",
+    "LogicalWeight",
+    "PackedWeight",
+    "QuantSpec",
+    "Reason",
+    "TileConfig",
+    "WeightType",
+    "empty_packed",
+    "matmul",
+    "pack",
+    "pack_rows",
+    "packed_shapes",
+    "unpack",
+    "weight_bytes",
+]

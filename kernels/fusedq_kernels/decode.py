@@ -1,0 +1,114 @@
+"""Codes to values inside the kernel: one small `@triton.jit` decoder per weight type.
+
+Owns the arithmetic on a packed `[BLOCK_N, 16]` int32 tile of the P4 layout and the table that
+selects it. `layout.py` owns where each code sits in its word, `gemm.py` the product.
+
+A decoder has the signature
+
+    decode(words, metadata, SUB, STEP, DTYPE, SCALE_DTYPE, INTERPRET) -> (weight, scale)
+
+`words` is the int32 tile, `metadata` the 4-byte `[BLOCK_N]` row of `PackedWeight.scales` for one
+group. `weight` holds the unscaled values of columns `[SUB * STEP, SUB * STEP + STEP)` as DTYPE
+`[BLOCK_N, STEP]` in natural K order, exact; `scale` is fp32 `[BLOCK_N]`.
+
+Two tricks. A code OR-ed into the mantissa of a power of two whose last mantissa bit is worth one
+(bf16 128 = 0x4300, fp16 1024 = 0x6400) is already a float, so no integer-to-float instruction is
+spent on it (the "magic number" conversion of FasterTransformer and Marlin). And the join, permute
+and reshape below only rename registers: Triton carries the layout of the dot operand back through
+them to the packed load, so the decoded weight never touches shared memory.
+"""
+
+# Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
+# ruff: noqa: RET505, SIM300
+
+import triton
+import triton.language as tl
+
+from fusedq_kernels.geometry import P4_BLOCK_K
+from fusedq_kernels.types import WeightType
+
+BLOCK_K = tl.constexpr(P4_BLOCK_K)
+WORDS = tl.constexpr(16)
+_PAIR_MASK = tl.constexpr(0x000F000F)
+_BOTH_HALVES = tl.constexpr(0x00010001)
+_BF16_BITS = tl.constexpr(0x4300)
+_BF16_VALUE = tl.constexpr(128.0)
+_FP16_BITS = tl.constexpr(0x6400)
+_FP16_VALUE = tl.constexpr(1024.0)
+_ZERO_SHIFT = tl.constexpr(16)  # 16 + code - zero_point stays positive up to zero_point 16
+
+
+@triton.jit
+def _pairs(words, SUB: tl.constexpr, STEP: tl.constexpr):
+    """Code pairs (k, k + 1) in the halves of an int32, `[BLOCK_N, STEP // 2]`, k ascending."""
+    BLOCK_N: tl.constexpr = words.shape[0]
+    if STEP == 32:
+        return (words >> (4 * SUB)) & _PAIR_MASK
+    elif STEP == 64:
+        first = (words >> (8 * SUB)) & _PAIR_MASK
+        second = (words >> (8 * SUB + 4)) & _PAIR_MASK
+        planes = tl.permute(tl.join(first, second), (0, 2, 1))
+        return tl.reshape(planes, (BLOCK_N, STEP // 2))
+    else:
+        even = tl.join(words & _PAIR_MASK, (words >> 8) & _PAIR_MASK)
+        odd = tl.join((words >> 4) & _PAIR_MASK, (words >> 12) & _PAIR_MASK)
+        planes = tl.permute(tl.join(even, odd), (0, 2, 3, 1))
+        return tl.reshape(planes, (BLOCK_N, STEP // 2))
+
+
+@triton.jit
+def _halves_minus(
+    pairs, OFFSET: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr
+):
+    """Reinterpret both halves of each int32 as DTYPE, subtract OFFSET: `[BLOCK_N, STEP]`."""
+    low = (pairs & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    values = tl.reshape(tl.join(low, high), (pairs.shape[0], STEP))
+    if INTERPRET:
+        # The interpreter stores bf16 as uint16 and would subtract those.
+        return (values.to(tl.float32) - OFFSET).to(DTYPE)
+    else:
+        return values - OFFSET
+
+
+@triton.jit
+def _decode_uint4b8(
+    words,
+    metadata,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """`code - 8`; metadata is the fp32 scale itself."""
+    BITS: tl.constexpr = _BF16_BITS if DTYPE == tl.bfloat16 else _FP16_BITS
+    OFFSET: tl.constexpr = (_BF16_VALUE if DTYPE == tl.bfloat16 else _FP16_VALUE) + 8
+    pairs = _pairs(words, SUB, STEP) | (BITS * _BOTH_HALVES)
+    return _halves_minus(pairs, OFFSET, STEP, DTYPE, INTERPRET), metadata
+
+
+@triton.jit
+def _decode_uint4(
+    words,
+    metadata,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """`code - zero_point`; metadata is `scale bits << 16 | zero_point`, zero_point in 0..16."""
+    BITS: tl.constexpr = _BF16_BITS if DTYPE == tl.bfloat16 else _FP16_BITS
+    OFFSET: tl.constexpr = (_BF16_VALUE if DTYPE == tl.bfloat16 else _FP16_VALUE) + _ZERO_SHIFT
+    zero = metadata & 0xFFFF
+    bits = (BITS + _ZERO_SHIFT) * _BOTH_HALVES - zero * _BOTH_HALVES
+    pairs = _pairs(words, SUB, STEP) + bits[:, None]
+    scale = (metadata >> 16).to(tl.int16).to(SCALE_DTYPE, bitcast=True).to(tl.float32)
+    return _halves_minus(pairs, OFFSET, STEP, DTYPE, INTERPRET), scale
+
+
+DECODERS = {
+    WeightType.UINT4: _decode_uint4,
+    WeightType.UINT4B8: _decode_uint4b8,
+}

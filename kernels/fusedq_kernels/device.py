@@ -1,0 +1,98 @@
+"""Devices: a table of known GPUs for planning without one, and the only `torch.cuda` queries.
+
+`heuristics.py` decides from a `DeviceSpec` alone and never asks a driver.
+"""
+
+import re
+from dataclasses import replace
+
+import torch
+
+from fusedq_kernels.types import DeviceSpec
+
+_KIB = 1024
+# Largest shared memory one block may opt in to (CUDA C programming guide, compute capabilities).
+_SMEM_PER_BLOCK = {
+    (8, 0): 163 * _KIB,
+    (8, 6): 99 * _KIB,
+    (8, 9): 99 * _KIB,
+    (9, 0): 227 * _KIB,
+    (10, 0): 227 * _KIB,
+    (12, 0): 99 * _KIB,
+}
+
+
+def _gpu(name: str, capability: tuple[int, int], num_sms: int) -> DeviceSpec:
+    return DeviceSpec(name, "cuda", capability, num_sms, _SMEM_PER_BLOCK[capability])
+
+
+# SXM variants where a name covers several boards; the first of a capability stands for "sm_XX".
+KNOWN_DEVICES: dict[str, DeviceSpec] = {
+    device.name: device
+    for device in (
+        _gpu("a100", (8, 0), 108),
+        _gpu("a10", (8, 6), 72),
+        _gpu("rtx3090", (8, 6), 82),
+        _gpu("l40s", (8, 9), 142),
+        _gpu("l4", (8, 9), 58),
+        _gpu("rtx4090", (8, 9), 128),
+        _gpu("h100", (9, 0), 132),
+        _gpu("h200", (9, 0), 132),
+        _gpu("b200", (10, 0), 148),
+        _gpu("rtx5090", (12, 0), 170),
+    )
+}
+
+
+def device_by_name(name: str) -> DeviceSpec:
+    """A known device by name ("h200") or architecture ("sm_90", sized as its first known device).
+
+    Raises ValueError naming the known devices.
+    """
+    if name in KNOWN_DEVICES:
+        return KNOWN_DEVICES[name]
+    by_arch: dict[str, DeviceSpec] = {}
+    for device in KNOWN_DEVICES.values():
+        by_arch.setdefault("sm_{}{}".format(*device.capability), device)
+    if name in by_arch:
+        return replace(by_arch[name], name=name)
+    known = ", ".join((*KNOWN_DEVICES, *by_arch))
+    raise ValueError(f"unknown device {name!r}; known devices: {known}")
+
+
+def cpu_device(fused_op: bool) -> DeviceSpec:
+    """This machine's CPU; `fused_op` says whether vLLM's fused CPU operator is available."""
+    if not fused_op:
+        return DeviceSpec("cpu", "cpu")
+    has_amx = torch.cpu._is_amx_tile_supported()
+    return DeviceSpec("cpu", "cpu", cpu_isa="amx" if has_amx else "vec")
+
+
+def current_device(device: torch.device, fused_op: bool) -> DeviceSpec:
+    """The device behind a `torch.device`; `fused_op` matters to a CPU only.
+
+    A GPU gets a name of `KNOWN_DEVICES` where it is that very board, else one derived from the
+    name its driver reports. Raises ValueError for a device that is neither CPU nor CUDA.
+    """
+    if device.type == "cpu":
+        return cpu_device(fused_op)
+    if device.type != "cuda":
+        raise ValueError(f"device must be cpu or cuda, got {device}")
+    properties = torch.cuda.get_device_properties(device)
+    spec = DeviceSpec(
+        name="",
+        kind="cuda",
+        capability=(properties.major, properties.minor),
+        num_sms=properties.multi_processor_count,
+        smem_per_block=properties.shared_memory_per_block_optin,
+    )
+    return replace(spec, name=_device_name(properties.name, spec))
+
+
+def _device_name(driver_name: str, spec: DeviceSpec) -> str:
+    words = re.sub(r"[^a-z0-9]+", " ", driver_name.lower()).replace("rtx ", "rtx").split()
+    for word in words:
+        known = KNOWN_DEVICES.get(word)
+        if known is not None and replace(known, name="") == spec:
+            return word
+    return "-".join(word for word in words if word not in ("nvidia", "geforce"))

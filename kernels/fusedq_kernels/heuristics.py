@@ -1,0 +1,225 @@
+"""Which kernel and tile a problem gets, and which problems get none: pure functions of plain data.
+
+`device.py` supplies the `DeviceSpec`; `gemm.py` and `cpu.py` run the `Launch`. Nothing here asks a
+driver, so the answer given while planning is the answer at run time.
+
+The tables come from ahead-of-time compilation (`audit.py`; Triton 3.6 and 3.9), not from timing
+runs: no tile spills, stores a decoded weight to shared memory, or waits for a plain global load.
+Wider tiles read x less often, narrower ones fill the GPU when N is small. On `mma.sync` targets a
+tile of 32 or more tokens keeps its warps along N where it can, because warps spread over tokens
+decode the same weights again. A tcgen05 tile has 32 rows of weight per warp: fewer make Triton
+store the decoded weight to shared memory.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from fusedq_kernels.geometry import P4_BLOCK_K, group_geometry, round_up
+from fusedq_kernels.types import (
+    DeviceSpec,
+    GemmShape,
+    KernelName,
+    Launch,
+    QuantSpec,
+    Reason,
+    TileConfig,
+)
+
+ACT_DTYPES = (torch.float16, torch.bfloat16)
+
+_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MIN_CAPABILITY = (8, 0)
+_MIN_STEP = 32
+_BLOCK_N_UNIT = 128
+
+# Split-K: fill about two 128-wide tiles per SM, with at least four K blocks per split.
+_TILES_PER_SM = 2.1
+_MIN_BLOCKS_PER_SPLIT = 4
+_MAX_SPLIT_K = 16
+_MAX_DECODE_M = 64
+
+# A tile of this width is used from this N up, unless it is the last of its rule.
+_MIN_N = {256: 4096, 128: 2049}
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """A tile, and the `GroupGeometry.step` below which it would spill registers."""
+
+    tile: TileConfig
+    min_step: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """Tiles for up to `max_m` tokens, widest first; the last one takes whatever is left."""
+
+    max_m: int | None
+    choices: tuple[_Choice, ...]
+
+
+def _tile(
+    block_m: int, block_n: int, num_warps: int, num_stages: int, min_step: int = 32
+) -> _Choice:
+    return _Choice(TileConfig(block_m, block_n, 1, num_warps, num_stages), min_step)
+
+
+_WGMMA_RULES = (
+    _Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
+    _Rule(16, (_tile(16, 128, 4, 4), _tile(16, 64, 4, 4))),
+    _Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 8, 4), _tile(32, 64, 4, 4))),
+    _Rule(64, (_tile(64, 256, 8, 4, 64), _tile(64, 128, 8, 4), _tile(64, 64, 4, 4))),
+    _Rule(None, (_tile(128, 128, 8, 3, 64), _tile(64, 128, 8, 4))),
+)
+_TCGEN05_RULES = (
+    _Rule(8, (_tile(8, 128, 4, 4),)),
+    _Rule(16, (_tile(16, 128, 4, 4),)),
+    _Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4))),
+    _Rule(None, (_tile(64, 256, 8, 3, 64), _tile(64, 128, 4, 3, 64), _tile(32, 128, 4, 4))),
+)
+_MMA_SYNC_RULES = (
+    _Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
+    _Rule(16, (_tile(16, 128, 4, 4), _tile(16, 64, 4, 4))),
+    _Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
+    _Rule(
+        None,
+        (
+            _tile(64, 256, 8, 3, 128),
+            _tile(64, 128, 8, 3),
+            _tile(64, 64, 4, 3, 64),
+            _tile(32, 64, 2, 4),
+        ),
+    ),
+)
+_RULES_BY_MAJOR = {9: _WGMMA_RULES, 10: _TCGEN05_RULES}
+
+
+def kernel_for(device: DeviceSpec) -> KernelName:
+    """The one implementation this device runs."""
+    if device.kind == "cuda":
+        return KernelName.TRITON_GEMM
+    return KernelName.CPU_WNA16 if device.cpu_isa else KernelName.CPU_STRIPED
+
+
+def select(shape: GemmShape, spec: QuantSpec, device: DeviceSpec) -> Launch:
+    """The kernel and tile for one problem that `unsupported_reasons` has passed.
+
+    Up to 64 tokens `split_k` depends on N and K alone, so a row's sum is cut at the same places
+    whatever batch it arrives in.
+    """
+    kernel = kernel_for(device)
+    if kernel is not KernelName.TRITON_GEMM:
+        isa = f", {device.cpu_isa}" if device.cpu_isa else ""
+        return Launch(kernel, None, f"rule: {device.kind}{isa}")
+    rules = _rules_for(device)
+    rule = next(rule for rule in rules if rule.max_m is None or shape.m <= rule.max_m)
+    step = group_geometry(shape.k, spec.group_size, 0).step
+    fitting = (c for c in rule.choices if step >= c.min_step and _fits(c.tile, shape.n))
+    tile = next(fitting, rule.choices[-1]).tile
+    tile = replace(tile, split_k=_split_k(shape, tile, device))
+    tokens = f"m>{rules[-2].max_m}" if rule.max_m is None else f"m<={rule.max_m}"
+    split = f", split {tile.split_k}" if tile.split_k > 1 else ""
+    return Launch(kernel, tile, f"rule: {tokens}, {tile.block_m}x{tile.block_n}{split}")
+
+
+def tiles_for(device: DeviceSpec, step: int) -> tuple[TileConfig, ...]:
+    """Every tile that `select` can return for a GPU and a `GroupGeometry.step`, at `split_k` 1."""
+    choices = (choice for rule in _rules_for(device) for choice in rule.choices)
+    return tuple(dict.fromkeys(choice.tile for choice in choices if step >= choice.min_step))
+
+
+def unsupported_reasons(
+    n: int, k: int, spec: QuantSpec, phase: int, device: DeviceSpec, act_dtype: torch.dtype
+) -> tuple[Reason, ...]:
+    """Every reason why this device cannot run this layer fused; empty if it can.
+
+    Args:
+        n, k: out_features and in_features that one rank holds.
+        spec: the layer's scheme.
+        phase: position of the rank's first input feature within its group.
+        device: where it would run.
+        act_dtype: dtype of the activations.
+
+    Raises:
+        ValueError: `k` or `phase` is no valid size (see `geometry.count_groups`).
+    """
+    kernel = kernel_for(device)
+    reasons = []
+    if n % 8:
+        reasons.append(Reason(f"{n} out_features per rank", "multiples of 8"))
+    if k % 16:
+        reasons.append(Reason(f"{k} in_features per rank", "multiples of 16"))
+    if act_dtype not in ACT_DTYPES:
+        reasons.append(Reason(f"activations in {_name(act_dtype)}", _names(ACT_DTYPES)))
+    if kernel is KernelName.TRITON_GEMM and device.capability < _MIN_CAPABILITY:
+        found, needed = ("{}.{}".format(*c) for c in (device.capability, _MIN_CAPABILITY))
+        reasons.append(
+            Reason(f"{device.name} of compute capability {found}", f"{needed} and newer")
+        )
+    reasons += _scale_reasons(spec, kernel)
+    reasons += _group_reasons(k, spec, phase, kernel)
+    return tuple(reasons)
+
+
+def _rules_for(device: DeviceSpec) -> tuple[_Rule, ...]:
+    return _RULES_BY_MAJOR.get(device.capability[0], _MMA_SYNC_RULES)
+
+
+def _fits(tile: TileConfig, n: int) -> bool:
+    divides = round_up(n, _BLOCK_N_UNIT) % tile.block_n == 0
+    return divides and n >= _MIN_N.get(tile.block_n, 0)
+
+
+def _split_k(shape: GemmShape, tile: TileConfig, device: DeviceSpec) -> int:
+    tiles = round_up(shape.n, _BLOCK_N_UNIT) // _BLOCK_N_UNIT
+    if shape.m > _MAX_DECODE_M:
+        tiles *= -(-shape.m // tile.block_m)
+    num_blocks = -(-shape.k // P4_BLOCK_K)
+    split_k = 1
+    while (
+        2 * split_k * tiles <= _TILES_PER_SM * device.num_sms
+        and num_blocks >= _MIN_BLOCKS_PER_SPLIT * split_k
+        and split_k < _MAX_SPLIT_K
+    ):
+        split_k *= 2
+    blocks_per_split = -(-num_blocks // split_k)
+    return -(-num_blocks // blocks_per_split)
+
+
+def _scale_reasons(spec: QuantSpec, kernel: KernelName) -> list[Reason]:
+    supported = _SCALE_DTYPES
+    if spec.has_zero_points and kernel is not KernelName.CPU_WNA16:
+        # P4 keeps scale and zero point in one 32-bit word.
+        supported = (torch.float16, torch.bfloat16)
+    if spec.scale_dtype in supported:
+        return []
+    beside = " beside zero points" if spec.has_zero_points else ""
+    return [Reason(f"scales in {_name(spec.scale_dtype)}{beside}", _names(supported))]
+
+
+def _group_reasons(k: int, spec: QuantSpec, phase: int, kernel: KernelName) -> list[Reason]:
+    geometry = group_geometry(k, spec.group_size, phase)
+    if geometry.num_groups == 1 or kernel is KernelName.CPU_STRIPED:
+        return []
+    if kernel is KernelName.CPU_WNA16:
+        if spec.group_size % 2:
+            supported = "even group sizes, or one group for all in_features of the rank"
+            return [Reason(f"group_size {spec.group_size}", supported)]
+        return []
+    reasons = []
+    if spec.group_size % _MIN_STEP:
+        supported = f"multiples of {_MIN_STEP}, or one group for all in_features of the rank"
+        reasons.append(Reason(f"group_size {spec.group_size}", supported))
+    if phase % 16:
+        found = f"a rank that starts {phase} in_features into a group"
+        reasons.append(Reason(found, "multiples of 16"))
+    return reasons
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(_name(dtype) for dtype in dtypes)

@@ -1,0 +1,90 @@
+"""Layout CPU_WNA16, which vLLM's CPU operator `cpu_gemm_wna16` reads.
+
+qweight, int32 `[n_padded // 16, 2 k_padded]`, n_padded a multiple of 32: nibble i of word
+`[nb, 2 k + h]` holds the code of output `16 nb + 8 h + i`.
+
+scales, `[G, n_padded]` in the activation dtype; zeros, for uint4 only, int32 `[G, n_padded // 8]`:
+nibble i of word `[g, w]` is the zero point of output `8 w + i`.
+
+`layout.py` is the public side; `bits.py` moves the nibbles.
+"""
+
+import torch
+
+from fusedq_kernels import bits
+from fusedq_kernels.geometry import (
+    WNA16_ALIGNMENT,
+    TensorSpec,
+    count_groups,
+    round_up,
+    wna16_geometry,
+)
+from fusedq_kernels.types import PackedWeight, QuantSpec
+
+_BLOCK_N = 16
+
+
+def shapes(
+    n: int, k: int, spec: QuantSpec, phase: int, act_dtype: torch.dtype
+) -> dict[str, TensorSpec]:
+    """Shape and dtype of each resident tensor."""
+    if act_dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"layout CPU_WNA16 needs fp16 or bf16 activations, got {act_dtype}")
+    geometry = wna16_geometry(k, spec.group_size, phase)
+    n_padded = round_up(n, WNA16_ALIGNMENT)
+    tensors = {
+        "qweight": TensorSpec((n_padded // _BLOCK_N, 2 * geometry.k_padded), torch.int32),
+        "scales": TensorSpec((geometry.num_groups, n_padded), act_dtype),
+    }
+    if spec.has_zero_points:
+        tensors["zeros"] = TensorSpec((geometry.num_groups, n_padded // 8), torch.int32)
+    return tensors
+
+
+def write_groups(
+    packed: PackedWeight, start: int, scales: torch.Tensor, zeros: torch.Tensor | None
+) -> None:
+    """Write the scales and zero points of outputs from `start` on."""
+    count, num_groups = scales.shape
+    packed.scales[:num_groups, start : start + count] = scales.t()
+    if zeros is None or packed.zeros is None:
+        return
+    bits.check_below(zeros, 16, "zeros")
+    values = zeros.new_zeros((num_groups, round_up(count, _BLOCK_N)))
+    values[:, :count] = zeros.t()
+    words = bits.nibbles_encode(values)
+    packed.zeros[:num_groups, start // 8 : start // 8 + words.shape[1]] = words
+
+
+def read_groups(
+    packed: PackedWeight, start: int, stop: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zero points `[stop - start, G]` of outputs `[start, stop)`."""
+    num_groups = count_groups(packed.k, packed.spec.group_size, packed.phase)
+    scales = packed.scales[:num_groups, start:stop].t().contiguous()
+    if packed.zeros is None:
+        return scales, None
+    zeros = bits.nibbles_decode(packed.zeros[:num_groups])
+    return scales, zeros[:, start:stop].t().contiguous()
+
+
+def write_codes(
+    packed: PackedWeight, start: int, codes: torch.Tensor, zeros: torch.Tensor | None
+) -> None:
+    """Write the codes `[rows, K]` of outputs from `start` on."""
+    count, k = codes.shape
+    geometry = wna16_geometry(k, packed.spec.group_size, packed.phase)
+    # A padding code equals its zero point, so that it is worth nothing whatever x holds there.
+    front, back = (8, 8) if zeros is None else (zeros[:, :1], zeros[:, -1:])
+    rows = round_up(count, _BLOCK_N)
+    padded = bits.padded(codes, rows, geometry.pad, geometry.k_padded, front, back)
+    first = start // _BLOCK_N
+    bits.wna16_encode(padded, packed.qweight[first : first + rows // _BLOCK_N])
+
+
+def read_codes(packed: PackedWeight, start: int, stop: int) -> torch.Tensor:
+    """Codes uint8 `[stop - start, K]` of outputs `[start, stop)`."""
+    pad = wna16_geometry(packed.k, packed.spec.group_size, packed.phase).pad
+    first, last = start // _BLOCK_N, -(-stop // _BLOCK_N)
+    codes = bits.wna16_decode(packed.qweight[first:last])
+    return codes[: stop - start, pad : pad + packed.k]

@@ -1,0 +1,222 @@
+"""`torch.ops.fusedq.matmul`: the one operator that a model calls, its checks and its fake.
+
+The kernel is an argument, because a plan names it; nothing here chooses or replaces one.
+`heuristics.py` chooses a kernel's tile, `cpu.py` and `gemm.py` do the work. Importing this module
+registers the operator and imports no Triton.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from fusedq_kernels import cpu
+from fusedq_kernels.layout import TensorSpec, packed_shapes
+from fusedq_kernels.types import (
+    KERNEL_LAYOUT,
+    DeviceSpec,
+    GemmShape,
+    KernelName,
+    Layout,
+    PackedWeight,
+    QuantSpec,
+    WeightType,
+)
+
+_SCHEMA = (
+    "matmul(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int n, int k, "
+    "int group_size, int phase, str weight_type, str scale_dtype, str kernel) -> Tensor"
+)
+_SCALE_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+_SCALE_DTYPE_NAMES = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
+
+Runner = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None], torch.Tensor]
+
+
+def matmul(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, kernel: KernelName
+) -> torch.Tensor:
+    """`x @ dequantize(packed).T + bias` by the named kernel.
+
+    Args:
+        x: `[..., K]` fp16 or bf16 on the device of `packed`, any strides.
+        packed: a weight in the layout that `kernel` reads.
+        bias: `[N]` in the dtype of `x`, or None.
+        kernel: a GPU runs triton-gemm; a CPU runs the other two, and triton-gemm in Triton's
+            interpreter.
+
+    Returns:
+        y: `[..., N]`, contiguous, dtype of `x`.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or device than the weight asks for.
+        RuntimeError: kernel cpu-wna16 where vLLM's CPU operator is not registered.
+    """
+    spec = packed.spec
+    return torch.ops.fusedq.matmul(
+        x,
+        packed.qweight,
+        packed.scales,
+        packed.zeros,
+        bias,
+        packed.n,
+        packed.k,
+        spec.group_size,
+        packed.phase,
+        spec.weight_type.value,
+        _SCALE_DTYPE_NAMES[spec.scale_dtype],
+        kernel.value,
+    )
+
+
+def _run_triton(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    from fusedq_kernels.gemm import fused_gemm
+    from fusedq_kernels.heuristics import select
+
+    shape = GemmShape(x.shape[0], packed.n, packed.k)
+    return fused_gemm(x, packed, bias, select(shape, packed.spec, _gpu(x.device)))
+
+
+def _run_wna16(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    return cpu.wna16_gemm(x, packed, bias, cpu.wna16_isa(x.dtype))
+
+
+_RUNNERS: dict[KernelName, Runner] = {
+    KernelName.TRITON_GEMM: _run_triton,
+    KernelName.CPU_WNA16: _run_wna16,
+    KernelName.CPU_STRIPED: cpu.striped_gemm,
+}
+_CPU_ONLY = frozenset({KernelName.CPU_WNA16, KernelName.CPU_STRIPED})
+
+
+@functools.cache
+def _gpu(device: torch.device) -> DeviceSpec:
+    from fusedq_kernels.device import current_device, device_by_name
+
+    # On CPU tensors Triton runs in its interpreter, which stands in for a GPU and needs a tile.
+    return device_by_name("sm_90") if device.type == "cpu" else current_device(device, False)
+
+
+def _matmul(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    group_size: int,
+    phase: int,
+    weight_type: str,
+    scale_dtype: str,
+    kernel: str,
+) -> torch.Tensor:
+    call = _call(n, k, group_size, phase, weight_type, scale_dtype, kernel, x.dtype)
+    packed = PackedWeight(qweight, scales, zeros, call.layout, call.spec, n, k, phase)
+    _check(x, packed, bias, call)
+    lead = x.shape[:-1]
+    tokens = x if x.ndim == 2 else x.reshape(-1, k)
+    if tokens.shape[0] == 0:
+        return x.new_empty((*lead, n))
+    if tokens.stride(1) != 1:
+        tokens = tokens.contiguous()
+    y = call.run(tokens, packed, bias)
+    return y if x.ndim == 2 else y.view(*lead, n)
+
+
+def _matmul_fake(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    group_size: int,
+    phase: int,
+    weight_type: str,
+    scale_dtype: str,
+    kernel: str,
+) -> torch.Tensor:
+    call = _call(n, k, group_size, phase, weight_type, scale_dtype, kernel, x.dtype)
+    packed = PackedWeight(qweight, scales, zeros, call.layout, call.spec, n, k, phase)
+    _check(x, packed, bias, call)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+class _Call(NamedTuple):
+    kernel: KernelName
+    run: Runner
+    layout: Layout
+    spec: QuantSpec
+    shapes: dict[str, TensorSpec]
+    bias: TensorSpec
+
+
+# Keyed by plain values: hashing an Enum or a dataclass costs more than the rest of a call.
+@functools.cache
+def _call(
+    n: int,
+    k: int,
+    group_size: int,
+    phase: int,
+    weight_type: str,
+    scale_dtype: str,
+    kernel: str,
+    act_dtype: torch.dtype,
+) -> _Call:
+    if act_dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"x must be float16 or bfloat16, got {act_dtype}")
+    if scale_dtype not in _SCALE_DTYPES:
+        raise ValueError(f"scale_dtype must be one of {list(_SCALE_DTYPES)}, got {scale_dtype!r}")
+    spec = QuantSpec(WeightType(weight_type), group_size, _SCALE_DTYPES[scale_dtype])
+    name = KernelName(kernel)
+    layout = KERNEL_LAYOUT[name]
+    shapes = packed_shapes(layout, n, k, spec, phase, act_dtype)
+    return _Call(name, _RUNNERS[name], layout, spec, shapes, TensorSpec((n,), act_dtype))
+
+
+def _check(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, call: _Call) -> None:
+    if x.ndim == 0 or x.shape[-1] != packed.k:
+        raise ValueError(f"x must have shape [..., {packed.k}], got {list(x.shape)}")
+    if x.is_cuda and call.kernel in _CPU_ONLY:
+        raise ValueError(f"kernel {call.kernel.value} runs on a CPU, x is on {x.device}")
+    device = x.device
+    _check_tensor("qweight", packed.qweight, call.shapes["qweight"], device)
+    _check_tensor("scales", packed.scales, call.shapes["scales"], device)
+    _check_tensor("zeros", packed.zeros, call.shapes.get("zeros"), device)
+    if bias is not None:
+        _check_tensor("bias", bias, call.bias, device)
+
+
+def _check_tensor(
+    name: str, tensor: torch.Tensor | None, expected: TensorSpec | None, device: torch.device
+) -> None:
+    if tensor is None and expected is None:
+        return
+    if tensor is None or expected is None:
+        found = "none" if tensor is None else "one"
+        raise ValueError(f"{name} must be {'absent' if expected is None else 'given'}, got {found}")
+    if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+        raise ValueError(
+            f"{name} must be {expected.dtype} {list(expected.shape)}, "
+            f"got {tensor.dtype} {list(tensor.shape)}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like x, got {tensor.device}")
+
+
+if not hasattr(torch.ops.fusedq, "matmul"):
+    # Held by the module: the operator goes away with its Library.
+    _LIBRARY = torch.library.Library("fusedq", "FRAGMENT")
+    _LIBRARY.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl("matmul", _matmul, "CPU")
+    _LIBRARY.impl("matmul", _matmul, "CUDA")
+    torch.library.register_fake("fusedq::matmul", _matmul_fake, lib=_LIBRARY)

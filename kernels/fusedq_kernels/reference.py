@@ -1,0 +1,30 @@
+"""The oracle in plain PyTorch: what a logical weight is worth and what multiplying by it gives.
+
+Reads `LogicalWeight` only and shares no code with `layout.py` or the kernels it judges.
+"""
+
+import torch
+
+from fusedq_kernels.types import LogicalWeight
+
+
+def dequantize(logical: LogicalWeight) -> torch.Tensor:
+    """`(code - zero) * scale` as fp32 `[N, K]`; exact for 16-bit scales."""
+    spec = logical.spec
+    features = torch.arange(logical.codes.shape[1], device=logical.codes.device)
+    groups = (features + logical.phase) // spec.group_size
+    scales = logical.scales.to(torch.float32)[:, groups]
+    values = logical.codes.to(torch.float32)
+    if spec.weight_type.bias is not None:
+        return (values - spec.weight_type.bias) * scales
+    if logical.zeros is None:
+        raise ValueError(f"{spec.weight_type.value} needs zero points, got none")
+    return (values - logical.zeros.to(torch.float32)[:, groups]) * scales
+
+
+def matmul(
+    x: torch.Tensor, logical: LogicalWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x @ dequantize(logical).T + bias` for x `[..., K]`, in float64 throughout: `[..., N]`."""
+    y = x.to(torch.float64) @ dequantize(logical).to(torch.float64).t()
+    return y if bias is None else y + bias.to(torch.float64)

@@ -1,0 +1,53 @@
+"""Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+# Triton reads this when it is imported, so it is set before any test module can do so.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def compiler_env() -> dict[str, str]:
+    """Environment for a subprocess that compiles kernels: the interpreter replaces the compiler."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@pytest.fixture(scope="session")
+def wna16_op() -> None:
+    """Registers vLLM's CPU operator; skips where the installed vLLM is a GPU build."""
+    from vllm.platforms import current_platform
+
+    from fusedq_kernels.cpu import wna16_available
+
+    if current_platform.is_cpu():
+        current_platform.import_kernels()
+    if not wna16_available():
+        pytest.skip("the installed vLLM registers no CPU operator cpu_gemm_wna16")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills what fusedq_kernels allocates with `empty`, so that an unwritten element shows."""
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))
+
+
+def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.split(".")[0] == "fusedq_kernels":
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 85)
+        return tensor
+
+    return poisoned

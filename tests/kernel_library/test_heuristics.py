@@ -1,0 +1,165 @@
+"""Kernel and tile selection: golden launches, and properties that hold for every problem."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fusedq_kernels.device import KNOWN_DEVICES, device_by_name
+from fusedq_kernels.heuristics import kernel_for, select, tiles_for, unsupported_reasons
+from fusedq_kernels.types import (
+    DeviceSpec,
+    GemmShape,
+    KernelName,
+    Launch,
+    QuantSpec,
+    TileConfig,
+    WeightType,
+)
+
+H200 = device_by_name("h200")
+RTX4090 = device_by_name("rtx4090")
+B200 = device_by_name("b200")
+CPU = DeviceSpec("cpu", "cpu")
+CPU_AMX = DeviceSpec("cpu", "cpu", cpu_isa="amx")
+
+SPEC = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
+ZERO_SPEC = QuantSpec(WeightType.UINT4, 128, torch.float16)
+SIZES = [8, 576, 1024, 2048, 2056, 4096, 6528, 14336, 57344]
+TOKENS = [1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 2048]
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "tile", "source"),
+    [
+        (H200, (1, 4096, 4096), (8, 128, 8, 4, 4), "rule: m<=8, 8x128, split 8"),
+        (H200, (8, 28672, 4096), (8, 128, 1, 4, 4), "rule: m<=8, 8x128"),
+        (H200, (1, 2048, 2048), (8, 64, 8, 4, 4), "rule: m<=8, 8x64, split 8"),
+        (H200, (16, 6144, 4096), (16, 128, 4, 4, 4), "rule: m<=16, 16x128, split 4"),
+        (H200, (17, 6144, 4096), (32, 256, 4, 8, 4), "rule: m<=32, 32x256, split 4"),
+        (H200, (32, 6528, 4096), (32, 128, 4, 8, 4), "rule: m<=32, 32x128, split 4"),
+        (H200, (64, 8192, 28672), (64, 256, 4, 8, 4), "rule: m<=64, 64x256, split 4"),
+        (H200, (4096, 8192, 8192), (128, 128, 1, 8, 3), "rule: m>64, 128x128"),
+        (H200, (1, 1024, 1152), (8, 64, 3, 4, 4), "rule: m<=8, 8x64, split 3"),
+        (RTX4090, (64, 2048, 2048), (64, 64, 8, 4, 3), "rule: m>32, 64x64, split 8"),
+        (B200, (1, 1024, 4096), (8, 128, 16, 4, 4), "rule: m<=8, 8x128, split 16"),
+    ],
+)
+def test_golden_launches(device, shape, tile, source):
+    chosen = select(GemmShape(*shape), SPEC, device)
+    assert chosen == Launch(KernelName.TRITON_GEMM, TileConfig(*tile), source)
+
+
+def test_two_groups_or_more_per_block_avoid_the_largest_tiles():
+    for group_size, expected in ((32, (64, 128)), (96, (64, 128)), (64, (64, 256))):
+        chosen = select(GemmShape(64, 4096, 4096), replace(SPEC, group_size=group_size), H200)
+        assert (chosen.tile.block_m, chosen.tile.block_n) == expected
+
+
+@pytest.mark.parametrize("device", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)
+@pytest.mark.parametrize("group_size", [32, 64, 128, 1 << 20])
+def test_every_launch_is_valid(device, group_size):
+    spec = replace(SPEC, group_size=group_size)
+    step = min(group_size, 128)
+    for n in SIZES:
+        n_padded = -(-n // 128) * 128
+        for k in SIZES[1:]:
+            num_blocks = -(-k // 128)
+            for m in TOKENS:
+                tile = select(GemmShape(m, n, k), spec, device).tile
+                assert replace(tile, split_k=1) in tiles_for(device, step)
+                assert n_padded % tile.block_n == 0
+                blocks_per_split = -(-num_blocks // tile.split_k)
+                assert 1 <= tile.split_k <= 16
+                assert (tile.split_k - 1) * blocks_per_split < num_blocks, "an empty split"
+
+
+@pytest.mark.parametrize("device", [H200, RTX4090, B200], ids=lambda device: device.name)
+def test_decode_splits_k_by_weight_shape_alone(device):
+    for n in SIZES:
+        for k in SIZES[1:]:
+            splits = {
+                select(GemmShape(m, n, k), SPEC, device).tile.split_k for m in range(1, 65, 3)
+            }
+            assert len(splits) == 1
+
+
+def test_many_tokens_need_no_split():
+    assert select(GemmShape(128, 4096, 4096), SPEC, H200).tile.split_k > 1
+    assert select(GemmShape(8192, 4096, 4096), SPEC, H200).tile.split_k == 1
+
+
+def test_a_cpu_gets_its_own_kernels():
+    assert kernel_for(CPU) is KernelName.CPU_STRIPED
+    assert kernel_for(CPU_AMX) is KernelName.CPU_WNA16
+    assert kernel_for(H200) is KernelName.TRITON_GEMM
+    shape = GemmShape(4, 64, 64)
+    assert select(shape, SPEC, CPU) == Launch(KernelName.CPU_STRIPED, None, "rule: cpu")
+    assert select(shape, SPEC, CPU_AMX) == Launch(KernelName.CPU_WNA16, None, "rule: cpu, amx")
+
+
+def reasons(n=4096, k=4096, spec=SPEC, phase=0, device=H200, act_dtype=torch.bfloat16):
+    return unsupported_reasons(n, k, spec, phase, device, act_dtype)
+
+
+@pytest.mark.parametrize("device", [*KNOWN_DEVICES.values(), CPU, CPU_AMX], ids=lambda d: d.name)
+@pytest.mark.parametrize("spec", [SPEC, ZERO_SPEC], ids=lambda spec: spec.weight_type.value)
+def test_common_schemes_are_supported_everywhere(device, spec):
+    for group_size, phase in ((32, 16), (64, 0), (96, 80), (128, 64), (1 << 20, 6848)):
+        spec = replace(spec, group_size=group_size)
+        assert reasons(n=8, k=6848, spec=spec, phase=phase, device=device) == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"n": 4100}, ("4100 out_features per rank", "multiples of 8")),
+        ({"k": 4104}, ("4104 in_features per rank", "multiples of 16")),
+        ({"act_dtype": torch.float32}, ("activations in float32", "float16, bfloat16")),
+        (
+            {"device": DeviceSpec("t4", "cuda", (7, 5), 40, 65536)},
+            ("t4 of compute capability 7.5", "8.0 and newer"),
+        ),
+        (
+            {"spec": replace(SPEC, group_size=48)},
+            ("group_size 48", "multiples of 32, or one group for all in_features of the rank"),
+        ),
+        (
+            {"phase": 8},
+            ("a rank that starts 8 in_features into a group", "multiples of 16"),
+        ),
+        (
+            {"spec": replace(ZERO_SPEC, scale_dtype=torch.float32)},
+            ("scales in float32 beside zero points", "float16, bfloat16"),
+        ),
+        (
+            {"spec": replace(SPEC, scale_dtype=torch.float64)},
+            ("scales in float64", "float16, bfloat16, float32"),
+        ),
+        (
+            {"spec": replace(SPEC, group_size=33), "device": CPU_AMX},
+            ("group_size 33", "even group sizes, or one group for all in_features of the rank"),
+        ),
+    ],
+)
+def test_unsupported_layer_names_found_and_needed(arguments, expected):
+    assert reasons(**arguments) == (expected,)
+
+
+def test_all_reasons_are_collected():
+    spec = replace(ZERO_SPEC, group_size=40, scale_dtype=torch.float32)
+    device = DeviceSpec("t4", "cuda", (7, 5), 40, 65536)
+    found = reasons(n=9, k=4100, spec=spec, phase=3, device=device, act_dtype=torch.float64)
+    assert len(found) == 7
+
+
+def test_a_single_group_has_no_group_limits():
+    spec = replace(SPEC, group_size=4095)
+    assert reasons(k=4080, spec=spec, phase=9) == ()
+    assert reasons(spec=replace(SPEC, group_size=33), device=CPU) == ()
+
+
+def test_cpu_operator_takes_fp32_scales_beside_zero_points():
+    spec = replace(ZERO_SPEC, scale_dtype=torch.float32)
+    assert reasons(spec=spec, device=CPU_AMX) == ()
+    assert len(reasons(spec=spec, device=CPU)) == 1

@@ -1,0 +1,196 @@
+"""The operator: registration, dispatch, checks and tracing."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fusedq_kernels as fq
+from fusedq_kernels import op, testing
+from fusedq_kernels.types import KERNEL_LAYOUT, KernelName, QuantSpec, WeightType
+
+HALF = torch.float16
+SPEC = QuantSpec(WeightType.UINT4, 32, HALF)
+GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(params=KernelName, ids=lambda kernel: kernel.value)
+def kernel(request: pytest.FixtureRequest) -> KernelName:
+    if request.param is KernelName.CPU_WNA16:
+        request.getfixturevalue("wna16_op")
+    return request.param
+
+
+def device_of(kernel: KernelName) -> str:
+    return "cuda" if GPU and kernel is KernelName.TRITON_GEMM else "cpu"
+
+
+def make_call(
+    kernel: KernelName, *, m: int = 3, spec: QuantSpec = SPEC, phase: int = 16, **options
+):
+    """A problem, and its weight and bias packed where `kernel` runs."""
+    problem = testing.make_problem(m, 40, 96, spec, phase=phase, has_bias=True, **options)
+    packed = fq.pack(problem.logical, KERNEL_LAYOUT[kernel], problem.x.dtype)
+    moved = fq.PackedWeight(
+        packed.qweight.to(device_of(kernel)),
+        packed.scales.to(device_of(kernel)),
+        None if packed.zeros is None else packed.zeros.to(device_of(kernel)),
+        *(packed.layout, packed.spec, packed.n, packed.k, packed.phase),
+    )
+    return problem, moved, problem.bias.to(device_of(kernel))
+
+
+def flat_args(x, packed, bias, kernel: KernelName, changes=None) -> tuple[object, ...]:
+    args = {
+        "x": x,
+        "qweight": packed.qweight,
+        "scales": packed.scales,
+        "zeros": packed.zeros,
+        "bias": bias,
+        "n": packed.n,
+        "k": packed.k,
+        "group_size": packed.spec.group_size,
+        "phase": packed.phase,
+        "weight_type": packed.spec.weight_type.value,
+        "scale_dtype": "float16",
+        "kernel": kernel.value,
+    }
+    return tuple((args | (changes or {})).values())
+
+
+def assert_right(y: torch.Tensor, expected: torch.Tensor) -> None:
+    """Two roundings to fp16, of values and of outputs within 6 RMS of zero."""
+    testing.assert_close(y, expected, max_error=12 * 2**-11, rms_error=1.2 * 2**-11)
+
+
+@pytest.mark.parametrize("weight_type", WeightType, ids=lambda t: t.value)
+def test_every_kernel_agrees_with_the_reference(kernel: KernelName, weight_type) -> None:
+    problem, packed, bias = make_call(kernel, spec=QuantSpec(weight_type, 32, HALF))
+    x = problem.x.to(packed.qweight.device)
+    assert_right(fq.matmul(x, packed, bias, kernel), problem.expected)
+    without = problem.expected - problem.bias.double()
+    assert_right(fq.matmul(x, packed, None, kernel), without)
+
+
+def test_shapes_and_strides_of_x(kernel: KernelName) -> None:
+    problem, packed, bias = make_call(kernel, m=6)
+    x = problem.x.to(packed.qweight.device)
+    y = fq.matmul(x, packed, bias, kernel)
+    wide = torch.full((6, 128), torch.nan, dtype=HALF, device=x.device)
+    wide[:, 16:112] = x
+    column_major = x.t().contiguous().t()
+    for same in (wide[:, 16:112], column_major, x.repeat_interleave(2, 0)[::2]):
+        assert torch.equal(fq.matmul(same, packed, bias, kernel), y)
+    assert torch.equal(fq.matmul(x.view(2, 3, 96), packed, bias, kernel), y.view(2, 3, 40))
+    transposed = x.view(2, 3, 96).transpose(0, 1)
+    assert torch.equal(
+        fq.matmul(transposed, packed, bias, kernel), y.view(2, 3, 40).transpose(0, 1)
+    )
+    assert fq.matmul(x[0], packed, bias, kernel).shape == (40,)
+
+
+def test_no_tokens(kernel: KernelName) -> None:
+    _, packed, bias = make_call(kernel)
+    for lead in ((0,), (2, 0), (0, 3)):
+        x = torch.empty((*lead, 96), dtype=HALF, device=packed.qweight.device)
+        y = fq.matmul(x, packed, bias, kernel)
+        assert y.shape == (*lead, 40)
+        assert y.dtype == HALF
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_equals_eager(kernel: KernelName, dynamic: bool) -> None:
+    problem, packed, bias = make_call(kernel)
+    x = problem.x.to(packed.qweight.device)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return fq.matmul(x * 2, packed, bias, kernel) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    assert torch.equal(compiled(x), layer(x))
+    assert torch.equal(compiled(x[:2]), layer(x[:2]))
+
+
+def test_opcheck(kernel: KernelName) -> None:
+    problem, packed, bias = make_call(kernel)
+    x = problem.x.to(packed.qweight.device)
+    args = flat_args(x, packed, bias, kernel)
+    torch.library.opcheck(torch.ops.fusedq.matmul.default, args)
+
+
+def test_fake_shape_and_checks() -> None:
+    kernel = KernelName.CPU_STRIPED
+    _, packed, bias = make_call(kernel)
+    with FakeTensorMode() as mode:
+        args = [
+            mode.from_tensor(a) if isinstance(a, torch.Tensor) else a
+            for a in flat_args(torch.ones((2, 5, 96)).half(), packed, bias, kernel)
+        ]
+        y = torch.ops.fusedq.matmul(*args)
+        assert y.shape == (2, 5, 40)
+        assert y.dtype == HALF
+        assert y.is_contiguous()
+        with pytest.raises(ValueError, match=r"x must have shape \[..., 96\], got \[2, 95\]"):
+            torch.ops.fusedq.matmul(torch.ones((2, 95), dtype=HALF), *args[1:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.ones(3, 96)}, "x must be float16 or bfloat16, got torch.float32"),
+        ({"x": torch.ones(3, 95).half()}, r"x must have shape \[..., 96\], got \[3, 95\]"),
+        ({"x": torch.ones(()).half()}, r"x must have shape \[..., 96\], got \[\]"),
+        ({"x": torch.ones((3, 96), dtype=HALF, device="meta")}, "must be on meta like x"),
+        ({"bias": torch.ones(39).half()}, r"bias must be torch.float16 \[40\], got .* \[39\]"),
+        ({"bias": torch.ones(40)}, "bias must be torch.float16 .* got torch.float32"),
+        ({"bias": torch.ones(80).half()[::2]}, r"bias must be contiguous, got strides \(2,\)"),
+        ({"qweight": torch.ones(2, 128, 16)}, "qweight must be torch.int32"),
+        ({"scales": torch.ones(4, 128)}, r"scales must be torch.int32 \[4, 128\]"),
+        ({"zeros": torch.ones(4, 16).int()}, "zeros must be absent, got one"),
+        ({"phase": 32}, "phase 32 is not inside a group of 32 rows"),
+        ({"scale_dtype": "float64"}, "scale_dtype must be one of .* got 'float64'"),
+        ({"weight_type": "uint3"}, "'uint3' is not a valid WeightType"),
+        ({"kernel": "cublas"}, "'cublas' is not a valid KernelName"),
+        ({"kernel": "cpu-wna16"}, "qweight must be torch.int32"),
+    ],
+)
+def test_wrong_arguments(changes: dict[str, object], message: str) -> None:
+    kernel = KernelName.CPU_STRIPED
+    problem, packed, bias = make_call(kernel)
+    args = flat_args(problem.x, packed, bias, kernel, changes)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.fusedq.matmul(*args)
+
+
+@pytest.mark.parametrize("name", sorted(op._CPU_ONLY, key=str), ids=lambda k: k.value)
+def test_cpu_kernels_refuse_a_gpu(name: KernelName) -> None:
+    _, packed, bias = make_call(name)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty((3, 96), dtype=HALF, device="cuda")
+        with pytest.raises(ValueError, match=f"kernel {name.value} runs on a CPU, x is on cuda"):
+            op._matmul_fake(*flat_args(x, packed, bias, name))
+
+
+def test_missing_zero_points() -> None:
+    kernel = KernelName.CPU_WNA16
+    problem, packed, bias = make_call(kernel)
+    with pytest.raises(ValueError, match="zeros must be given, got none"):
+        torch.ops.fusedq.matmul(*flat_args(problem.x, packed, bias, kernel, {"zeros": None}))
+
+
+def test_every_kernel_has_a_runner() -> None:
+    assert set(op._RUNNERS) == set(KernelName)
+
+
+def test_import_needs_neither_triton_nor_vllm() -> None:
+    code = (
+        "import sys, importlib, fusedq_kernels, fusedq_kernels.op as op\n"
+        "assert not {'triton', 'vllm', 'vllm_fusedq'} & set(sys.modules)\n"
+        "assert all(hasattr(fusedq_kernels, name) for name in fusedq_kernels.__all__)\n"
+        "importlib.reload(op)\n"
+        "import torch; torch.ops.fusedq.matmul.default\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
