@@ -1,0 +1,224 @@
+"""Reading a checkpoint directory: what is found, every refusal with its file and its way out."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints import write_checkpoint, write_json
+from vllm_fusedq.checkpoint import INDEX_FILE, read_checkpoint
+from vllm_fusedq.errors import CheckpointError, UnsupportedCheckpoint
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "model", "awq")
+    return tmp_path / "model"
+
+
+def edit_config(model: Path, **entries: object) -> None:
+    path = model / "config.json"
+    config = {**read_checkpoint(model).config, **entries}
+    write_json(path, {key: value for key, value in config.items() if value is not None})
+
+
+def split(model: Path, parts: int = 2) -> dict[str, str]:
+    """Replace model.safetensors by several files with an index; returns the weight map."""
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    weight_map = {}
+    for part in range(parts):
+        file = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        names = sorted(tensors)[part::parts]
+        save_file({name: tensors[name] for name in names}, model / file)
+        weight_map.update(dict.fromkeys(names, file))
+    write_json(model / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
+    return weight_map
+
+
+def test_reads_a_checkpoint(model: Path) -> None:
+    checkpoint = read_checkpoint(str(model))
+    assert checkpoint.path == str(model)
+    assert checkpoint.config["model_type"] == "llama"
+    assert checkpoint.quant_config["quant_method"] == "awq"
+    assert checkpoint.quant_source == "quantization_config"
+    info = checkpoint.tensors["model.layers.0.mlp.up_proj.qweight"]
+    assert (info.dtype, info.shape, info.file) == ("I32", (64, 12), "model.safetensors")
+    assert checkpoint.has("lm_head.weight")
+    assert not checkpoint.has("lm_head.qweight")
+    assert set(checkpoint.modules()["model.layers.0.mlp.up_proj"]) == {
+        "qweight",
+        "qzeros",
+        "scales",
+    }
+    assert set(checkpoint.modules()["lm_head"]) == {"weight"}
+
+
+def test_survives_pickling(model: Path) -> None:
+    checkpoint = read_checkpoint(model)
+    checkpoint.modules()
+    again = pickle.loads(pickle.dumps(checkpoint))
+    assert again == checkpoint
+    assert again.modules() == checkpoint.modules()
+
+
+def test_imports_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys, vllm_fusedq.checkpoint\n"
+        "print([m for m in ('torch', 'vllm', 'triton') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_split_files_read_like_one(model: Path) -> None:
+    whole = read_checkpoint(model).tensors
+    weight_map = split(model, 3)
+    tensors = read_checkpoint(model).tensors
+    assert tensors.keys() == whole.keys()
+    assert {name: info.file for name, info in tensors.items()} == weight_map
+
+
+def test_an_index_hides_other_files(model: Path) -> None:
+    split(model)
+    save_file({"other": torch.zeros(1)}, model / "adapter.safetensors")
+    assert not read_checkpoint(model).has("other")
+
+
+def test_split_files_without_an_index(model: Path) -> None:
+    split(model)
+    (model / INDEX_FILE).unlink()
+    assert read_checkpoint(model).has("lm_head.weight")
+
+
+def test_consolidated_files_are_ignored_next_to_model_files(model: Path) -> None:
+    save_file(load_file(model / "model.safetensors"), model / "consolidated.safetensors")
+    assert {info.file for info in read_checkpoint(model).tensors.values()} == {"model.safetensors"}
+
+
+def test_consolidated_files_count_alone(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "consolidated.safetensors")
+    assert read_checkpoint(model).has("lm_head.weight")
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("nested", [False, True], ids=["top", "text_config"])
+def test_quantization_section_in_config(key: str, nested: bool, model: Path) -> None:
+    section = {key: {"quant_method": "x"}}
+    edit_config(model, quantization_config=None)
+    (model / "quant_config.json").write_text("{}")
+    config = {"text_config": section} if nested else section
+    write_json(model / "config.json", config)
+    checkpoint = read_checkpoint(model)
+    assert checkpoint.quant_config == {"quant_method": "x"}
+    assert checkpoint.quant_source == key
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_quantization_section_in_its_own_file(name: str, model: Path) -> None:
+    edit_config(model, quantization_config=None)
+    write_json(model / name, {"w_bit": 4})
+    checkpoint = read_checkpoint(model)
+    assert checkpoint.quant_config == {"w_bit": 4}
+    assert checkpoint.quant_source == name
+
+
+def test_no_quantization(model: Path) -> None:
+    edit_config(model, quantization_config=None)
+    with pytest.raises(UnsupportedCheckpoint, match=r"no quantization_config .*not quantized"):
+        read_checkpoint(model)
+
+
+def test_a_quantization_section_that_is_no_object(model: Path) -> None:
+    edit_config(model, quantization_config="awq")
+    with pytest.raises(CheckpointError, match=r"config.json: quantization_config is 'awq'"):
+        read_checkpoint(model)
+
+
+@pytest.mark.parametrize("name", ["org/model", "config.json"])
+def test_not_a_directory(name: str, model: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a local directory; download"):
+        read_checkpoint(model / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "config.json: cannot be read: No such file"),
+        (b"{", "config.json: not JSON"),
+        (b"\xff\xfe", "config.json: not JSON"),
+        (b"[" * 200_000, "config.json: not JSON"),
+        (b"[]", "config.json: holds a JSON list, expected an object"),
+    ],
+    ids=["missing", "cut", "not-utf8", "deep", "list"],
+)
+def test_bad_config(text: bytes | None, message: str, model: Path) -> None:
+    (model / "config.json").unlink()
+    if text is not None:
+        (model / "config.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(model)
+
+
+def test_no_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no \*.safetensors file; download"):
+        read_checkpoint(model)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickled_weights(name: str, model: Path) -> None:
+    (model / "model.safetensors").rename(model / name)
+    message = rf"only pickled weights \({name}\), which can run code .* convert .* to safetensors"
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(model)
+
+
+def test_truncated_file(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"model.safetensors.*the file is truncated"):
+        read_checkpoint(model)
+
+
+def test_duplicate_tensor(model: Path) -> None:
+    save_file({"lm_head.weight": torch.zeros(1)}, model / "other.safetensors")
+    message = "tensor lm_head.weight is in model.safetensors and in other.safetensors; remove"
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(model)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        (None, "weight_map is missing"),
+        ({}, "weight_map is missing or is not a filled JSON object"),
+        ([1], "weight_map is missing or is not a filled JSON object"),
+        ({"a": 1}, "tensor a is mapped to 1, expected the name of a file"),
+        ({"a": "../a.safetensors"}, "tensor a is mapped to '../a.safetensors', expected the name"),
+        ({"a": "/etc/passwd"}, "tensor a is mapped to '/etc/passwd', expected the name"),
+        ({"a": "a.bin"}, "tensor a is mapped to a.bin, expected a .safetensors file"),
+        ({"a": "a.safetensors", "b": "b.safetensors"}, "2 missing files: a.safetensors, b.safet"),
+        ({"a": "a.safetensors"}, "1 missing file: a.safetensors; download"),
+        ({"a": "model.safetensors"}, "tensor a is in model.safetensors, but no file holds it"),
+    ],
+)
+def test_bad_index(weight_map: object, message: str, model: Path) -> None:
+    index = {} if weight_map is None else {"weight_map": weight_map}
+    write_json(model / INDEX_FILE, index)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(model)
+
+
+def test_index_that_names_the_wrong_file(model: Path) -> None:
+    weight_map = split(model)
+    name = "lm_head.weight"
+    actual = weight_map[name]
+    wrong = next(file for file in weight_map.values() if file != actual)
+    write_json(model / INDEX_FILE, {"weight_map": {**weight_map, name: wrong}})
+    with pytest.raises(CheckpointError, match=f"{name} is in {wrong}, but it is in {actual}"):
+        read_checkpoint(model)

@@ -1,0 +1,216 @@
+"""Configs as a whole: which are refused and why, which are accepted, and what they leave alone."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoints
+from checkpoints import add, make_plain, write_checkpoint
+from vllm_fusedq.checkpoint import read_checkpoint
+from vllm_fusedq.errors import FusedQError, UnsupportedCheckpoint
+from vllm_fusedq.formats import CheckpointFormat, format_for
+
+UP = "model.layers.0.mlp.up_proj"
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def load(path: Path, build: str = "awq", **options: Any) -> CheckpointFormat:
+    write_checkpoint(path, build, **options)
+    return format_for(read_checkpoint(path))
+
+
+@pytest.mark.parametrize("method", ["gguf", "fp8", "hqq", "bitsandbytes", "exl2", 7, ["awq"]])
+def test_unknown_quant_method(method: object, tmp_path: Path) -> None:
+    message = (
+        "quant_method .* in quantization_config; supported: awq, gptq, compressed-tensors; drop"
+    )
+    with pytest.raises(UnsupportedCheckpoint, match=message):
+        load(tmp_path, config={"quant_method": method})
+
+
+def test_no_quant_method(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedCheckpoint, match="found no quant_method in quantization_config"):
+        load(tmp_path, config={"quant_method": None})
+
+
+GROUP = checkpoints.compressed_tensors_config(32)["config_groups"]["group_0"]
+
+
+def groups(**changes: Any) -> dict[str, Any]:
+    return {"config_groups": {"group_0": {**GROUP, **changes}}}
+
+
+def weights(**changes: Any) -> dict[str, Any]:
+    return groups(weights={**GROUP["weights"], **changes})
+
+
+REFUSED = {
+    "awq-bits": ("awq", {"bits": 8}, "bits 8; supported by awq: 4 bits; drop"),
+    "awq-group": ("awq", {"group_size": 12}, "group_size 12; .* -1 or a multiple of 8"),
+    "awq-group-0": ("awq", {"group_size": 0}, "group_size 0;"),
+    "awq-group-bool": ("awq", {"group_size": True}, "group_size True;"),
+    "awq-gemv": ("awq", {"version": "gemv"}, "version 'gemv'; .*version gemm .*quantize again"),
+    "awq-gemv-fast": ("awq", {"version": "gemv_fast"}, "version 'gemv_fast'"),
+    "awq-zero-point": ("awq", {"zero_point": False}, "zero_point False; .*zero_point true"),
+    "awq-dynamic": ("awq", {"dynamic": {"a": {}}}, "per-module overrides"),
+    "awq-excluded": ("awq", {"modules_to_not_convert": "gate"}, "'gate'; .*a list of names"),
+    "gptq-bits": ("gptq-sym", {"bits": 3}, "bits 3; supported by gptq: 4 bits"),
+    "gptq-group": ("gptq-sym", {"group_size": None}, "group_size None"),
+    "gptq-marlin": ("gptq-sym", {"checkpoint_format": "marlin"}, "'marlin'; .*gptq or gptq_v2"),
+    "gptq-is-marlin": ("gptq-sym", {"is_marlin_format": True}, "checkpoint_format 'marlin'"),
+    "gptq-pack": ("gptq-sym", {"pack_dtype": "int16"}, "pack_dtype 'int16'"),
+    "gptq-rotation": ("gptq-sym", {"rotation": "hadamard"}, "rotation 'hadamard'"),
+    "gptq-order": (
+        "gptq-sym",
+        {"desc_act": True},
+        r"desc_act true with group_size 32 \(activation reordering\).*desc_act false",
+    ),
+    "gptq-sym": ("gptq-sym", {"sym": "yes"}, "sym 'yes'"),
+    "gptq-override": ("gptq-sym", {"dynamic": {"+:up": {"bits": 8}}}, r"dynamic \('\+:up'\)"),
+    "gptq-bare-override": ("gptq-sym", {"dynamic": {"up": {}}}, r"dynamic \('up'\)"),
+    "gptq-dynamic-type": ("gptq-sym", {"dynamic": "x"}, "overrides in dynamic"),
+    "gptq-blocks": ("gptq-sym", {"modules_in_block_to_quantize": 5}, "quantize 5; .*lists of"),
+    "gptq-regex": ("gptq-sym", {"dynamic": {"-:(": {}}}, "the regex '\\('"),
+    "ct-kv": ("ct-sym", {"kv_cache_scheme": {"num_bits": 8}}, "quantized KV cache"),
+    "ct-sparse": ("ct-sym", {"sparsity_config": {"format": "sparse-24"}}, "sparse weights"),
+    "ct-transform": ("ct-sym", {"transform_config": {"a": 1}}, "transformed weights"),
+    "ct-no-groups": ("ct-sym", {"config_groups": {}}, "config_groups {}; .*at least one group"),
+    "ct-preset": ("ct-sym", {"config_groups": {"W4A16": ["Linear"]}}, "W4A16 without a weights"),
+    "ct-inputs": (
+        "ct-sym",
+        groups(input_activations={"num_bits": 8}),
+        r"quantized activations \(group_0.input_activations\)",
+    ),
+    "ct-outputs": ("ct-sym", groups(output_activations={"num_bits": 8}), "quantized activations"),
+    "ct-format": ("ct-sym", {"format": "marlin-24"}, "format 'marlin-24' of group_0"),
+    "ct-group-format": ("ct-sym", groups(format="int-quantized"), "'int-quantized' of group_0"),
+    "ct-bits": ("ct-sym", weights(num_bits=8), "8-bit int weights in group_0; .*4-bit int"),
+    "ct-float": ("ct-sym", weights(type="float"), "4-bit float weights"),
+    "ct-dynamic": ("ct-sym", weights(dynamic=True), "dynamic weights"),
+    "ct-symmetric": ("ct-sym", weights(symmetric="no"), "symmetric 'no'"),
+    "ct-tensor": ("ct-sym", weights(strategy="tensor"), "strategy 'tensor' in group_0"),
+    "ct-actorder": ("ct-sym", weights(actorder="group"), "actorder 'group'.*actorder static"),
+    "ct-actorder-alias": ("ct-sym", weights(actorder="dynamic"), "actorder 'dynamic'"),
+    "ct-targets": ("ct-sym", groups(targets=[3]), r"targets \[3\]; .*a list of names"),
+    "ct-ignore": ("ct-sym", {"ignore": "lm_head"}, "ignore 'lm_head'"),
+    "ct-regex": ("ct-sym", {"ignore": ["re:["]}, "the regex '\\['"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_config(case: str, tmp_path: Path) -> None:
+    build, config, message = REFUSED[case]
+    with pytest.raises(UnsupportedCheckpoint, match=message) as caught:
+        load(tmp_path, build, config=config)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("build", ["awq", "gptq-sym", "ct-sym"])
+def test_refuses_a_checkpoint_without_packed_tensors(build: str, tmp_path: Path) -> None:
+    def unpack(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if not name.endswith(".weight")]:
+            del tensors[name]
+
+    with pytest.raises(UnsupportedCheckpoint, match=r"no module with packed tensors .*quantize"):
+        load(tmp_path, build, edits=[unpack])
+
+
+def test_refuses_scaled_activations(tmp_path: Path) -> None:
+    edit = add("model.layers.0.mlp.act.scales", torch.ones(96))
+    with pytest.raises(UnsupportedCheckpoint, match=r"scaled activation \(model.layers.0.mlp.act"):
+        load(tmp_path, edits=[edit])
+
+
+ACCEPTED = {
+    "awq-upper": ("awq", {"version": "GEMM"}),
+    "awq-gptqmodel": ("awq", {"version": None, "checkpoint_format": "gemm"}),
+    "gptq-static-groups": ("gptq-sym", {"desc_act": True, "static_groups": True}),
+    "gptq-no-format": ("gptq-sym", {"checkpoint_format": None}),
+    "ct-static": ("ct-sym", weights(actorder="static")),
+    "ct-weight": ("ct-sym", weights(actorder="weight")),
+    "ct-no-strategy": ("ct-sym", weights(strategy=None)),
+    "ct-dense": ("ct-sym", {"sparsity_config": {"format": "dense"}}),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepts_config(case: str, tmp_path: Path) -> None:
+    build, config = ACCEPTED[case]
+    fmt = load(tmp_path, build, config=config)
+    assert [fmt.problems(module) for module in fmt.modules()] == [[]] * 7
+
+
+def test_accepts_activation_order_in_one_group(tmp_path: Path) -> None:
+    fmt = load(tmp_path, "gptq-sym", group_size=-1, config={"desc_act": True})
+    assert fmt.problems(UP) == []
+
+
+def test_a_group_by_name_wins_over_the_class(tmp_path: Path) -> None:
+    asym = checkpoints.compressed_tensors_config(16, symmetric=False)["config_groups"]["group_0"]
+    groups = {"all": GROUP, "down": {**asym, "targets": ["re:.*down_proj"]}}
+    truth = checkpoints.random_truth(64, 96, 16, zero_range=(0, 15))
+    made = checkpoints.compressed_tensors_tensors(truth)
+    edits = [add(f"{DOWN}.{name}", tensor) for name, tensor in made.items()]
+    fmt = load(tmp_path, "ct-sym", config={"config_groups": groups}, edits=edits)
+    layers = [fmt.spec_for(module) for module in (UP, DOWN)]
+    assert [str(layer.description) for layer in layers if layer] == [
+        "compressed-tensors 4-bit g32, symmetric",
+        "compressed-tensors 4-bit g16, zero points",
+    ]
+
+
+def test_modules_that_no_group_targets_are_left_alone(tmp_path: Path) -> None:
+    names = [f"re:.*{name}_proj" for name in ("q", "k", "v", "o", "gate", "down")]
+    fmt = load(tmp_path, "ct-sym", config=groups(targets=names), edits=[make_plain(UP, 96, 64)])
+    assert fmt.spec_for(UP) is None
+    assert fmt.spec_for(DOWN) is not None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+KEYS = {
+    "awq": ["bits", "group_size", "version", "zero_point", "modules_to_not_convert", "dynamic"],
+    "gptq-sym": [
+        "bits",
+        "group_size",
+        "sym",
+        "desc_act",
+        "checkpoint_format",
+        "pack_dtype",
+        "dynamic",
+        "modules_in_block_to_quantize",
+    ],
+    "ct-sym": ["format", "config_groups", "ignore", "kv_cache_scheme", "sparsity_config"],
+}
+
+
+@pytest.mark.parametrize("build", KEYS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_nonsense_in_a_config_is_refused_or_harmless(
+    build: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"nonsense-{build}"
+    if not path.exists():
+        write_checkpoint(path, build)
+    whole = read_checkpoint(path)
+    config = {**whole.quant_config, data.draw(st.sampled_from(KEYS[build])): data.draw(JSON)}
+    if build == "ct-sym" and data.draw(st.booleans()):
+        changed = {
+            **GROUP["weights"],
+            data.draw(st.sampled_from([*GROUP["weights"]])): data.draw(JSON),
+        }
+        config |= groups(weights=changed, targets=data.draw(JSON))
+    with contextlib.suppress(FusedQError):
+        fmt = format_for(replace(whole, quant_config=config))
+        for module in fmt.modules():
+            fmt.problems(module)

@@ -1,0 +1,61 @@
+"""Every error that a user can cause.
+
+FusedQError
+├── CheckpointError          a file is missing, unreadable, damaged or unsafe
+├── UnsupportedCheckpoint    the checkpoint as a whole uses something that is not supported
+├── PreflightError           one or more layers cannot run fused (`.problems`, one per layer)
+├── WeightLoadError          a tensor does not fit its layer, is missing, or holds bad values
+└── SettingsError            a wrong `--additional-config '{"fusedq": ...}'`
+
+All derive from RuntimeError: pydantic would wrap a ValueError raised while vLLM builds its
+configuration, and bury the message.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class FusedQError(RuntimeError):
+    """Base of all errors that this package raises for its user."""
+
+
+class CheckpointError(FusedQError):
+    """A checkpoint file is missing, unreadable, damaged or unsafe to read."""
+
+
+class UnsupportedCheckpoint(FusedQError):
+    """The checkpoint uses a method or an option that is not supported."""
+
+
+class WeightLoadError(FusedQError):
+    """A checkpoint tensor does not fit its layer or holds values that cannot be right."""
+
+
+class SettingsError(FusedQError):
+    """The fusedq section of vLLM's additional config is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why one layer is refused: what was found, what is supported, what to do."""
+
+    layer: str
+    found: str
+    supported: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}: found {self.found}; supported: {self.supported}; {self.fix}"
+
+
+class PreflightError(FusedQError):
+    """One or more layers cannot run fused; carries every problem, not only the first."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        count = len(self.problems)
+        super().__init__(f"{count} problem{'s' * (count != 1)} in this checkpoint:\n{lines}")
+
+    def __reduce__(self) -> tuple[type["PreflightError"], tuple[tuple[Problem, ...]]]:
+        return type(self), (self.problems,)

@@ -1,0 +1,62 @@
+"""The checkpoint formats that are supported, by the `quant_method` of their config."""
+
+from collections.abc import Mapping
+
+import torch
+
+from fusedq_kernels.types import LogicalWeight
+from vllm_fusedq.checkpoint import Checkpoint
+from vllm_fusedq.errors import UnsupportedCheckpoint
+from vllm_fusedq.formats.awq import AwqFormat
+from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
+from vllm_fusedq.formats.compressed_tensors import CompressedTensorsFormat
+from vllm_fusedq.formats.gptq import GptqFormat
+from vllm_fusedq.formats.layer import (
+    Dim,
+    LayerFormat,
+    Region,
+    TensorLayout,
+    stored_slices,
+)
+
+__all__ = [
+    "FORMATS",
+    "CheckpointFormat",
+    "Dim",
+    "LayerFormat",
+    "Region",
+    "TensorLayout",
+    "decode",
+    "format_for",
+    "stored_slices",
+]
+
+FORMATS: dict[str, type[CheckpointFormat]] = {
+    "awq": AwqFormat,
+    "gptq": GptqFormat,
+    "compressed-tensors": CompressedTensorsFormat,
+}
+
+
+def format_for(checkpoint: Checkpoint) -> CheckpointFormat:
+    """The format of a checkpoint, its config checked.
+
+    Raises:
+        UnsupportedCheckpoint: the quantization method, or an option of it, is not supported.
+    """
+    method = checkpoint.quant_config.get("quant_method")
+    for name, known in FORMATS.items():
+        if method == name or (method is None and checkpoint.quant_source in known.config_sources):
+            return known.from_checkpoint(checkpoint)
+    found = "no quant_method" if method is None else f"quant_method {method!r:.80}"
+    raise UnsupportedCheckpoint(
+        f"{checkpoint.path}: found {found} in {checkpoint.quant_source}; supported: "
+        f"{', '.join(FORMATS)}; {USE_VLLM}"
+    )
+
+
+def decode(
+    tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
+) -> LogicalWeight:
+    """`CheckpointFormat.decode` of the layer's own format."""
+    return FORMATS[layer.format].decode(tensors, layer, region)

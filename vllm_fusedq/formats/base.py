@@ -1,0 +1,242 @@
+"""The rules that every checkpoint format obeys: which modules are quantized, what is refused.
+
+A format's tensor names, config keys and bit order live in its own file; what a quantized layer is
+as data lives in `layer.py`.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import torch
+
+from fusedq_kernels.types import LogicalWeight
+from vllm_fusedq.checkpoint import Checkpoint
+from vllm_fusedq.errors import PreflightError, Problem, UnsupportedCheckpoint
+from vllm_fusedq.formats.layer import (
+    Dim,
+    LayerFormat,
+    Region,
+    Scheme,
+    TensorLayout,
+    check_slices,
+    describe_layer,
+    stored_slices,
+)
+from vllm_fusedq.safetensors_header import TensorInfo
+
+__all__ = [
+    "CheckpointFormat",
+    "Dim",
+    "LayerFormat",
+    "Region",
+    "Scheme",
+    "TensorLayout",
+    "check_slices",
+    "stored_slices",
+]
+
+USE_VLLM = "drop `--quantization fusedq` to use vLLM's own support, if it has any"
+
+_EXPERTS = re.compile(r"(?:^|.*?\.)experts(?=\.|$)")
+_BLOCK = re.compile(r"(.*?)\.\d+(?=\.|$)")
+_HEADS = frozenset({"lm_head", "wte", "wpe"})
+_EMBEDDINGS = ("embed", "embedding", "embeddings")
+
+
+class CheckpointFormat(ABC):
+    """One quantization method of checkpoints. Plain data inside: instances can be pickled.
+
+    A subclass names its tensors and config keys and answers `claims`, `scheme` and `decode`;
+    headers and config together decide here whether a module counts as quantized.
+    """
+
+    name: ClassVar[str]
+    config_sources: ClassVar[tuple[str, ...]] = ()
+    """Where this method's config may come from without naming the method."""
+    markers: ClassVar[frozenset[str]]
+    """Tensor suffixes that only a quantized module has."""
+    exclusion: ClassVar[str]
+    """What in the config excludes modules, for messages."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.quant_config
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
+        """Read the config of a checkpoint.
+
+        Raises:
+            UnsupportedCheckpoint: an option that concerns every layer is not supported, or no
+                module holds packed tensors.
+        """
+        self = cls(checkpoint)
+        self.check_config()
+        if not any(self.markers & stored.keys() for stored in checkpoint.modules().values()):
+            raise self.refusal(
+                f"no module with packed tensors ({', '.join(sorted(self.markers))})",
+                "checkpoints that are already quantized",
+                "quantize the model first, or serve it without `--quantization fusedq`",
+            )
+        return self
+
+    @abstractmethod
+    def check_config(self) -> None:
+        """Raise UnsupportedCheckpoint for options that concern the whole checkpoint."""
+
+    @abstractmethod
+    def claims(self, module: str) -> bool:
+        """Whether the config says that this linear module is quantized."""
+
+    @abstractmethod
+    def scheme(self, module: str) -> Scheme:
+        """The scheme of a claimed module; PreflightError where the config refuses this module."""
+
+    @staticmethod
+    @abstractmethod
+    def decode(
+        tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
+    ) -> LogicalWeight:
+        """Stored tensors, cut by `stored_slices`, to the logical weight of `region`.
+
+        Returns codes uint8 `[region.n, region.k]`, scales `[region.n, G]` in the stored dtype and
+        zeros uint8 `[region.n, G]` or None, on the tensors' device, where G counts the groups that
+        the region touches; `phase` is `region.k_start % group_size`.
+
+        Raises:
+            WeightLoadError: a tensor is missing, does not fit or holds values that cannot be right.
+        """
+
+    def modules(self) -> list[str]:
+        """Modules of the checkpoint that are quantized, or that the config says are."""
+        found = []
+        for module, stored in self.checkpoint.modules().items():
+            weight = stored.get("weight")
+            linear = weight is not None and len(weight.shape) == 2 and not _is_head(module)
+            if self.markers & stored.keys() or (linear and self.claims(module)):
+                found.append(module)
+        return found
+
+    def problems(self, module: str) -> list[Problem]:
+        """Everything that stands against this module; empty if it is fine or left unquantized."""
+        try:
+            self.spec_for(module)
+        except PreflightError as error:
+            return list(error.problems)
+        return []
+
+    def spec_for(self, module: str) -> LayerFormat | None:
+        """Describe a linear module under its checkpoint name; None if it is left unquantized.
+
+        Raises:
+            PreflightError: the module cannot run fused; carries all of its problems.
+        """
+        stored = self.checkpoint.modules().get(module, {})
+        packed = sorted(self.markers & stored.keys())
+        fold = _EXPERTS.match(module)
+        if fold and (packed or fold.group() in self._expert_folds):
+            raise _problem(
+                fold.group(),
+                "quantized MoE experts",
+                "dense linear layers; MoE experts are not supported yet",
+                USE_VLLM,
+            )
+        if _is_head(module):
+            if not packed:
+                return None
+            raise _problem(
+                module,
+                f"a quantized embedding or lm_head ({', '.join(packed)})",
+                "quantized linear layers inside the model",
+                f"quantize again without {module.rpartition('.')[2]}, or {USE_VLLM}",
+            )
+        if not self.claims(module):
+            if not packed:
+                return None
+            raise _problem(
+                module,
+                f"packed tensors ({', '.join(packed)}) although the config leaves this "
+                "module unquantized",
+                "config and tensors that agree",
+                f"correct {self.exclusion} in the config",
+            )
+        if not packed:
+            self._refuse_plain(module, stored)
+            return None
+        return describe_layer(self.name, module, stored, self.scheme(module))
+
+    def refusal(self, found: str, supported: str, fix: str = USE_VLLM) -> UnsupportedCheckpoint:
+        return UnsupportedCheckpoint(
+            f"{self.checkpoint.path}: found {found}; supported by {self.name}: {supported}; {fix}"
+        )
+
+    def check_group_size(self, found: object) -> int:
+        """-1 (all of K) or a positive multiple of 8; refuses anything else."""
+        if type(found) is int and (found == -1 or (found > 0 and found % 8 == 0)):
+            return found
+        raise self.refusal(f"group_size {found!r:.80}", "group_size -1 or a multiple of 8")
+
+    def check_names(self, key: str, section: Mapping[str, Any] | None = None) -> list[str]:
+        """A config entry that lists names; absent and null are an empty list."""
+        found = (self.config if section is None else section).get(key) or []
+        if isinstance(found, list) and all(isinstance(name, str) and name for name in found):
+            return found
+        raise self.refusal(f"{key} {found!r:.80}", f"{key} as a list of names")
+
+    def check_regex(self, pattern: str) -> re.Pattern[str]:
+        try:
+            return re.compile(pattern)
+        except re.error as error:
+            raise self.refusal(
+                f"the regex {pattern!r:.80} ({error})",
+                "regexes of Python's re",
+                "correct the config",
+            ) from error
+
+    def block_of(self, module: str) -> str | None:
+        """The list of repeated blocks that a module lies in ("model.layers"), None outside one."""
+        match = _BLOCK.match(module)
+        return match.group(1) if match else None
+
+    @cached_property
+    def quantized_blocks(self) -> frozenset[str]:
+        """The lists of repeated blocks of which at least one module is packed."""
+        blocks = (
+            self.block_of(module)
+            for module, stored in self.checkpoint.modules().items()
+            if self.markers & stored.keys()
+        )
+        return frozenset(block for block in blocks if block is not None)
+
+    @cached_property
+    def _expert_folds(self) -> frozenset[str]:
+        packed = (m for m, s in self.checkpoint.modules().items() if self.markers & s.keys())
+        return frozenset(match.group() for m in packed if (match := _EXPERTS.match(m)))
+
+    def _refuse_plain(self, module: str, stored: Mapping[str, TensorInfo]) -> None:
+        weight = stored.get("weight")
+        if weight is not None and len(weight.shape) != 2:
+            return  # no linear layer
+        found = (
+            f"an unquantized weight {weight.dtype} {list(weight.shape)}"
+            if weight is not None
+            else f"no packed tensors (found: {', '.join(sorted(stored)) or 'none'})"
+        )
+        raise _problem(
+            module,
+            f"{found} although the config says that this module is quantized",
+            "config and tensors that agree",
+            f"exclude it by {self.exclusion} if it is meant to stay unquantized",
+        )
+
+
+def _is_head(module: str) -> bool:
+    last = module.rpartition(".")[2]
+    return last in _HEADS or last.endswith(_EMBEDDINGS) or last.startswith("embed_")
+
+
+def _problem(layer: str, found: str, supported: str, fix: str) -> PreflightError:
+    return PreflightError([Problem(layer, found, supported, fix)])

@@ -1,0 +1,164 @@
+"""GPTQ checkpoints as AutoGPTQ and GPTQModel store them, 4-bit, without activation reordering.
+
+qweight int32 `[K / 8, N]` packs in_features and qzeros int32 `[G, N / 8]` out_features, both in
+order from the lowest nibble; scales `[G, N]`; g_idx int32 `[K]` is each in_feature's group and may
+be missing. checkpoint_format "gptq" (v1) stores zero points minus one, "gptq_v2" as they are.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from fusedq_kernels.types import LogicalWeight, WeightType
+from vllm_fusedq.errors import WeightLoadError
+from vllm_fusedq.formats.base import (
+    USE_VLLM,
+    CheckpointFormat,
+    Dim,
+    LayerFormat,
+    Region,
+    Scheme,
+    TensorLayout,
+    check_slices,
+)
+from vllm_fusedq.formats.layer import SCALE_DTYPES
+from vllm_fusedq.formats.unpacking import take, unpack_columns, unpack_rows
+
+LAYOUTS = (
+    TensorLayout("qweight", (Dim("k", 8), Dim("n")), (torch.int32,)),
+    TensorLayout("qzeros", (Dim("g"), Dim("n", 8)), (torch.int32,)),
+    TensorLayout("scales", (Dim("g"), Dim("n")), SCALE_DTYPES),
+)
+G_IDX = TensorLayout("g_idx", (Dim("k"),), (torch.int32, torch.int64))
+
+ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+SYMMETRIC_ZERO = 8
+
+
+class GptqFormat(CheckpointFormat):
+    """`quant_method: gptq`, checkpoint_format gptq or gptq_v2, symmetric or with zero points."""
+
+    name = "gptq"
+    config_sources = ("quantize_config.json",)
+    markers = frozenset({"qweight", "qzeros", "g_idx"})
+    exclusion = '"-:regex" in dynamic'
+
+    def check_config(self) -> None:
+        config = self.config
+        if config.get("bits") != 4:
+            raise self.refusal(f"bits {config.get('bits')!r}", "4 bits")
+        self.group_size = self.check_group_size(config.get("group_size"))
+        checkpoint_format = config.get("checkpoint_format") or config.get("format") or "gptq"
+        if checkpoint_format not in list(ZERO_OFFSETS) or config.get("is_marlin_format"):
+            found = "marlin" if config.get("is_marlin_format") else checkpoint_format
+            raise self.refusal(f"checkpoint_format {found!r}", " or ".join(ZERO_OFFSETS))
+        self.zero_offset = ZERO_OFFSETS[checkpoint_format]
+        if config.get("pack_dtype", "int32") != "int32":
+            raise self.refusal(f"pack_dtype {config['pack_dtype']!r}", "pack_dtype int32")
+        if config.get("rotation"):
+            raise self.refusal(f"rotation {config['rotation']!r}", "weights without rotation")
+        # One group has no order, and static groups are stored in the order of in_features
+        ordered = self.group_size == -1 or config.get("static_groups")
+        if config.get("desc_act") and not ordered:
+            raise self.refusal(
+                f"desc_act true with group_size {self.group_size} (activation reordering)",
+                "desc_act false, or desc_act true with static_groups or group_size -1",
+                f"quantize again with desc_act false, or {USE_VLLM}",
+            )
+        if not isinstance(config.get("sym", True), bool):
+            raise self.refusal(f"sym {config['sym']!r}", "sym true or false")
+        self.symmetric = config.get("sym", True)
+        self.excluded = self._exclusions(config.get("dynamic") or {})
+        self.included = self._inclusions(config.get("modules_in_block_to_quantize") or [])
+
+    def claims(self, module: str) -> bool:
+        # GPTQ quantizers convert the linears of the decoder blocks; lm_head is no concern of theirs
+        if self.block_of(module) not in self.quantized_blocks:
+            return False
+        if self.included and not any(name in module for name in self.included):
+            return False
+        return not any(pattern.match(module) for pattern in self.excluded)
+
+    def scheme(self, module: str) -> Scheme:
+        with_order = "g_idx" in self.checkpoint.modules()[module]
+        return Scheme(
+            WeightType.UINT4B8 if self.symmetric else WeightType.UINT4,
+            self.group_size,
+            (*LAYOUTS, G_IDX) if with_order else LAYOUTS,
+            scales="scales",
+            zero_offset=self.zero_offset,
+        )
+
+    @staticmethod
+    def decode(
+        tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
+    ) -> LogicalWeight:
+        check_slices(tensors, layer, region, "scales")
+        if layer.tensor("g_idx"):
+            _check_order(tensors["g_idx"], layer, region)
+        stored = take(unpack_rows(tensors["qzeros"].T), 0, region.n_start, region.n)
+        codes = unpack_columns(tensors["qweight"].T)
+        return LogicalWeight(
+            codes=take(codes, 1, region.k_start, region.k),
+            scales=tensors["scales"].T.contiguous(),
+            zeros=_zeros(stored, layer),
+            spec=layer.spec,
+            phase=region.k_start % layer.spec.group_size,
+        )
+
+    def _inclusions(self, blocks: object) -> list[str]:
+        """transformers' `modules_in_block_to_quantize`: a list of names, or of lists of names."""
+        lists = blocks if isinstance(blocks, list) else [blocks]
+        names = [name for b in lists for name in (b if isinstance(b, list) else [b])]
+        if all(isinstance(name, str) for name in names):
+            return names
+        raise self.refusal(f"modules_in_block_to_quantize {blocks!r:.80}", "lists of names")
+
+    def _exclusions(self, dynamic: object) -> list[re.Pattern[str]]:
+        """The regexes of GPTQModel's `dynamic` that exclude modules ("-:regex")."""
+        rules = list(dynamic) if isinstance(dynamic, dict) else [str(dynamic)]
+        overrides = [rule for rule in rules if not rule.startswith("-:")]
+        if overrides:
+            raise self.refusal(
+                f"per-module overrides in dynamic ({overrides[0]!r})",
+                'exclusions in dynamic ("-:regex") and one scheme for all other modules',
+            )
+        return [self.check_regex(rule.removeprefix("-:")) for rule in rules]
+
+
+def _zeros(stored: torch.Tensor, layer: LayerFormat) -> torch.Tensor | None:
+    low, high = (int(bound) for bound in stored.aminmax())
+    if not layer.spec.has_zero_points:
+        # sym leaves no other zero point than 8, so a checkpoint that names the wrong one of the
+        # two formats (they exist, with either error) is still read without doubt
+        if low == high and low + 1 in (SYMMETRIC_ZERO, SYMMETRIC_ZERO + 1):
+            return None
+        found = f"{low}" if low == high else f"{low} to {high}"
+        raise WeightLoadError(
+            f"{layer.module}.qzeros: found stored zero points {found} although the config says "
+            f"sym true, expected {SYMMETRIC_ZERO - layer.zero_offset} everywhere (zero point "
+            f"{SYMMETRIC_ZERO}); set sym to false in the config if this model has zero points"
+        )
+    if high + layer.zero_offset > 15:
+        raise WeightLoadError(
+            f"{layer.module}.qzeros: found a stored zero point {high}, which in "
+            "checkpoint_format gptq is 16, or 0 after an underflow; supported are zero points that "
+            "fit 4 bits; set checkpoint_format to gptq_v2 in the config if they are stored as they "
+            "are, or quantize again"
+        )
+    return stored + layer.zero_offset
+
+
+def _check_order(g_idx: torch.Tensor, layer: LayerFormat, region: Region) -> None:
+    rows = torch.arange(region.k_start, region.k_stop, device=g_idx.device)
+    wrong = (g_idx != rows // layer.spec.group_size).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        k = region.k_start + row
+        raise WeightLoadError(
+            f"{layer.module}.g_idx: found in_feature {k} in group {int(g_idx[row])} "
+            f"({len(wrong)} of {region.k} in_features are out of order), expected group "
+            f"{k // layer.spec.group_size} of size {layer.spec.group_size}; activation reordering "
+            "is not supported: quantize again with desc_act false"
+        )

@@ -1,0 +1,256 @@
+"""How a quantized linear lies in a checkpoint, as data: stored tensors against the logical grid.
+
+Which stored dimension runs along N, K or the groups, and how many logical indices one stored
+element holds, is plain data here, so that a planner can compute the slice that any rank needs. The
+tensor names and bit orders belong to the formats, the rules that all formats obey to `base.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from fusedq_kernels.types import QuantSpec, WeightType
+from vllm_fusedq.errors import PreflightError, Problem, WeightLoadError
+from vllm_fusedq.safetensors_header import TensorInfo
+
+Axis = Literal["n", "k", "g"]
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_REDO = "download the checkpoint again or quantize the model again"
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """One stored dimension: the logical axis it runs along and `pack` logical indices per element.
+
+    `axis` is "n" (out_features), "k" (in_features), "g" (groups along K) or None for a dimension of
+    fixed `size` that every rank keeps whole.
+    """
+
+    axis: Axis | None
+    pack: int = 1
+    size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLayout:
+    """How one stored tensor covers the logical grid; `name` is its suffix below the module.
+
+    `dtypes` are the accepted ones; in a `LayerFormat` exactly the one found in the header.
+    """
+
+    name: str
+    dims: tuple[Dim, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dtypes[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The logical rows `[n_start, n_stop)` and columns `[k_start, k_stop)` of one weight."""
+
+    n_start: int
+    n_stop: int
+    k_start: int
+    k_stop: int
+
+    @property
+    def n(self) -> int:
+        return self.n_stop - self.n_start
+
+    @property
+    def k(self) -> int:
+        return self.k_stop - self.k_start
+
+    def groups(self, group_size: int) -> tuple[int, int]:
+        """First group touched and one past the last."""
+        return self.k_start // group_size, -(-self.k_stop // group_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFormat:
+    """One quantized linear of the checkpoint, unsharded, as its headers and config describe it.
+
+    `tensors` lists the tensors that this module really has, the packed weight first. `zero_offset`
+    is what has to be added to a stored zero point to get the zero point. Picklable.
+    """
+
+    format: str
+    module: str
+    spec: QuantSpec
+    n: int
+    k: int
+    tensors: tuple[TensorLayout, ...]
+    zero_offset: int = 0
+
+    @property
+    def whole(self) -> Region:
+        return Region(0, self.n, 0, self.k)
+
+    @property
+    def description(self) -> str:
+        """Like "awq 4-bit g128, zero points"."""
+        group = "per channel" if self.spec.group_size == self.k else f"g{self.spec.group_size}"
+        zeros = "zero points" if self.spec.has_zero_points else "symmetric"
+        return f"{self.format} {self.spec.weight_type.bits}-bit {group}, {zeros}"
+
+    def tensor(self, name: str) -> TensorLayout | None:
+        return next((layout for layout in self.tensors if layout.name == name), None)
+
+    def stored_shape(self, layout: TensorLayout, region: Region | None = None) -> tuple[int, ...]:
+        """Shape of a stored tensor, or of the part of it that `region` needs."""
+        slices = stored_slices(layout, region or self.whole, self.spec.group_size)
+        return tuple(part.stop - part.start for part in slices)
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What a format's config says of one module; sizes and dtypes come from the headers.
+
+    `layouts[0]` is the packed weight, whose dims give N and K. `group_size` may be -1: all of K.
+    """
+
+    weight_type: WeightType
+    group_size: int
+    layouts: tuple[TensorLayout, ...]
+    scales: str
+    zero_offset: int = 0
+
+
+def stored_slices(layout: TensorLayout, region: Region, group_size: int) -> tuple[slice, ...]:
+    """The part of a stored tensor that `region` needs, rounded out to whole stored elements."""
+    g_start, g_stop = region.groups(group_size)
+    bounds = {
+        "n": (region.n_start, region.n_stop),
+        "k": (region.k_start, region.k_stop),
+        "g": (g_start, g_stop),
+    }
+    slices = []
+    for dim in layout.dims:
+        start, stop = bounds[dim.axis] if dim.axis else (0, dim.size)
+        slices.append(slice(start // dim.pack, -(-stop // dim.pack)))
+    return tuple(slices)
+
+
+def check_slices(
+    tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region, scales: str
+) -> None:
+    """Refuse tensors that are not exactly the slices of `region`, and scales that are not finite.
+
+    Raises:
+        WeightLoadError: a tensor is missing, has another dtype or shape, or a scale is NaN or inf.
+    """
+    if not (0 <= region.n_start < region.n_stop <= layer.n) or not (
+        0 <= region.k_start < region.k_stop <= layer.k
+    ):
+        raise ValueError(f"{region} does not lie inside [{layer.n}, {layer.k}]")
+    for layout in layer.tensors:
+        tensor = tensors.get(layout.name)
+        if tensor is None:
+            raise WeightLoadError(f"{layer.module}: tensor {layout.name} was not loaded")
+        expected = layer.stored_shape(layout, region)
+        if tensor.dtype != layout.dtype or tuple(tensor.shape) != expected:
+            raise WeightLoadError(
+                f"{layer.module}.{layout.name}: found {tensor.dtype} {list(tensor.shape)}, "
+                f"expected {layout.dtype} {list(expected)} for {region}"
+            )
+    if not bool(torch.isfinite(tensors[scales]).all()):
+        count = int((~torch.isfinite(tensors[scales])).sum())
+        raise WeightLoadError(
+            f"{layer.module}.{scales}: found {count} NaN or infinite values, expected finite "
+            f"scales; the file is damaged or was never filled: download or quantize it again"
+        )
+
+
+def describe_layer(
+    format_name: str, module: str, stored: Mapping[str, TensorInfo], scheme: Scheme
+) -> LayerFormat:
+    """Check a module's headers against its scheme and describe it.
+
+    N and K follow from the header of the packed weight; every other tensor has to agree.
+
+    Raises:
+        PreflightError: tensors are missing or unexpected, or have other dtypes or shapes.
+    """
+    weight = scheme.layouts[0]
+    problems = _name_problems(module, stored, scheme.layouts)
+    info = stored.get(weight.name)
+    if info is None or len(info.shape) != len(weight.dims) or 0 in info.shape:
+        if info is not None:
+            found = f"{weight.name} of shape {list(info.shape)}"
+            supported = f"{len(weight.dims)} dimensions, none of them empty"
+            problems.append(Problem(module, found, supported, _REDO))
+        raise PreflightError(problems)
+    sizes = {dim.axis: size * dim.pack for dim, size in zip(weight.dims, info.shape, strict=True)}
+    n, k = sizes["n"], sizes["k"]
+    group_size = k if scheme.group_size == -1 else scheme.group_size
+    scale_dtype = TORCH_DTYPES.get(stored[scheme.scales].dtype) if scheme.scales in stored else None
+    layer = LayerFormat(
+        format=format_name,
+        module=module,
+        spec=QuantSpec(scheme.weight_type, group_size, scale_dtype or torch.float16),
+        n=n,
+        k=k,
+        tensors=scheme.layouts,
+        zero_offset=scheme.zero_offset,
+    )
+    problems += _tensor_problems(layer, stored)
+    if problems:
+        raise PreflightError(problems)
+    tensors = tuple(
+        replace(layout, dtypes=(TORCH_DTYPES[stored[layout.name].dtype],))
+        for layout in scheme.layouts
+    )
+    return replace(layer, tensors=tensors)
+
+
+def _name_problems(
+    module: str, stored: Mapping[str, TensorInfo], layouts: tuple[TensorLayout, ...]
+) -> list[Problem]:
+    expected = [layout.name for layout in layouts]
+    names = ", ".join(expected)
+    problems = []
+    if missing := [name for name in expected if name not in stored]:
+        found = f"no tensor {', '.join(missing)} (only {', '.join(sorted(stored))})"
+        problems.append(Problem(module, found, f"modules with all of {names}", _REDO))
+    if extra := sorted(stored.keys() - set(expected) - {"bias"}):
+        found = f"tensors with no known meaning here: {', '.join(extra)}"
+        problems.append(Problem(module, found, f"{names} and bias", _REDO))
+    return problems
+
+
+def _tensor_problems(layer: LayerFormat, stored: Mapping[str, TensorInfo]) -> list[Problem]:
+    problems = []
+    grid = f"{layer.n} out_features x {layer.k} in_features, group_size {layer.spec.group_size}"
+    for layout in layer.tensors:
+        info = stored.get(layout.name)
+        if info is None:
+            continue
+        if TORCH_DTYPES.get(info.dtype) not in layout.dtypes:
+            names = [name for name, dtype in TORCH_DTYPES.items() if dtype in layout.dtypes]
+            found = f"{layout.name} stored as {info.dtype}"
+            problems.append(Problem(layer.module, found, " or ".join(names), _REDO))
+        expected = layer.stored_shape(layout)
+        if info.shape != expected:
+            found = f"{layout.name} of shape {list(info.shape)}"
+            supported = f"{list(expected)} for {grid}"
+            problems.append(Problem(layer.module, found, supported, _REDO))
+    return problems

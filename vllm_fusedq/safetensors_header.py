@@ -1,0 +1,149 @@
+"""Reads what a .safetensors file says about its tensors, without reading a tensor.
+
+A file is a header length (8 bytes, little-endian), that many bytes of JSON, then the tensors' data,
+which the header has to cover without holes or overlaps: the safetensors format's own rules. Nothing
+in the file is trusted before it is checked.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Never
+
+from vllm_fusedq.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "U32": 32,
+    "I32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E4M3": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+    "F64": 64,
+    "C64": 64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A stored tensor: `dtype` in safetensors' names ("I32", "BF16"), `file` the file's name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of the tensors of one file, in the order of their bytes.
+
+    Raises:
+        CheckpointError: the file cannot be read, is truncated or breaks the format's rules.
+    """
+    try:
+        with path.open("rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                _fail(path, f"{file_bytes} bytes, too short for the 8-byte header length")
+            header_bytes = int.from_bytes(prefix, "little")
+            if header_bytes > MAX_HEADER_BYTES:
+                _fail(path, f"header length {header_bytes}, more than {MAX_HEADER_BYTES} bytes")
+            if header_bytes > file_bytes - 8:
+                _fail(path, f"header length {header_bytes} in a file of {file_bytes} bytes")
+            raw = file.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    entries = _parse(path, raw)
+    data_bytes = file_bytes - 8 - header_bytes
+    spans = sorted(
+        (_check_entry(path, name, entry) for name, entry in entries.items()),
+        key=lambda span: (span[0], span[1]),
+    )
+    end = 0
+    for start, stop, info in spans:
+        if start != end:
+            kind = "overlaps the bytes before it" if start < end else "leaves a hole before it"
+            _fail(path, f"tensor {info.name} at offsets [{start}, {stop}] {kind} (expected {end})")
+        if stop > data_bytes:
+            _fail(
+                path,
+                f"tensor {info.name} ends at byte {stop} of a data section of {data_bytes} bytes: "
+                "the file is truncated, download it again",
+            )
+        end = stop
+    if end != data_bytes:
+        _fail(path, f"{data_bytes - end} bytes after the last tensor that no tensor owns")
+    return {info.name: info for _, _, info in spans}
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in names:
+                _fail(path, f"the header holds {name!r} twice")
+            names[name] = value
+        return names
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: the header is not UTF-8: {error}") from error
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        _fail(path, f"the header is a JSON {type(header).__name__}, not an object")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _check_entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorInfo]:
+    """Start and stop in the data section, and the tensor."""
+    if not isinstance(entry, dict):
+        _fail(path, f"tensor {name}: its entry is {entry!r:.80}, not an object")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        _fail(path, f"tensor {name}: unknown dtype {dtype!r:.80}")
+    if not _naturals(shape):
+        _fail(path, f"tensor {name}: shape {shape!r:.80} is not a list of sizes")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        _fail(path, f"tensor {name}: data_offsets {offsets!r:.80} are not [start, stop]")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    found = offsets[1] - offsets[0]
+    if bits != found * 8:
+        _fail(path, f"tensor {name}: {found} bytes for {dtype} {shape}, expected {bits / 8:g}")
+    return offsets[0], offsets[1], TensorInfo(name, dtype, tuple(shape), path.name)
+
+
+def _naturals(value: Any) -> bool:
+    # bool is an int to isinstance, but `true` is not a size; 2**63 bounds the arithmetic below
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
+
+
+def _fail(path: Path, fact: str) -> Never:
+    raise CheckpointError(f"{path}: not a usable safetensors file: {fact}")
