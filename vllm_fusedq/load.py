@@ -1,0 +1,176 @@
+"""From checkpoint tensors to the resident weight of one layer: collect, check, decode, pack.
+
+Tensors arrive whole and in any order. Only the rank's slice is kept; the moment the last one is
+there, the layer is decoded and packed in stripes of rows and the slices are dropped, so loading
+holds the packed model plus the layers in flight.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from fusedq_kernels import layout
+from fusedq_kernels.types import KERNEL_LAYOUT, LogicalWeight, PackedWeight
+from vllm_fusedq.errors import WeightLoadError
+from vllm_fusedq.formats import decode
+from vllm_fusedq.formats.layer import LayerFormat, Region, TensorLayout, stored_slices
+from vllm_fusedq.plan import LayerPlan
+from vllm_fusedq.sharding import PartShard
+
+# Decoded codes per stripe: bounds what packing needs beyond a layer's own bytes. A CPU wants a
+# stripe in its cache, a GPU wants few launches.
+STRIPE_CODES = {"cpu": 1 << 19, "cuda": 1 << 24}
+MIN_STRIPES = 8
+
+
+@dataclass(slots=True)
+class LayerLoader:
+    """Fills one layer's `PackedWeight` from the checkpoint tensors of its parts."""
+
+    plan: LayerPlan
+    packed: PackedWeight
+    _slices: dict[tuple[PartShard, str], torch.Tensor] = field(default_factory=dict)
+    _packed_once: bool = False
+
+    @classmethod
+    def create(cls, plan: LayerPlan, act_dtype: torch.dtype, device: torch.device) -> "LayerLoader":
+        """Allocate the resident tensors of `plan` on `device`."""
+        packed = layout.empty_packed(
+            KERNEL_LAYOUT[plan.kernel], plan.n, plan.k, plan.spec, plan.phase, act_dtype, device
+        )
+        return cls(plan, packed)
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Every tensor suffix that any part of this layer reads, in a stable order."""
+        return tuple(dict.fromkeys(t.name for fmt in self.plan.formats for t in fmt.tensors))
+
+    def add(self, name: str, tensor: torch.Tensor, shard_id: object = None) -> None:
+        """Take one whole checkpoint tensor of the part `shard_id` (None: of the only part).
+
+        Raises:
+            WeightLoadError: no such part or tensor, a shape or dtype other than the header said,
+                or (with the last tensor) values that cannot be right.
+        """
+        for part, fmt in self._parts_for(shard_id):
+            stored = _find_tensor(fmt, name, part)
+            _check_stored(stored, fmt, part, tensor)
+            cut = tensor[stored_slices(stored, part.region, fmt.spec.group_size)]
+            # A copy even on the CPU: the loader's tensor is a view of the whole mapped file.
+            self._slices[part, name] = torch.empty_like(
+                cut, device=self.packed.qweight.device, memory_format=torch.contiguous_format
+            ).copy_(cut)
+        if not self.missing():
+            self._pack()
+
+    def missing(self) -> list[str]:
+        """Full names of the tensors that have not arrived; empty once the layer is packed."""
+        if self._packed_once and not self._slices:
+            return []
+        return [
+            f"{part.module}.{stored.name}"
+            for part, fmt in self._all_parts()
+            for stored in fmt.tensors
+            if (part, stored.name) not in self._slices
+        ]
+
+    def check_complete(self) -> None:
+        """Raise WeightLoadError unless every tensor arrived and the layer is packed."""
+        if missing := self.missing():
+            raise WeightLoadError(
+                f"{self.plan.prefix}: {len(missing)} tensors were never loaded "
+                f"({', '.join(missing)}); the checkpoint files are incomplete or its names do "
+                "not match the model; download the checkpoint again"
+            )
+
+    def _all_parts(self) -> Iterator[tuple[PartShard, LayerFormat]]:
+        return zip(self.plan.shard.parts, self.plan.formats, strict=True)
+
+    def _parts_for(self, shard_id: object) -> list[tuple[PartShard, LayerFormat]]:
+        parts = list(self._all_parts())
+        if shard_id is None:
+            # One module on disk may hold all parts of a fused layer (Phi-3's qkv_proj).
+            if len({part.module for part, _ in parts}) == 1:
+                return parts
+        else:
+            wanted = shard_id if isinstance(shard_id, tuple) else (shard_id,)
+            chosen = [(part, fmt) for part, fmt in parts if part.shard_id in wanted]
+            if chosen:
+                return chosen
+        known = ", ".join(f"{part.shard_id!r} ({part.module})" for part, _ in parts)
+        raise WeightLoadError(
+            f"{self.plan.prefix}: vLLM loads part {shard_id!r}, but the plan knows {known}"
+        )
+
+    def _pack(self) -> None:
+        codes = STRIPE_CODES[self.packed.qweight.device.type]
+        rows = min(codes // self.plan.k, self.plan.n // MIN_STRIPES)
+        rows = max(rows - rows % layout.ROW_ALIGNMENT, layout.ROW_ALIGNMENT)
+        for start in range(0, self.plan.n, rows):
+            stop = min(start + rows, self.plan.n)
+            pieces = [self._decode(*piece) for piece in self._pieces(start, stop)]
+            layout.pack_rows(self.packed, start, _stack(pieces))
+        self._slices.clear()
+        self._packed_once = True
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[PartShard, LayerFormat, Region]]:
+        """The parts' regions that make up rows `[start, stop)` of the fused layer."""
+        offset = 0
+        for part, fmt in self._all_parts():
+            region = part.region
+            first, last = max(start - offset, 0), min(stop - offset, region.n)
+            if first < last:
+                n_start = region.n_start + first
+                yield (
+                    part,
+                    fmt,
+                    Region(n_start, n_start + last - first, region.k_start, region.k_stop),
+                )
+            offset += region.n
+
+    def _decode(self, part: PartShard, fmt: LayerFormat, region: Region) -> LogicalWeight:
+        tensors = {}
+        for stored in fmt.tensors:
+            held = stored_slices(stored, part.region, fmt.spec.group_size)
+            wanted = stored_slices(stored, region, fmt.spec.group_size)
+            relative = tuple(
+                slice(w.start - h.start, w.stop - h.start)
+                for w, h in zip(wanted, held, strict=True)
+            )
+            tensors[stored.name] = self._slices[part, stored.name][relative]
+        return decode(tensors, fmt, region)
+
+
+def _stack(pieces: list[LogicalWeight]) -> LogicalWeight:
+    if len(pieces) == 1:
+        return pieces[0]
+    first = pieces[0]
+    zeros = None if first.zeros is None else torch.cat([p.zeros for p in pieces])
+    return LogicalWeight(
+        codes=torch.cat([p.codes for p in pieces]),
+        scales=torch.cat([p.scales for p in pieces]),
+        zeros=zeros,
+        spec=first.spec,
+        phase=first.phase,
+    )
+
+
+def _find_tensor(fmt: LayerFormat, name: str, part: PartShard) -> TensorLayout:
+    if stored := fmt.tensor(name):
+        return stored
+    raise WeightLoadError(
+        f"{part.module}.{name}: unexpected tensor for {fmt.description}; supported: "
+        f"{', '.join(stored.name for stored in fmt.tensors)}"
+    )
+
+
+def _check_stored(
+    stored: TensorLayout, fmt: LayerFormat, part: PartShard, tensor: torch.Tensor
+) -> None:
+    expected = fmt.stored_shape(stored)
+    if tuple(tensor.shape) != expected or tensor.dtype != stored.dtype:
+        raise WeightLoadError(
+            f"{part.module}.{stored.name}: loaded as {tensor.dtype} {list(tensor.shape)}; the "
+            f"header said {stored.dtype} {list(expected)}; the file changed while loading"
+        )

@@ -1,0 +1,159 @@
+"""The rule that decides: one layer's shard on one device becomes a `LayerPlan`, or is refused.
+
+`plan_layer` has two callers, `preflight.py` (checkpoint headers, no vLLM) and the vLLM linear
+method (real partition sizes), so the pre-flight verdict is the runtime verdict.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fusedq_kernels import heuristics, layout
+from fusedq_kernels.types import (
+    KERNEL_LAYOUT,
+    DeviceSpec,
+    GemmShape,
+    KernelName,
+    Launch,
+    QuantSpec,
+    Reason,
+)
+from vllm_fusedq.errors import PreflightError, Problem
+from vllm_fusedq.formats.layer import LayerFormat
+from vllm_fusedq.sharding import LayerShard, ParallelStyle
+
+DECODE_TOKENS = 1
+PREFILL_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a plan is for: the device decides the kernel, the dtype what it multiplies by."""
+
+    device: DeviceSpec
+    act_dtype: torch.dtype
+
+    @property
+    def kernel(self) -> KernelName:
+        return heuristics.kernel_for(self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """How one rank runs one vLLM linear layer."""
+
+    shard: LayerShard
+    formats: tuple[LayerFormat, ...]
+    spec: QuantSpec
+    phase: int
+    kernel: KernelName
+    decode: Launch
+    prefill: Launch
+    weight_bytes: int
+    metadata_bytes: int
+
+    @property
+    def prefix(self) -> str:
+        return self.shard.prefix
+
+    @property
+    def n(self) -> int:
+        return self.shard.n
+
+    @property
+    def k(self) -> int:
+        return self.shard.k
+
+
+def plan_layer(
+    shard: LayerShard, formats: Mapping[str, LayerFormat | None], target: Target
+) -> LayerPlan:
+    """Plan one layer's shard.
+
+    Args:
+        shard: what the rank holds.
+        formats: for each part's module, how the checkpoint stores it; None if unquantized.
+        target: device, activation dtype, forced kernel.
+
+    Raises:
+        PreflightError: every reason why no fused kernel can run this shard.
+    """
+    layer_formats, spec = _common_spec(shard, formats)
+    phase = shard.parts[0].region.k_start % spec.group_size
+    reasons = heuristics.unsupported_reasons(
+        shard.n, shard.k, spec, phase, target.device, target.act_dtype
+    )
+    if reasons:
+        full = " + ".join(f"[{layer.n}, {layer.k}]" for layer in layer_formats)
+        where = f"{full} full, [{shard.n}, {shard.k}] per rank at tensor_parallel_size "
+        where += str(shard.tp_size)
+        layer = f"{shard.prefix} (out_features x in_features {where})"
+        raise PreflightError([_problem(layer, reason) for reason in reasons])
+    decode, prefill = (
+        heuristics.select(GemmShape(m, shard.n, shard.k), spec, target.device)
+        for m in (DECODE_TOKENS, PREFILL_TOKENS)
+    )
+    weight_bytes, metadata_bytes = _resident_bytes(shard, spec, phase, target)
+    return LayerPlan(
+        shard=shard,
+        formats=layer_formats,
+        spec=spec,
+        phase=phase,
+        kernel=target.kernel,
+        decode=decode,
+        prefill=prefill,
+        weight_bytes=weight_bytes,
+        metadata_bytes=metadata_bytes,
+    )
+
+
+def _problem(layer: str, reason: Reason) -> Problem:
+    fix = "choose another --tensor-parallel-size or --dtype, or quantize the model again"
+    return Problem(layer, reason.found, reason.supported, fix)
+
+
+def _common_spec(
+    shard: LayerShard, formats: Mapping[str, LayerFormat | None]
+) -> tuple[tuple[LayerFormat, ...], QuantSpec]:
+    """The one scheme of all parts: a fused layer never mixes schemes silently."""
+    found = [(part.module, formats[part.module]) for part in shard.parts]
+    specs = {layer.spec if layer else None for _, layer in found}
+    if len(specs) > 1 or None in specs:
+        listing = ", ".join(
+            f"{module.rpartition('.')[2]} {layer.description if layer else 'unquantized'}"
+            for module, layer in found
+        )
+        raise PreflightError(
+            [
+                Problem(
+                    layer=shard.prefix,
+                    found=f"parts with different schemes in one fused layer ({listing})",
+                    supported="one scheme for all parts that vLLM fuses into a layer",
+                    fix="re-quantize these modules alike, or exclude all of them",
+                )
+            ]
+        )
+    layers = tuple(layer for _, layer in found if layer is not None)
+    return layers, layers[0].spec
+
+
+def _resident_bytes(
+    shard: LayerShard, spec: QuantSpec, phase: int, target: Target
+) -> tuple[int, int]:
+    shapes = layout.packed_shapes(
+        KERNEL_LAYOUT[target.kernel], shard.n, shard.k, spec, phase, target.act_dtype
+    )
+    sizes = {
+        name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in shapes.items()
+    }
+    weights = sizes.pop("qweight")
+    return weights, sum(sizes.values())
+
+
+def merge_problems(errors: Sequence[PreflightError]) -> PreflightError:
+    """One error that carries the problems of all."""
+    return PreflightError([problem for error in errors for problem in error.problems])
+
+
+__all__ = ["LayerPlan", "ParallelStyle", "Target", "merge_problems", "plan_layer"]

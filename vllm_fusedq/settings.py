@@ -1,0 +1,66 @@
+"""Runtime settings: `--additional-config '{"fusedq": {...}}'`, validated, unknown keys refused."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from fusedq_kernels.device import device_by_name
+from fusedq_kernels.heuristics import kernel_for
+from fusedq_kernels.types import DeviceSpec, KernelName
+from vllm_fusedq.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`kernel`: "auto", or one kernel's name to insist on for every layer."""
+
+    kernel: str = "auto"
+
+    def device(self, found: DeviceSpec) -> DeviceSpec:
+        """`found`, or what stands for it when planning for the kernel that was insisted on.
+
+        Raises:
+            SettingsError: the device cannot run that kernel.
+        """
+        if self.kernel == "auto" or self.kernel == kernel_for(found).value:
+            return found
+        if found.kind == "cpu" and self.kernel == KernelName.CPU_STRIPED.value:
+            return replace(found, cpu_isa="")
+        if found.kind == "cpu" and self.kernel == KernelName.TRITON_GEMM.value:
+            if os.environ.get("TRITON_INTERPRET") == "1":
+                return replace(device_by_name("sm_90"), name="interpreter")
+            raise SettingsError(
+                f'additional-config "fusedq": kernel {self.kernel!r} on a CPU runs in Triton\'s '
+                "interpreter only; set TRITON_INTERPRET=1"
+            )
+        raise SettingsError(
+            f'additional-config "fusedq": kernel {self.kernel!r} does not run on {found.name}; '
+            f"supported there: {kernel_for(found).value}"
+        )
+
+
+def parse_settings(section: Any) -> Settings:
+    """Validate the `fusedq` section of vLLM's additional config.
+
+    Raises:
+        SettingsError: not an object, an unknown key, or a value that is not allowed.
+    """
+    if not isinstance(section, Mapping):
+        raise SettingsError(
+            f'additional-config "fusedq": found {type(section).__name__}; supported: an object'
+        )
+    known = [field.name for field in fields(Settings)]
+    if unknown := sorted(set(section) - set(known)):
+        raise SettingsError(
+            f'additional-config "fusedq": unknown key {", ".join(map(repr, unknown))}; '
+            f"supported: {', '.join(known)}"
+        )
+    settings = Settings(**section)
+    allowed = ["auto", *(name.value for name in KernelName)]
+    if settings.kernel not in allowed:
+        raise SettingsError(
+            f'additional-config "fusedq": kernel {settings.kernel!r} does not exist; '
+            f"supported: {', '.join(allowed)}"
+        )
+    return settings
