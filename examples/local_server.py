@@ -1,0 +1,102 @@
+"""Starts and stops a real `vllm serve` on a loopback port; used by the demo and the tests."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+# Small models on a machine without a GPU: 1 GiB of KV cache, nothing sent anywhere.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+VLLM = str(Path(sys.executable).with_name("vllm"))
+
+
+class ServerDied(RuntimeError):
+    """`vllm serve` exited before it answered."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: its base URL and everything it has printed so far."""
+
+    url: str
+    log_file: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment, plus what a CPU run of vLLM needs."""
+    return {**os.environ, **ENVIRONMENT, **extra}
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on right now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@contextmanager
+def serving(
+    model: Path, log_file: Path, arguments: Sequence[str] = (), timeout: float = 300, **env: str
+) -> Iterator[Server]:
+    """Run `vllm serve MODEL ARGUMENTS` until the block ends; raises ServerDied if it cannot start.
+
+    The server gets a process group of its own, so that its workers stop with it.
+    """
+    port = free_port()
+    command = [VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    with log_file.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment(**env),
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", log_file, process)
+    try:
+        _wait_until_healthy(server, timeout)
+        yield server
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C for the server's whole process group; SIGKILL for what is left after 30 seconds."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _wait_until_healthy(server: Server, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            raise ServerDied(server.log)
+        try:
+            with urllib.request.urlopen(f"{server.url}/health", timeout=2):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.3)
+    raise ServerDied(f"not healthy after {timeout:.0f} s\n{server.log}")

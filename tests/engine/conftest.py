@@ -1,0 +1,30 @@
+"""Real engines and servers, shared per module because each takes half a minute to start."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from local_server import Server, serving
+from tiny_models import CHECKPOINTS, asset
+
+# Parallel test processes keep to a core each: by itself every engine would take the first one.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and (os.cpu_count() or 1) > 1:
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(int(worker.removeprefix("gw")) % os.cpu_count())
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def served(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[tuple[str, Server]]:
+    """Every committed quantized checkpoint behind `vllm serve`, torch.compile on."""
+    name = request.param
+    log = tmp_path_factory.mktemp(name) / "server.log"
+    arguments = ["--quantization", "fusedq", "--served-model-name", "tiny"]
+    arguments += ["--max-model-len", "512"]
+    with serving(asset(name), log, arguments) as server:
+        yield name, server
+
+
+@pytest.fixture(scope="session")
+def scripts() -> Path:
+    return Path(__file__).parent / "scripts"

@@ -1,0 +1,58 @@
+"""Runs a real engine in a process of its own and brings back what it said."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from local_server import environment
+
+SCRIPT = Path(__file__).parent / "scripts" / "generate.py"
+
+
+class EngineFailed(AssertionError):
+    """The engine process exited with an error; carries all that it printed."""
+
+
+def generate(
+    folder: Path,
+    model: Path,
+    prompts: list[list[int]],
+    max_tokens: int = 1,
+    dump: Path | None = None,
+    env: dict[str, str] | None = None,
+    **engine: Any,
+) -> list[dict[str, Any]]:
+    """Generate greedily with `vllm.LLM(model, **engine)`; one answer per prompt of token ids.
+
+    Each answer holds "tokens" and "prompt_logprobs" (natural logarithms, first one None).
+    """
+    request, answer = folder / "request.json", folder / "answer.json"
+    settings = {"model": str(model), "max_model_len": 256, **engine}
+    request.write_text(
+        json.dumps(
+            {
+                "engine": settings,
+                "prompts": prompts,
+                "max_tokens": max_tokens,
+                "dump": str(dump) if dump else None,
+            }
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(request), str(answer)],
+        env=environment(VLLM_ALLOW_INSECURE_SERIALIZATION="1", **(env or {})),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if done.returncode:
+        raise EngineFailed(f"{settings}\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}")
+    return json.loads(answer.read_text())
+
+
+def mean_error(logprobs: list[float | None], expected: list[float | None]) -> float:
+    """Mean absolute difference of log-probabilities in nats, without the first token."""
+    pairs = list(zip(logprobs, expected, strict=True))[1:]
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)

@@ -1,0 +1,110 @@
+"""The plugin as vLLM sees it: registered once, harmless when it cannot run, cheap when unused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+
+def in_vllm_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return next(x for x in done.stdout.splitlines() if x.startswith("RESULT ")).removeprefix(
+        "RESULT "
+    )
+
+
+def test_register_is_idempotent_and_imports_no_triton_and_no_kernels_package() -> None:
+    code = """
+import json, sys
+import vllm.model_executor.layers.quantization as q
+import vllm.model_executor.layers.linear
+before = set(sys.modules)
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+import vllm_fusedq
+vllm_fusedq.register()
+vllm_fusedq.register()
+config = q.get_quantization_config("fusedq")
+print("RESULT " + json.dumps([
+    q.QUANTIZATION_METHODS.count("fusedq"), config.__name__, sorted(new & {"triton", "kernels"}),
+]))
+"""
+    assert json.loads(in_vllm_process(code)) == [1, "FusedQConfig", []]
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0", "dev"])
+def test_other_vllm_versions_get_one_line_and_no_registration(version: str) -> None:
+    code = f"""
+import json, logging
+import vllm, vllm_fusedq
+import vllm.model_executor.layers.quantization as q
+lines = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("vllm.fusedq").addHandler(handler)
+vllm.__version__ = {version!r}
+vllm_fusedq.register()
+print("RESULT " + json.dumps([lines, "fusedq" in q.QUANTIZATION_METHODS]))
+"""
+    lines, registered = json.loads(in_vllm_process(code))
+    assert len(lines) == 1
+    assert lines[0].startswith("vllm-fusedq is not active: vLLM")
+    assert version in lines[0]
+    assert not registered
+
+
+def test_register_never_raises() -> None:
+    code = """
+import sys, vllm_fusedq
+sys.modules["vllm_fusedq.integration.versions"] = None
+vllm_fusedq.register()
+print("RESULT survived")
+"""
+    assert in_vllm_process(code) == "survived"
+
+
+def test_override_answers_only_when_asked_and_takes_new_arguments() -> None:
+    code = """
+import json
+from vllm_fusedq.integration.config import FusedQConfig
+ask = FusedQConfig.override_quantization_method
+print("RESULT " + json.dumps([
+    ask({"quant_method": "awq"}, None),
+    ask({"quant_method": "awq"}, "awq", hf_config=None),
+    ask({"quant_method": "awq"}, "fusedq", hf_config=None, anything=1),
+]))
+"""
+    assert json.loads(in_vllm_process(code)) == [None, None, "fusedq"]
+
+
+def test_amx_is_requested_in_every_vllm_process() -> None:
+    """Without the request, vLLM's CPU attention dies with SIGILL on some AMX machines."""
+    code = """
+import torch, vllm_fusedq
+asked = []
+torch.cpu._is_amx_tile_supported = lambda: True
+torch.cpu._init_amx = lambda: asked.append(True)
+vllm_fusedq.register()
+print("RESULT", len(asked))
+"""
+    assert in_vllm_process(code) == "1"
+
+
+def test_g_idx_survives_vllms_weight_mapper() -> None:
+    """vLLM's base class drops `.g_idx` from every quantized checkpoint before it is loaded."""
+    code = """
+import json
+from vllm_fusedq.integration.config import FusedQConfig
+mapper = FusedQConfig.get_checkpoint_weight_mapper()
+names = ["model.layers.0.mlp.up_proj.g_idx", "model.layers.0.mlp.up_proj.qweight"]
+print("RESULT " + json.dumps(mapper.apply_list(names)))
+"""
+    assert json.loads(in_vllm_process(code)) == [
+        "model.layers.0.mlp.up_proj.g_idx",
+        "model.layers.0.mlp.up_proj.qweight",
+    ]

@@ -1,0 +1,84 @@
+"""The main job: `vllm serve --quantization fusedq` over HTTP on every committed checkpoint."""
+
+import json
+import math
+import re
+import urllib.request
+
+import pytest
+from openai import OpenAI
+
+from engines import mean_error
+from local_server import Server
+from tiny_models import reference
+
+pytestmark = pytest.mark.engine
+
+Served = tuple[str, Server]
+FUSED_LAYERS = 8  # qkv_proj, o_proj, gate_up_proj and down_proj in each of two blocks
+
+
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
+
+
+def prompt_logprobs(server: Server, token_ids: list[int]) -> list[float | None]:
+    body = {"model": "tiny", "prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        choice = json.load(response)["choices"][0]
+    entries = choice["prompt_logprobs"]
+    return [
+        None if entry is None else entry[str(token)]["logprob"]
+        for token, entry in zip(token_ids, entries, strict=True)
+    ]
+
+
+def test_prompt_logprobs_match_the_producing_library(served: Served) -> None:
+    name, server = served
+    errors, ours, theirs, count = [], 0.0, 0.0, 0
+    for prompt in reference(name)["prompts"]:
+        found = prompt_logprobs(server, prompt["token_ids"])
+        errors.append(mean_error(found, prompt["prompt_logprobs"]))
+        ours -= sum(found[1:])
+        theirs -= sum(prompt["prompt_logprobs"][1:])
+        count += len(found) - 1
+    assert max(errors) <= 0.03
+    perplexity, expected = math.exp(ours / count), math.exp(theirs / count)
+    assert perplexity == pytest.approx(expected, rel=0.01)
+
+
+def test_completion_and_streaming_agree(served: Served) -> None:
+    _, server = served
+    request = {"model": "tiny", "prompt": "def __init__(self", "max_tokens": 24, "temperature": 0}
+    whole = client(server).completions.create(**request).choices[0].text
+    chunks = client(server).completions.create(**request, stream=True)
+    assert whole
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole
+
+
+def test_chat(served: Served) -> None:
+    _, server = served
+    answer = client(server).chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "import os"}], max_tokens=8
+    )
+    assert answer.usage.completion_tokens == 8
+    assert answer.choices[0].message.content
+
+
+def test_plan_names_a_kernel_for_every_quantized_layer(served: Served) -> None:
+    _, server = served
+    log = server.log
+    assert log.count("fusedq kernel plan") == 1
+    summary = re.search(
+        r"fused: (\d+) \((.*)\); unquantized by the checkpoint: (\d+); "
+        r"fallbacks: 0",
+        log,
+    )
+    assert summary, log[-3000:]
+    assert int(summary.group(1)) == FUSED_LAYERS
+    assert re.fullmatch(r"8 x (cpu-wna16|cpu-striped|triton-gemm)", summary.group(2))

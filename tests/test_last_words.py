@@ -1,0 +1,46 @@
+"""A worker's refusal is printed last by the process that the user started."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+PARENT = """
+import sys
+from vllm_fusedq.errors import PreflightError, Problem, UnsupportedCheckpoint
+from vllm_fusedq.integration.last_words import open_message_file, speaking_last
+
+file = open_message_file()
+for error in (PreflightError([Problem("a.b", "x", "y", "z")]), UnsupportedCheckpoint("second")):
+    try:
+        with speaking_last(file):
+            raise error
+    except RuntimeError:
+        print("raised", file=sys.stderr)
+print(file)
+raise SystemExit("a traceback would stand here")
+"""
+
+
+def test_first_refusal_is_printed_after_everything_else_and_the_file_is_removed() -> None:
+    done = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True)
+    assert done.stderr.startswith("raised\nraised\n")
+    assert done.stderr.rstrip().endswith(
+        "a traceback would stand here\n\n"
+        "vllm-fusedq refused to serve this checkpoint.\n"
+        "PreflightError: 1 problem in this checkpoint:\n"
+        "  - a.b: found x; supported: y; z"
+    )
+    assert not Path(done.stdout.strip()).exists()
+
+
+def test_no_temporary_directory_is_no_reason_to_die(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_fusedq.errors import UnsupportedCheckpoint
+    from vllm_fusedq.integration.last_words import open_message_file, speaking_last
+
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    assert open_message_file() is None
+    with pytest.raises(UnsupportedCheckpoint), speaking_last(None):
+        raise UnsupportedCheckpoint("still raised")

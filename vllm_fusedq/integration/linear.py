@@ -1,0 +1,161 @@
+"""The linear method: registers what the plan says, hands tensors to the loader, calls the op."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+
+import fusedq_kernels.op  # noqa: F401  (registers torch.ops.fusedq.matmul)
+from vllm_fusedq.errors import PreflightError, Problem
+from vllm_fusedq.formats.layer import LayerFormat, Region
+from vllm_fusedq.integration.config import WorkerState
+from vllm_fusedq.integration.last_words import speaking_last
+from vllm_fusedq.load import LayerLoader
+from vllm_fusedq.plan import plan_layer
+from vllm_fusedq.sharding import LayerShard, ParallelStyle, PartShard
+
+QKV_SHARD_IDS = ("q", "k", "v")
+
+
+class FusedQLinearMethod(LinearMethodBase):
+    """Runs one linear layer from its packed weight, never from a dequantized one."""
+
+    def __init__(
+        self,
+        state: WorkerState,
+        prefix: str,
+        modules: tuple[str, ...],
+        formats: Mapping[str, LayerFormat | None],
+    ) -> None:
+        self.state = state
+        self.prefix = prefix
+        self.modules = modules
+        self.formats = formats
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **_: Any,
+    ) -> None:
+        """Register the resident tensors, and an empty parameter for each checkpoint tensor.
+
+        The empty parameters only carry a `weight_loader` (and the names that vLLM's LoRA looks
+        for); slicing is `sharding.py`'s, exact also where vLLM's own loaders would round.
+        """
+        with speaking_last(self.state.message_file):
+            shard = self._shard(layer, input_size_per_partition, output_partition_sizes, input_size)
+            plan = plan_layer(shard, self.formats, self.state.target)
+        self.state.plans.append(plan)
+        self.op_constants = (
+            plan.n,
+            plan.k,
+            plan.spec.group_size,
+            plan.phase,
+            plan.spec.weight_type.value,
+            str(plan.spec.scale_dtype).removeprefix("torch."),
+            plan.kernel.value,
+        )
+        device = torch.get_default_device()
+        loader = LayerLoader.create(plan, params_dtype, device)
+        for name in loader.tensor_names:
+            placeholder = torch.nn.Parameter(
+                torch.empty(0, dtype=plan.formats[0].tensor(name).dtype, device=device),
+                requires_grad=False,
+            )
+            placeholder.weight_loader = _WeightLoader(loader, name, self.state.message_file)
+            layer.register_parameter(name, placeholder)
+        packed = loader.packed
+        for name in ("qweight", "scales", "zeros"):
+            tensor = getattr(packed, name)
+            layer.register_buffer(f"fusedq_{name}", tensor, persistent=False)
+        layer.fusedq_loader = loader
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        with speaking_last(self.state.message_file):
+            layer.fusedq_loader.check_complete()
+        self.state.layer_loaded(getattr(layer, "tp_rank", 0))
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return torch.ops.fusedq.matmul(
+            x,
+            layer.fusedq_qweight,
+            layer.fusedq_scales,
+            layer.fusedq_zeros,
+            bias,
+            *self.op_constants,
+        )
+
+    def _shard(
+        self, layer: torch.nn.Module, k_local: int, n_local: list[int], input_size: int
+    ) -> LayerShard:
+        """This rank's shard, from the partition sizes that vLLM gave the layer."""
+        tp_size = getattr(layer, "tp_size", 1)
+        tp_rank = getattr(layer, "tp_rank", 0)
+        row = isinstance(layer, RowParallelLinear)
+        k_start = tp_rank * k_local if row else 0
+        qkv = isinstance(layer, QKVParallelLinear)
+        kv_replicas = layer.num_kv_head_replicas if qkv else 1
+        totals: dict[str, int] = defaultdict(int)
+        parts = []
+        for index, n in enumerate(n_local):
+            # One module on disk may hold all parts (Phi-3's qkv_proj): they follow each other.
+            module = self.modules[index if len(self.modules) > 1 else 0]
+            replicas = kv_replicas if index > 0 else 1
+            start = totals[module] + (0 if row else tp_rank // replicas * n)
+            shard_id = None
+            if len(n_local) > 1:
+                shard_id = QKV_SHARD_IDS[index] if qkv else index
+            parts.append(
+                PartShard(module, shard_id, Region(start, start + n, k_start, k_start + k_local))
+            )
+            totals[module] += n if row else n * tp_size // replicas
+        self._check_sizes(totals, input_size)
+        style = ParallelStyle.ROW if row else ParallelStyle.COLUMN
+        return LayerShard(self.prefix, style, tp_size, tuple(parts))
+
+    def _check_sizes(self, n_by_module: Mapping[str, int], k: int) -> None:
+        """The checkpoint's modules must be as large as the model's config makes the layer."""
+        problems = [
+            Problem(
+                layer=module,
+                found=f"[{fmt.n}, {fmt.k}] (out_features x in_features) in the checkpoint",
+                supported=f"[{n}, {k}], which the model's config asks for",
+                fix="config.json and the weights are not of the same model; download both again",
+            )
+            for module, n in n_by_module.items()
+            if (fmt := self.formats[module]) is not None and (fmt.n, fmt.k) != (n, k)
+        ]
+        if problems:
+            raise PreflightError(problems)
+
+
+class _WeightLoader:
+    """vLLM's per-parameter `weight_loader` callable for one checkpoint tensor name."""
+
+    def __init__(self, loader: LayerLoader, name: str, message_file: str | None) -> None:
+        self.loader = loader
+        self.name = name
+        self.message_file = message_file
+
+    def __call__(
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        loaded_shard_id: object = None,
+        **_: Any,
+    ) -> None:
+        with speaking_last(self.message_file):
+            self.loader.add(self.name, loaded_weight, loaded_shard_id)
