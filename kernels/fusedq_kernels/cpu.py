@@ -68,9 +68,8 @@ def wna16_gemm(
     if bias is not None and n_padded != packed.n:
         bias = _widened(bias, 0, n_padded)
     out = torch.empty((x.shape[0], n_padded), dtype=x.dtype)
-    torch.ops._C.cpu_gemm_wna16(
-        x, packed.qweight, out, packed.scales, packed.zeros, bias, _PACK_FACTOR, isa
-    )
+    optional = (packed.zeros, None, bias) if _takes_g_idx() else (packed.zeros, bias)
+    torch.ops._C.cpu_gemm_wna16(x, packed.qweight, out, packed.scales, *optional, _PACK_FACTOR, isa)
     return out if n_padded == packed.n else out[:, : packed.n].contiguous()
 
 
@@ -119,6 +118,13 @@ def striped_gemm(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | Non
             part += bias[start:stop]
         y[:, start:stop] = part
     return y
+
+
+@functools.cache
+def _takes_g_idx() -> bool:
+    # vLLM before 0.32 had a g_idx between zeros and bias.
+    schema = torch.ops._C.cpu_gemm_wna16.default._schema
+    return any(argument.name == "g_idx" for argument in schema.arguments)
 
 
 @functools.cache

@@ -3,14 +3,18 @@
 import json
 import math
 import re
+import subprocess
+import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
+import torch
 from openai import OpenAI
 
 from engines import mean_error
 from local_server import Server
-from tiny_models import reference
+from tiny_models import asset, reference
 
 pytestmark = pytest.mark.engine
 
@@ -82,3 +86,18 @@ def test_plan_names_a_kernel_for_every_quantized_layer(served: Served) -> None:
     assert summary, log[-3000:]
     assert int(summary.group(1)) == FUSED_LAYERS
     assert re.fullmatch(r"8 x (cpu-wna16|cpu-striped|triton-gemm)", summary.group(2))
+
+
+def test_check_and_engine_say_the_same(served: Served) -> None:
+    """Every row that `fusedq check` prints for a model is a row of the running engine's plan."""
+    name, server = served
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    command = [str(Path(sys.executable).with_name("fusedq")), "check", str(asset(name))]
+    done = subprocess.run([*command, "--device", device], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("model.")]
+    logged = [line.split("] ", 1)[-1].split() for line in server.log.splitlines()]
+    assert len(rows) == 4
+    assert all(row in logged for row in rows)

@@ -139,15 +139,20 @@ def test_wna16_takes_row_strides_without_a_copy() -> None:
     assert torch.equal(y, cpu.wna16_gemm(problem.x, packed, None, "vec"))
 
 
-def test_wna16_hands_over_padded_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("takes_g_idx", [False, True], ids=["newer", "before-0.32"])
+def test_wna16_hands_over_padded_operands(
+    monkeypatch: pytest.MonkeyPatch, takes_g_idx: bool
+) -> None:
     """The operator reads whole blocks of every operand, so a short one is read past its end."""
     calls = []
+    monkeypatch.setattr(cpu, "_takes_g_idx", lambda: takes_g_idx)
     monkeypatch.setattr(torch.ops._C, "cpu_gemm_wna16", lambda *a: calls.append(a), raising=False)
     spec = QuantSpec(WeightType.UINT4, 32, HALF)
     problem = make_problem(3, 40, 72, spec, phase=8, has_bias=True)
     packed = layout.pack(problem.logical, Layout.CPU_WNA16, HALF)
     y = cpu.wna16_gemm(problem.x, packed, problem.bias, "vec")
-    ((x, _, out, _, _, bias, pack_factor, isa),) = calls
+    ((x, _, out, _, _, *g_idx, bias, pack_factor, isa),) = calls
+    assert g_idx == ([None] if takes_g_idx else [])
     assert (x.shape, out.shape, bias.shape) == ((3, 96), (3, 64), (64,))
     assert torch.equal(x[:, 8:80], problem.x)
     assert not x[:, :8].any()
