@@ -15,7 +15,7 @@ from pathlib import Path
 
 from openai import OpenAI
 
-from local_server import VLLM, ServerDied, environment, serving
+from local_server import VLLM, ServerDied, compile_arguments, environment, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = ROOT / "tests" / "assets" / "tiny-llama-awq-g128"
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def ask_server(model: Path, folder: Path) -> None:
-    arguments = [*SERVE_ARGUMENTS, MAX_MODEL_LEN]
+    arguments = [*SERVE_ARGUMENTS, MAX_MODEL_LEN, *compile_arguments()]
     title(f"vllm serve {model.name} {' '.join(arguments)}")
     started = time.monotonic()
     with serving(model, folder / "server.log", arguments) as server:
@@ -82,7 +82,7 @@ def run_batch(model: Path, folder: Path) -> None:
     title("vllm run-batch on examples/batch.jsonl")
     results = folder / "results.jsonl"
     command = [VLLM, "run-batch", "-i", str(ROOT / "examples" / "batch.jsonl"), "-o", str(results)]
-    command += ["--model", str(model), *SERVE_ARGUMENTS, MAX_MODEL_LEN]
+    command += ["--model", str(model), *SERVE_ARGUMENTS, MAX_MODEL_LEN, "--enforce-eager"]
     run(command)
     for line in results.read_text().splitlines():
         result = json.loads(line)

@@ -1,6 +1,7 @@
 """Starts and stops a real `vllm serve` on a loopback port; used by the demo and the tests."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,12 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 VLLM = str(Path(sys.executable).with_name("vllm"))
+
+
+def compile_arguments() -> list[str]:
+    """What to add where torch.compile cannot work: on a CPU it calls g++."""
+    has_gpu = shutil.which("nvidia-smi") is not None
+    return [] if has_gpu or shutil.which("g++") else ["--enforce-eager"]
 
 
 class ServerDied(RuntimeError):

@@ -8,7 +8,7 @@ PROMPTS = ["import os\n\ndef ", "class Error(Exception):\n    ", "for i in range
 
 
 def main(model: str) -> None:
-    llm = LLM(model, quantization="fusedq", max_model_len=256)
+    llm = LLM(model, quantization="fusedq", max_model_len=256, enforce_eager=True)
     sampling = SamplingParams(temperature=0, max_tokens=24)
     for output in llm.generate(PROMPTS, sampling, use_tqdm=False):
         print(repr(output.prompt), "->", repr(output.outputs[0].text))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoints import BUILDS, Truth, write_checkpoint
+from checkpoints import BUILDS, Truth, drop, write_checkpoint
 from fusedq_kernels.device import cpu_device, device_by_name
 from fusedq_kernels.layout import unpack
 from vllm_fusedq.checkpoint import Checkpoint, read_checkpoint
@@ -98,6 +98,16 @@ def test_one_fused_module_on_disk_fills_all_parts(tmp_path: Path) -> None:
         for stored in plan.formats[0].tensors:
             loader.add(stored.name, file.get_tensor(f"{module}.{stored.name}"))
     loader.check_complete()
+    assert_exact(loader, truths)
+
+
+def test_parts_may_differ_in_optional_tensors(tmp_path: Path) -> None:
+    """GPTQ's g_idx may be missing in one part of a fused layer."""
+    module = "model.layers.0.mlp.gate_proj"
+    truths = write_checkpoint(tmp_path, "gptq-sym", edits=[drop(f"{module}.g_idx")])
+    plans = plans_of(read_checkpoint(tmp_path), "cpu")
+    loader = load(next(plan for plan in plans if "gate_up_proj" in plan.prefix), tmp_path)
+    assert loader.tensor_dtypes["g_idx"] is torch.int32
     assert_exact(loader, truths)
 
 

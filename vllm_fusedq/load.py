@@ -42,9 +42,9 @@ class LayerLoader:
         return cls(plan, packed)
 
     @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """Every tensor suffix that any part of this layer reads, in a stable order."""
-        return tuple(dict.fromkeys(t.name for fmt in self.plan.formats for t in fmt.tensors))
+    def tensor_dtypes(self) -> dict[str, torch.dtype]:
+        """Every tensor suffix that any part of this layer reads, with its stored dtype."""
+        return {t.name: t.dtype for fmt in self.plan.formats for t in fmt.tensors}
 
     def add(self, name: str, tensor: torch.Tensor, shard_id: object = None) -> None:
         """Take one whole checkpoint tensor of the part `shard_id` (None: of the only part).

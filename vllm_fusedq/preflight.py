@@ -52,7 +52,7 @@ def plan_model(
     fmt = format_for(checkpoint)
     layers, unquantized, errors = _read_layers(checkpoint, fmt)
     if errors:
-        raise merge_problems(errors)
+        raise PreflightError(fold_problems(merge_problems(errors).problems))
     plans: list[LayerPlan] = []
     for rank in ranks if ranks is not None else range(tp_size):
         rank_plans, rank_errors = _plan_rank(checkpoint, layers, target, tp_size, rank)

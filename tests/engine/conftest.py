@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from local_server import Server, serving
+from local_server import Server, compile_arguments, serving
 from tiny_models import CHECKPOINTS, asset
 
 # Parallel test processes keep to a core each: by itself every engine would take the first one.
@@ -20,7 +20,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[tuple[s
     name = request.param
     log = tmp_path_factory.mktemp(name) / "server.log"
     arguments = ["--quantization", "fusedq", "--served-model-name", "tiny"]
-    arguments += ["--max-model-len", "512"]
+    arguments += ["--max-model-len", "512", *compile_arguments()]
     with serving(asset(name), log, arguments) as server:
         yield name, server
 

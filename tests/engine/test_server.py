@@ -13,7 +13,7 @@ import torch
 from openai import OpenAI
 
 from engines import mean_error
-from local_server import Server
+from local_server import Server, compile_arguments
 from tiny_models import asset, reference
 
 pytestmark = pytest.mark.engine
@@ -86,6 +86,15 @@ def test_plan_names_a_kernel_for_every_quantized_layer(served: Served) -> None:
     assert summary, log[-3000:]
     assert int(summary.group(1)) == FUSED_LAYERS
     assert re.fullmatch(r"8 x (cpu-wna16|cpu-striped|triton-gemm)", summary.group(2))
+
+
+@pytest.mark.skipif(compile_arguments() != [], reason="torch.compile on a CPU needs g++")
+def test_the_model_is_compiled(served: Served) -> None:
+    """The answers of this file come from a compiled model, not from an eager one."""
+    _, server = served
+    mode = re.search(r"'mode': <CompilationMode\.(\w+)", server.log)
+    assert mode
+    assert mode.group(1) != "NONE"
 
 
 def test_check_and_engine_say_the_same(served: Served) -> None:

@@ -1,8 +1,10 @@
 """`--quantization fusedq`: vLLM's configuration hooks, each delegating to the planner."""
 
+import logging
 from typing import Any
 
 import torch
+import vllm._custom_ops  # noqa: F401  (registers the CPU operators that planning looks for)
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -12,8 +14,10 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.platforms import current_platform
 
+from fusedq_kernels.cpu import wna16_available
 from fusedq_kernels.device import cpu_device, current_device, device_by_name
-from fusedq_kernels.types import DeviceSpec
+from fusedq_kernels.heuristics import kernel_for
+from fusedq_kernels.types import DeviceSpec, KernelName
 from vllm_fusedq.checkpoint import Checkpoint, read_checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.formats import format_for
@@ -22,6 +26,8 @@ from vllm_fusedq.integration.last_words import open_message_file, speaking_last
 from vllm_fusedq.plan import LayerPlan, Target
 from vllm_fusedq.preflight import plan_model
 from vllm_fusedq.settings import Settings, parse_settings
+
+logger = logging.getLogger("vllm.fusedq")
 
 
 class FusedQConfig(QuantizationConfig):
@@ -127,6 +133,11 @@ class FusedQConfig(QuantizationConfig):
             vllm_config = get_current_vllm_config()
             settings = parse_settings(vllm_config.additional_config.get(self.NAME, {}))
             device = settings.device(_worker_device())
+            if kernel_for(device) is KernelName.CPU_STRIPED and settings.kernel == "auto":
+                logger.warning(
+                    "This build of vLLM has no fused CPU operator: quantized layers run on "
+                    "cpu-striped, which is several times slower."
+                )
             target = Target(device, vllm_config.model_config.dtype)
             self._worker = WorkerState(target, settings, self.message_file)
             plan = plan_model(
@@ -160,11 +171,11 @@ class WorkerState:
 def _announced_device() -> DeviceSpec:
     """The device as the API process may know it: CUDA must not be initialised there."""
     if current_platform.is_cpu():
-        return cpu_device(fused_op=True)
+        return cpu_device(wna16_available())
     capability = current_platform.get_device_capability()
     return device_by_name(f"sm_{capability.major}{capability.minor}")
 
 
 def _worker_device() -> DeviceSpec:
     device = torch.device("cpu") if current_platform.is_cpu() else torch.device("cuda")
-    return current_device(device, fused_op=True)
+    return current_device(device, wna16_available())

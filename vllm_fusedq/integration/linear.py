@@ -68,10 +68,9 @@ class FusedQLinearMethod(LinearMethodBase):
         )
         device = torch.get_default_device()
         loader = LayerLoader.create(plan, params_dtype, device)
-        for name in loader.tensor_names:
+        for name, dtype in loader.tensor_dtypes.items():
             placeholder = torch.nn.Parameter(
-                torch.empty(0, dtype=plan.formats[0].tensor(name).dtype, device=device),
-                requires_grad=False,
+                torch.empty(0, dtype=dtype, device=device), requires_grad=False
             )
             placeholder.weight_loader = _WeightLoader(loader, name, self.state.message_file)
             layer.register_parameter(name, placeholder)
