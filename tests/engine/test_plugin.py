@@ -82,6 +82,19 @@ print("RESULT " + json.dumps([
     assert json.loads(in_vllm_process(code)) == [None, None, "fusedq"]
 
 
+def test_attention_with_more_projections_is_refused() -> None:
+    code = """
+from vllm_fusedq.integration.linear import FusedQLinearMethod
+try:
+    FusedQLinearMethod(None, "model.layers.0.self_attn.qkv_proj", (), {})._refuse_attention(5)
+except RuntimeError as error:
+    print("RESULT " + str(error).replace(chr(10), " "))
+"""
+    message = in_vllm_process(code)
+    assert "model.layers.0.self_attn.qkv_proj: found an attention layer that fuses 5" in message
+    assert "supported: query, key and value projections" in message
+
+
 def test_amx_is_requested_in_every_vllm_process() -> None:
     """Without the request, vLLM's CPU attention dies with SIGILL on some AMX machines."""
     code = """

@@ -157,6 +157,12 @@ def test_refused_before_any_worker_starts(refusals: dict[str, dict], name: str) 
     assert refusal["children"] == 0
 
 
+def config_of_another_model(path: Path) -> None:
+    write_checkpoint(path, "awq")
+    config = json.loads((path / "config.json").read_text())
+    write_json(path / "config.json", {**config, "intermediate_size": 128})
+
+
 # Name -> (how to make it, arguments of `vllm serve`, what the last words must say).
 BY_WORKER: dict[str, tuple[Maker, list[str], str]] = {
     "NaN scale": (
@@ -174,6 +180,11 @@ BY_WORKER: dict[str, tuple[Maker, list[str], str]] = {
         lambda path: write_checkpoint(path, "awq", hidden=64, intermediate=48, group_size=16),
         ["--tensor-parallel-size", "2"],
         "tensor-parallel sizes that work for the whole model: 1",
+    ),
+    "config of another model": (
+        config_of_another_model,
+        [],
+        "[96, 64] (out_features x in_features) in the checkpoint; supported: [128, 64]",
     ),
     "unknown setting": (
         edited("awq"),

@@ -106,6 +106,8 @@ class FusedQLinearMethod(LinearMethodBase):
         row = isinstance(layer, RowParallelLinear)
         k_start = tp_rank * k_local if row else 0
         qkv = isinstance(layer, QKVParallelLinear)
+        if qkv and len(n_local) != len(QKV_SHARD_IDS):
+            self._refuse_attention(len(n_local))
         kv_replicas = layer.num_kv_head_replicas if qkv else 1
         totals: dict[str, int] = defaultdict(int)
         parts = []
@@ -124,6 +126,15 @@ class FusedQLinearMethod(LinearMethodBase):
         self._check_sizes(totals, input_size)
         style = ParallelStyle.ROW if row else ParallelStyle.COLUMN
         return LayerShard(self.prefix, style, tp_size, tuple(parts))
+
+    def _refuse_attention(self, parts: int) -> None:
+        problem = Problem(
+            layer=self.prefix,
+            found=f"an attention layer that fuses {parts} projections",
+            supported="query, key and value projections",
+            fix="serve this model without --quantization fusedq",
+        )
+        raise PreflightError([problem])
 
     def _check_sizes(self, n_by_module: Mapping[str, int], k: int) -> None:
         """The checkpoint's modules must be as large as the model's config makes the layer."""
