@@ -24,6 +24,7 @@ DEMO_MODEL = ROOT / "tests" / "assets" / "tiny-llama-gptq-g128"
 SIDES = ("stock", "fusedq")
 # (name, batch, prompt tokens, generated tokens)
 CASES = (("decode-1", 1, 16, 96), ("decode-8", 8, 16, 64), ("prefill-8x128", 8, 128, 1))
+MIN_REPEATS, MIN_SECONDS = 5, 4.0
 COLUMNS = ("model", "case", "side", "repeat", "seconds", "tokens_per_s")
 
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3, help="engine processes per side")
+    parser.add_argument("--models", nargs="+", default=["demo", "larger"])
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -42,9 +44,11 @@ def main() -> None:
         larger = Path(folder) / "random-llama-0.4b-gptq"
         shape = LlamaShape(2048, 5632, layers=8, heads=16, kv_heads=4)
         write_random_gptq(larger, shape, DEMO_MODEL)
+        known = {"demo": DEMO_MODEL, "larger": larger}
+        models = [known[name] for name in arguments.models]
         rows = [
             row
-            for model in (DEMO_MODEL, larger)
+            for model in models
             for repeat in range(arguments.repeats)
             for side in SIDES
             for row in run_side(model, side, repeat)
@@ -86,7 +90,7 @@ def run_side(model: Path, side: str, repeat: int) -> list[dict[str, object]]:
 
 
 def measure(model: str, side: str) -> dict[str, list[float]]:
-    """Runs in the worker process: seconds of each case, five times after a warm-up."""
+    """Runs in the worker process: seconds of each case, many times after a warm-up."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(
@@ -104,10 +108,11 @@ def measure(model: str, side: str) -> dict[str, list[float]]:
         ]
         sampling = SamplingParams(temperature=0, max_tokens=generated, ignore_eos=True)
         llm.generate(prompts, sampling, use_tqdm=False)
-        for _ in range(5):
+        seconds = times.setdefault(name, [])
+        while len(seconds) < MIN_REPEATS or sum(seconds) < MIN_SECONDS:
             start = time.perf_counter()
             llm.generate(prompts, sampling, use_tqdm=False)
-            times.setdefault(name, []).append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
     return times
 
 
