@@ -63,15 +63,21 @@ def empty_packed(
     phase: int,
     act_dtype: torch.dtype,
     device: torch.device | str,
+    in_features: int = 0,
 ) -> PackedWeight:
-    """A weight whose every scale is zero, for `pack_rows` to fill; `device` may be meta."""
+    """A weight whose every scale is zero, for `pack_rows` to fill; `device` may be meta.
+
+    With `in_features` it has a `perm`, which the caller fills.
+    """
     shapes = packed_shapes(layout, n, k, spec, phase, act_dtype)
     tensors = {
         name: torch.zeros(shape, dtype=dtype, device=device)
         for name, (shape, dtype) in shapes.items()
     }
+    perm = torch.zeros(k, dtype=torch.int32, device=device) if in_features else None
     return PackedWeight(
-        tensors["qweight"], tensors["scales"], tensors.get("zeros"), layout, spec, n, k, phase
+        *(tensors["qweight"], tensors["scales"], tensors.get("zeros")),
+        *(layout, spec, n, k, phase, perm, in_features),
     )
 
 
@@ -100,7 +106,11 @@ def pack(logical: LogicalWeight, layout: Layout, act_dtype: torch.dtype) -> Pack
     """
     n, k = logical.codes.shape
     device = logical.codes.device
-    packed = empty_packed(layout, n, k, logical.spec, logical.phase, act_dtype, device)
+    packed = empty_packed(
+        layout, n, k, logical.spec, logical.phase, act_dtype, device, logical.in_features
+    )
+    if packed.perm is not None and logical.perm is not None:
+        packed.perm.copy_(logical.perm)
     pack_rows(packed, 0, logical)
     return packed
 
@@ -112,12 +122,15 @@ def unpack(packed: PackedWeight) -> LogicalWeight:
     codes = packed.qweight.new_empty((packed.n, packed.k), dtype=torch.uint8)
     for start, stop in _stripes(packed.n, packed.k):
         codes[start:stop] = codec.read_codes(packed, start, stop)
-    return LogicalWeight(codes, scales, zeros, packed.spec, packed.phase)
+    return LogicalWeight(
+        codes, scales, zeros, packed.spec, packed.phase, packed.perm, packed.in_features
+    )
 
 
 def weight_bytes(packed: PackedWeight) -> dict[str, int]:
     """Resident bytes of each tensor, padding included, by field name."""
-    tensors = {"qweight": packed.qweight, "scales": packed.scales, "zeros": packed.zeros}
+    names = ("qweight", "scales", "zeros", "perm")
+    tensors = {name: getattr(packed, name) for name in names}
     return {name: t.numel() * t.element_size() for name, t in tensors.items() if t is not None}
 
 

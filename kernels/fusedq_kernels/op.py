@@ -25,8 +25,9 @@ from fusedq_kernels.types import (
 )
 
 _SCHEMA = (
-    "matmul(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int n, int k, "
-    "int group_size, int phase, str weight_type, str scale_dtype, str kernel) -> Tensor"
+    "matmul(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? perm, "
+    "int n, int k, int in_features, int group_size, int phase, str weight_type, str scale_dtype, "
+    "str kernel) -> Tensor"
 )
 _SCALE_DTYPES = {
     "float16": torch.float16,
@@ -43,8 +44,12 @@ def matmul(
 ) -> torch.Tensor:
     """`x @ dequantize(packed).T + bias` by the named kernel.
 
+    A weight with a `perm` multiplies `x[..., perm]`: the tokens are gathered once, into a copy,
+    before the kernel reads them. No kernel gathers by itself yet.
+
     Args:
-        x: `[..., K]` fp16 or bf16 on the device of `packed`, any strides.
+        x: `[..., K]` fp16 or bf16 on the device of `packed`, any strides; `[..., in_features]` for
+            a weight with a `perm`.
         packed: a weight in the layout that `kernel` reads.
         bias: `[N]` in the dtype of `x`, or None.
         kernel: a GPU runs triton-gemm; a CPU runs the other two, and triton-gemm in Triton's
@@ -64,8 +69,10 @@ def matmul(
         packed.scales,
         packed.zeros,
         bias,
+        packed.perm,
         packed.n,
         packed.k,
+        packed.k if packed.perm is None else packed.in_features,
         spec.group_size,
         packed.phase,
         spec.weight_type.value,
@@ -108,8 +115,10 @@ def _matmul(
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     bias: torch.Tensor | None,
+    perm: torch.Tensor | None,
     n: int,
     k: int,
+    in_features: int,
     group_size: int,
     phase: int,
     weight_type: str,
@@ -117,13 +126,17 @@ def _matmul(
     kernel: str,
 ) -> torch.Tensor:
     call = _call(n, k, group_size, phase, weight_type, scale_dtype, kernel, x.dtype)
-    packed = PackedWeight(qweight, scales, zeros, call.layout, call.spec, n, k, phase)
+    packed = PackedWeight(
+        qweight, scales, zeros, call.layout, call.spec, n, k, phase, perm, in_features
+    )
     _check(x, packed, bias, call)
     lead = x.shape[:-1]
-    tokens = x if x.ndim == 2 else x.reshape(-1, k)
+    tokens = x if x.ndim == 2 else x.reshape(-1, in_features)
     if tokens.shape[0] == 0:
         return x.new_empty((*lead, n))
-    if tokens.stride(1) != 1:
+    if perm is not None:
+        tokens = tokens.index_select(1, perm)
+    elif tokens.stride(1) != 1:
         tokens = tokens.contiguous()
     y = call.run(tokens, packed, bias)
     return y if x.ndim == 2 else y.view(*lead, n)
@@ -135,8 +148,10 @@ def _matmul_fake(
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     bias: torch.Tensor | None,
+    perm: torch.Tensor | None,
     n: int,
     k: int,
+    in_features: int,
     group_size: int,
     phase: int,
     weight_type: str,
@@ -144,7 +159,9 @@ def _matmul_fake(
     kernel: str,
 ) -> torch.Tensor:
     call = _call(n, k, group_size, phase, weight_type, scale_dtype, kernel, x.dtype)
-    packed = PackedWeight(qweight, scales, zeros, call.layout, call.spec, n, k, phase)
+    packed = PackedWeight(
+        qweight, scales, zeros, call.layout, call.spec, n, k, phase, perm, in_features
+    )
     _check(x, packed, bias, call)
     return x.new_empty((*x.shape[:-1], n))
 
@@ -182,14 +199,19 @@ def _call(
 
 
 def _check(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, call: _Call) -> None:
-    if x.ndim == 0 or x.shape[-1] != packed.k:
-        raise ValueError(f"x must have shape [..., {packed.k}], got {list(x.shape)}")
+    if x.ndim == 0 or x.shape[-1] != packed.in_features:
+        raise ValueError(f"x must have shape [..., {packed.in_features}], got {list(x.shape)}")
     if x.is_cuda and call.kernel in _CPU_ONLY:
         raise ValueError(f"kernel {call.kernel.value} runs on a CPU, x is on {x.device}")
     device = x.device
     _check_tensor("qweight", packed.qweight, call.shapes["qweight"], device)
     _check_tensor("scales", packed.scales, call.shapes["scales"], device)
     _check_tensor("zeros", packed.zeros, call.shapes.get("zeros"), device)
+    if packed.perm is None:
+        if packed.in_features != packed.k:
+            raise ValueError(f"{packed.in_features} features need a perm to {packed.k} rows")
+    else:
+        _check_tensor("perm", packed.perm, TensorSpec((packed.k,), torch.int32), device)
     if bias is not None:
         _check_tensor("bias", bias, call.bias, device)
 

@@ -9,7 +9,7 @@ from fusedq_kernels.types import LogicalWeight
 
 
 def dequantize(logical: LogicalWeight) -> torch.Tensor:
-    """`(code - zero) * scale` as fp32 `[N, K]`; exact for 16-bit scales."""
+    """`(code - zero) * scale` as fp32 `[N, K]`, rows of K as stored; exact for 16-bit scales."""
     spec = logical.spec
     features = torch.arange(logical.codes.shape[1], device=logical.codes.device)
     groups = (features + logical.phase) // spec.group_size
@@ -25,6 +25,10 @@ def dequantize(logical: LogicalWeight) -> torch.Tensor:
 def matmul(
     x: torch.Tensor, logical: LogicalWeight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`x @ dequantize(logical).T + bias` for x `[..., K]`, in float64 throughout: `[..., N]`."""
+    """`x @ dequantize(logical).T + bias` for x `[..., K]`, in float64 throughout: `[..., N]`.
+
+    With `logical.perm` x is `[..., in_features]` and multiplied as `x[..., perm]`.
+    """
+    x = x if logical.perm is None else x[..., logical.perm.long()]
     y = x.to(torch.float64) @ dequantize(logical).to(torch.float64).t()
     return y if bias is None else y + bias.to(torch.float64)

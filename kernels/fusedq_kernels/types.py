@@ -133,6 +133,10 @@ class LogicalWeight:
     `codes` uint8 `[N, K]`; `scales` `[N, G]` in `spec.scale_dtype`; `zeros` uint8 `[N, G]` (the
     value subtracted from a code) or None. Row k belongs to group `(k + phase) // group_size`, so
     `G == ceil((K + phase) / group_size)`: a shard may begin and end inside a group.
+
+    With `perm`, int32 `[K]`, row k reads input feature `perm[k]` of `in_features` (activation
+    reordering); a row of padding reads any feature and its code is worth zero. Without it row k
+    reads feature k and `in_features` means nothing.
     """
 
     codes: torch.Tensor
@@ -140,6 +144,8 @@ class LogicalWeight:
     zeros: torch.Tensor | None
     spec: QuantSpec
     phase: int = 0
+    perm: torch.Tensor | None = None
+    in_features: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +153,7 @@ class PackedWeight:
     """The kernel ABI: the only resident form of a quantized weight.
 
     Shapes and dtypes of the tensors depend on `layout` (see `layout.packed_shapes`). `n` and `k`
-    are the logical sizes, without padding.
+    are the logical sizes, without padding. `perm` and `in_features` are those of `LogicalWeight`.
     """
 
     qweight: torch.Tensor
@@ -158,3 +164,5 @@ class PackedWeight:
     n: int
     k: int
     phase: int = 0
+    perm: torch.Tensor | None = None
+    in_features: int = 0

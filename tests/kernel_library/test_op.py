@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedq_kernels as fq
-from fusedq_kernels import op, testing
+from fusedq_kernels import op, reference, testing
 from fusedq_kernels.types import KERNEL_LAYOUT, KernelName, QuantSpec, WeightType
 
 HALF = torch.float16
@@ -49,8 +50,10 @@ def flat_args(x, packed, bias, kernel: KernelName, changes=None) -> tuple[object
         "scales": packed.scales,
         "zeros": packed.zeros,
         "bias": bias,
+        "perm": packed.perm,
         "n": packed.n,
         "k": packed.k,
+        "in_features": packed.k if packed.perm is None else packed.in_features,
         "group_size": packed.spec.group_size,
         "phase": packed.phase,
         "weight_type": packed.spec.weight_type.value,
@@ -72,6 +75,58 @@ def test_every_kernel_agrees_with_the_reference(kernel: KernelName, weight_type)
     assert_right(fq.matmul(x, packed, bias, kernel), problem.expected)
     without = problem.expected - problem.bias.double()
     assert_right(fq.matmul(x, packed, None, kernel), without)
+
+
+def reordered(kernel: KernelName, m: int = 3) -> tuple[torch.Tensor, fq.PackedWeight, torch.Tensor]:
+    """Tokens of 70 features, a weight whose 96 rows read them in any order, and the answer."""
+    problem, _, _ = make_call(kernel)
+    generator = torch.Generator().manual_seed(7)
+    perm = torch.randint(0, 70, (96,), generator=generator, dtype=torch.int32)
+    logical = replace(problem.logical, perm=perm, in_features=70)
+    packed = fq.pack(logical, KERNEL_LAYOUT[kernel], HALF)
+    x = torch.randn((m, 70), generator=generator).half()
+    expected = x.double()[:, perm.long()] @ reference.dequantize(problem.logical).double().t()
+    device = device_of(kernel)
+    moved = {
+        name: tensor.to(device)
+        for name in ("qweight", "scales", "zeros", "perm")
+        if (tensor := getattr(packed, name)) is not None
+    }
+    return x.to(device), replace(packed, **moved), expected
+
+
+def test_rows_read_the_features_of_perm(kernel: KernelName) -> None:
+    x, packed, expected = reordered(kernel)
+    assert_right(fq.matmul(x, packed, None, kernel), expected)
+    wide = torch.full((3, 128), torch.nan, dtype=HALF, device=x.device)
+    wide[:, 16:86] = x
+    y = fq.matmul(x, packed, None, kernel)
+    for same in (wide[:, 16:86], x.t().contiguous().t()):
+        assert torch.equal(fq.matmul(same, packed, None, kernel), y)
+    assert torch.equal(fq.matmul(x.view(3, 1, 70), packed, None, kernel), y.view(3, 1, 40))
+    assert fq.matmul(x[:0], packed, None, kernel).shape == (0, 40)
+    torch.library.opcheck(torch.ops.fusedq.matmul.default, flat_args(x, packed, None, kernel))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.ones(3, 96).half()}, r"x must have shape \[..., 70\], got \[3, 96\]"),
+        ({"perm": torch.zeros(96).long()}, r"perm must be torch.int32 \[96\], got torch.int64"),
+        ({"perm": torch.zeros(70).int()}, r"perm must be torch.int32 \[96\], got .* \[70\]"),
+        ({"perm": None}, "70 features need a perm to 96 rows"),
+    ],
+)
+def test_wrong_order(changes: dict[str, object], message: str) -> None:
+    kernel = KernelName.CPU_STRIPED
+    x, packed, _ = reordered(kernel)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.fusedq.matmul(*flat_args(x, packed, None, kernel, changes))
+
+
+def test_the_reference_gathers_too() -> None:
+    x, packed, expected = reordered(KernelName.CPU_STRIPED)
+    assert torch.equal(reference.matmul(x, fq.unpack(packed)), expected)
 
 
 def test_shapes_and_strides_of_x(kernel: KernelName) -> None:
