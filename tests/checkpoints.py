@@ -6,6 +6,7 @@ The packers here follow the published layouts bit by bit and share nothing with 
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as with_fields
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,24 @@ Edit = Callable[[Tensors], object]
 
 @dataclass(frozen=True)
 class Truth:
-    """What a quantized linear means: codes `[N, K]`, zeros `[N, G]` or None, scales `[N, G]`."""
+    """What a quantized linear means: codes `[N, K]`, zeros `[N, G]` or None, scales `[N, G]`.
+
+    `g_idx` `[K]` is the group of each in_feature; None means `k // group_size`.
+    """
 
     codes: np.ndarray
     zeros: np.ndarray | None
     scales: torch.Tensor
     group_size: int
+    g_idx: np.ndarray | None = None
+
+    def values(self, n0: int, n1: int, k0: int, k1: int) -> torch.Tensor:
+        """What a region is worth, fp64; exact."""
+        group_of = np.arange(self.codes.shape[1]) // self.group_size
+        group_of = (group_of if self.g_idx is None else self.g_idx)[k0:k1]
+        zeros = 8 if self.zeros is None else self.zeros[n0:n1][:, group_of].astype(np.float64)
+        codes = torch.from_numpy(self.codes[n0:n1, k0:k1].astype(np.float64) - zeros)
+        return codes * self.scales[n0:n1][:, group_of].double()
 
     def slice(
         self, n0: int, n1: int, k0: int, k1: int
@@ -98,7 +111,9 @@ def gptq_tensors(truth: Truth, *, stored_minus_one: bool = True, g_idx: bool = T
         "qzeros": pack_along_columns(zeros.T - np.uint8(stored_minus_one)),
         "scales": truth.scales.T.contiguous(),
     }
-    if g_idx:
+    if truth.g_idx is not None:
+        tensors["g_idx"] = torch.from_numpy(truth.g_idx.astype(np.int32))
+    elif g_idx:
         tensors["g_idx"] = torch.tensor([i // truth.group_size for i in range(k)]).int()
     return tensors
 
@@ -122,12 +137,18 @@ class Build:
     tensors: Callable[[Truth], Tensors]
     config: Callable[[int], dict[str, Any]]
     zero_range: tuple[int, int] = (0, 15)
+    ordered: bool = False
 
     def truth(
         self, n: int, k: int, group_size: int, seed: int = 0, dtype: torch.dtype = torch.float16
     ) -> Truth:
         zero_range = None if self.symmetric else self.zero_range
-        return random_truth(n, k, group_size, zero_range=zero_range, seed=seed, dtype=dtype)
+        truth = random_truth(n, k, group_size, zero_range=zero_range, seed=seed, dtype=dtype)
+        if not self.ordered:
+            return truth
+        # Layers that read one activation have one order: GPTQ takes it from the activation
+        order = np.random.default_rng(k).permutation(k)
+        return with_fields(truth, g_idx=order // truth.group_size)
 
 
 def awq_config(group_size: int) -> dict[str, Any]:
@@ -141,13 +162,15 @@ def awq_config(group_size: int) -> dict[str, Any]:
     }
 
 
-def gptq_config(group_size: int, *, sym: bool = True, version: str = "gptq") -> dict[str, Any]:
+def gptq_config(
+    group_size: int, *, sym: bool = True, version: str = "gptq", desc_act: bool = False
+) -> dict[str, Any]:
     return {
         "quant_method": "gptq",
         "bits": 4,
         "group_size": group_size,
         "sym": sym,
-        "desc_act": False,
+        "desc_act": desc_act,
         "checkpoint_format": version,
         "lm_head": False,
     }
@@ -198,6 +221,20 @@ BUILDS = {
 }
 
 
+ORDERED_BUILDS = {
+    "gptq-sym-order": Build(
+        True, gptq_tensors, lambda g: gptq_config(g, desc_act=True), ordered=True
+    ),
+    "gptq-asym-order": Build(
+        False,
+        lambda truth: gptq_tensors(truth, stored_minus_one=False),
+        lambda g: gptq_config(g, sym=False, version="gptq_v2", desc_act=True),
+        ordered=True,
+    ),
+}
+"""Builds with activation reordering, whose rows are not resident in the order of the file."""
+
+
 def write_checkpoint(
     path: Path,
     build: str = "awq",
@@ -215,7 +252,7 @@ def write_checkpoint(
     `config` overrides entries of the quantization config, `edits` change the tensors, by their full
     names, before they are written.
     """
-    made = BUILDS[build]
+    made = (BUILDS | ORDERED_BUILDS)[build]
     vocab = 32
     tensors: Tensors = {
         "model.embed_tokens.weight": torch.zeros(vocab, hidden, dtype=dtype),

@@ -66,11 +66,6 @@ REFUSED = {
     "gptq-is-marlin": ("gptq-sym", {"is_marlin_format": True}, "checkpoint_format 'marlin'"),
     "gptq-pack": ("gptq-sym", {"pack_dtype": "int16"}, "pack_dtype 'int16'"),
     "gptq-rotation": ("gptq-sym", {"rotation": "hadamard"}, "rotation 'hadamard'"),
-    "gptq-order": (
-        "gptq-sym",
-        {"desc_act": True},
-        r"desc_act true with group_size 32 \(activation reordering\).*desc_act false",
-    ),
     "gptq-sym": ("gptq-sym", {"sym": "yes"}, "sym 'yes'"),
     "gptq-override": ("gptq-sym", {"dynamic": {"+:up": {"bits": 8}}}, r"dynamic \('\+:up'\)"),
     "gptq-bare-override": ("gptq-sym", {"dynamic": {"up": {}}}, r"dynamic \('up'\)"),

@@ -10,38 +10,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from checkpoints import BUILDS, Tensors, Truth, put, replace, write_checkpoint
-from vllm_fusedq.checkpoint import Checkpoint, read_checkpoint
+from layers import MODULE, cut, describe
+from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.formats import LayerFormat, Region, decode, format_for, stored_slices
+from vllm_fusedq.formats import LayerFormat, Region, decode, format_for
 from vllm_fusedq.formats.unpacking import unpack_columns, unpack_rows
-from vllm_fusedq.safetensors_header import TensorInfo
-
-MODULE = "model.layers.0.mlp.up_proj"
-DTYPE_NAMES = {
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-}
-
-
-def describe(build: str, truth: Truth, group_size: int) -> tuple[LayerFormat, Tensors]:
-    """The stored tensors of one layer and its description, without a file."""
-    tensors = BUILDS[build].tensors(truth)
-    infos = {
-        f"{MODULE}.{name}": TensorInfo(name, DTYPE_NAMES[t.dtype], tuple(t.shape), "x")
-        for name, t in tensors.items()
-    }
-    config = BUILDS[build].config(group_size)
-    layer = format_for(Checkpoint("x", {}, config, "quantization_config", infos)).spec_for(MODULE)
-    assert layer is not None
-    return layer, tensors
-
-
-def cut(layer: LayerFormat, tensors: Tensors, region: Region) -> Tensors:
-    group_size = layer.spec.group_size
-    return {t.name: tensors[t.name][stored_slices(t, region, group_size)] for t in layer.tensors}
 
 
 def check(layer: LayerFormat, tensors: Tensors, region: Region, truth: Truth) -> None:
@@ -223,7 +196,7 @@ def test_refuses_reordered_activations(k: int, group: int) -> None:
     put("g_idx", (k,), group)(tensors)
     message = (
         rf"{MODULE}.g_idx: found in_feature {k} in group {group} \(1 of 64 in_features are out of "
-        rf"order\), expected group {k // 32} of size 32; activation reordering is not supported"
+        rf"order\), expected group {k // 32} of size 32 without activation reordering; set "
     )
     with pytest.raises(WeightLoadError, match=message):
         decode(tensors, layer, layer.whole)

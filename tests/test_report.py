@@ -24,3 +24,12 @@ def test_equal_layers_are_one_row_with_the_kernel_named(tmp_path: Path) -> None:
     assert summary(plan.layers, plan.unquantized) == (
         "fused: 12 (12 x cpu-wna16); unquantized by the checkpoint: 2; fallbacks: 0"
     )
+
+
+def test_rows_that_an_activation_order_adds_are_shown(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gptq-sym-order", layers=3)
+    target = Target(cpu_device(fused_op=True), torch.bfloat16)
+    text = render(plan_table(plan_model(read_checkpoint(tmp_path), target, tp_size=2).layers))
+    # 48 of 96 in_features may touch all 3 groups, each padded to 32
+    assert "48 as 96 x 64" in text
+    assert "gptq 4-bit g32, symmetric, act-order" in text

@@ -37,7 +37,9 @@ class LayerLoader:
     def create(cls, plan: LayerPlan, act_dtype: torch.dtype, device: torch.device) -> "LayerLoader":
         """Allocate the resident tensors of `plan` on `device`."""
         packed = layout.empty_packed(
-            KERNEL_LAYOUT[plan.kernel], plan.n, plan.k, plan.spec, plan.phase, act_dtype, device
+            *(KERNEL_LAYOUT[plan.kernel], plan.n, plan.rows, plan.spec, plan.phase, act_dtype),
+            device,
+            in_features=plan.k if plan.ordered else 0,
         )
         return cls(plan, packed)
 
@@ -105,7 +107,7 @@ class LayerLoader:
 
     def _pack(self) -> None:
         codes = STRIPE_CODES[self.packed.qweight.device.type]
-        rows = min(codes // self.plan.k, self.plan.n // MIN_STRIPES)
+        rows = min(codes // self.plan.rows, self.plan.n // MIN_STRIPES)
         rows = max(rows - rows % layout.ROW_ALIGNMENT, layout.ROW_ALIGNMENT)
         for start in range(0, self.plan.n, rows):
             stop = min(start + rows, self.plan.n)
@@ -139,7 +141,23 @@ class LayerLoader:
                 for w, h in zip(wanted, held, strict=True)
             )
             tensors[stored.name] = self._slices[part, stored.name][relative]
-        return decode(tensors, fmt, region)
+        weight = decode(tensors, fmt, region)
+        if weight.perm is not None:
+            self._keep_order(part, weight.perm)
+        return weight
+
+    def _keep_order(self, part: PartShard, perm: torch.Tensor) -> None:
+        """One gather of the activation serves all parts of a fused layer."""
+        first = self.plan.shard.parts[0]
+        if part == first:
+            self.packed.perm.copy_(perm)
+        elif not torch.equal(perm.to(self.packed.perm.device), self.packed.perm):
+            raise WeightLoadError(
+                f"{self.plan.prefix}: found another activation order in {part.module} than in "
+                f"{first.module}, which vLLM fuses into one layer with one activation; supported: "
+                "one order for all parts of a fused layer; quantize again with desc_act "
+                "false"
+            )
 
 
 def _stack(pieces: list[LogicalWeight]) -> LogicalWeight:
@@ -153,6 +171,8 @@ def _stack(pieces: list[LogicalWeight]) -> LogicalWeight:
         zeros=zeros,
         spec=first.spec,
         phase=first.phase,
+        perm=first.perm,
+        in_features=first.in_features,
     )
 
 

@@ -21,6 +21,7 @@ from fusedq_kernels.types import (
 )
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat
+from vllm_fusedq.formats.ordering import resident_rows, resident_spec
 from vllm_fusedq.sharding import LayerShard, ParallelStyle
 
 DECODE_TOKENS = 1
@@ -41,12 +42,18 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """How one rank runs one vLLM linear layer."""
+    """How one rank runs one vLLM linear layer.
+
+    `spec`, `phase` and `rows` (along K) are those of the resident weight. Where `ordered`, the
+    activation is gathered into `rows` features once before the kernel.
+    """
 
     shard: LayerShard
     formats: tuple[LayerFormat, ...]
     spec: QuantSpec
     phase: int
+    rows: int
+    ordered: bool
     kernel: KernelName
     decode: Launch
     prefill: Launch
@@ -79,10 +86,14 @@ def plan_layer(
     Raises:
         PreflightError: every reason why no fused kernel can run this shard.
     """
-    layer_formats, spec = _common_spec(shard, formats)
-    phase = shard.parts[0].region.k_start % spec.group_size
+    layer_formats = _of_one_scheme(shard, formats)
+    first, region = layer_formats[0], shard.parts[0].region
+    if first.ordered:
+        rows, spec, phase = resident_rows(first, region), resident_spec(first, region), 0
+    else:
+        rows, spec, phase = shard.k, first.spec, region.k_start % first.spec.group_size
     reasons = heuristics.unsupported_reasons(
-        shard.n, shard.k, spec, phase, target.device, target.act_dtype
+        shard.n, rows, spec, phase, target.device, target.act_dtype
     )
     if reasons:
         full = " + ".join(f"[{layer.n}, {layer.k}]" for layer in layer_formats)
@@ -91,15 +102,19 @@ def plan_layer(
         layer = f"{shard.prefix} (out_features x in_features {where})"
         raise PreflightError([_problem(layer, reason) for reason in reasons])
     decode, prefill = (
-        heuristics.select(GemmShape(m, shard.n, shard.k), spec, target.device)
+        heuristics.select(GemmShape(m, shard.n, rows), spec, target.device)
         for m in (DECODE_TOKENS, PREFILL_TOKENS)
     )
-    weight_bytes, metadata_bytes = _resident_bytes(shard, spec, phase, target)
+    weight_bytes, metadata_bytes = _resident_bytes(shard.n, rows, spec, phase, target)
+    if first.ordered:
+        metadata_bytes += rows * layout.PERM_DTYPE.itemsize
     return LayerPlan(
         shard=shard,
         formats=layer_formats,
         spec=spec,
         phase=phase,
+        rows=rows,
+        ordered=first.ordered,
         kernel=target.kernel,
         decode=decode,
         prefill=prefill,
@@ -113,12 +128,12 @@ def _problem(layer: str, reason: Reason) -> Problem:
     return Problem(layer, reason.found, reason.supported, fix)
 
 
-def _common_spec(
+def _of_one_scheme(
     shard: LayerShard, formats: Mapping[str, LayerFormat | None]
-) -> tuple[tuple[LayerFormat, ...], QuantSpec]:
-    """The one scheme of all parts: a fused layer never mixes schemes silently."""
+) -> tuple[LayerFormat, ...]:
+    """All parts' formats: a fused layer never mixes schemes silently."""
     found = [(part.module, formats[part.module]) for part in shard.parts]
-    specs = {layer.spec if layer else None for _, layer in found}
+    specs = {(layer.spec, layer.ordered) if layer else None for _, layer in found}
     if len(specs) > 1 or None in specs:
         listing = ", ".join(
             f"{module.rpartition('.')[2]} {layer.description if layer else 'unquantized'}"
@@ -134,15 +149,14 @@ def _common_spec(
                 )
             ]
         )
-    layers = tuple(layer for _, layer in found if layer is not None)
-    return layers, layers[0].spec
+    return tuple(layer for _, layer in found if layer is not None)
 
 
 def _resident_bytes(
-    shard: LayerShard, spec: QuantSpec, phase: int, target: Target
+    n: int, rows: int, spec: QuantSpec, phase: int, target: Target
 ) -> tuple[int, int]:
     shapes = layout.packed_shapes(
-        KERNEL_LAYOUT[target.kernel], shard.n, shard.k, spec, phase, target.act_dtype
+        KERNEL_LAYOUT[target.kernel], n, rows, spec, phase, target.act_dtype
     )
     sizes = {
         name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in shapes.items()

@@ -57,9 +57,10 @@ def log_plan(plans: Sequence[LayerPlan], unquantized: Sequence[str]) -> None:
 
 
 def _cells(plan: LayerPlan) -> tuple[str, ...]:
+    k = str(plan.k) if plan.rows == plan.k else f"{plan.k} as {plan.rows}"
     return (
         plan.formats[0].description,
-        f"{plan.k} x {plan.n}",
+        f"{k} x {plan.n}",
         str(plan.phase),
         plan.kernel.value,
         plan.decode.source,

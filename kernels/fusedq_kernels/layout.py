@@ -22,6 +22,7 @@ from fusedq_kernels.geometry import (
 from fusedq_kernels.types import Layout, LogicalWeight, PackedWeight, QuantSpec
 
 __all__ = [
+    "PERM_DTYPE",
     "ROW_ALIGNMENT",
     "GroupGeometry",
     "TensorSpec",
@@ -39,6 +40,8 @@ __all__ = [
 
 # Stripes of rows start and end on this, so that no stripe splits a block of either layout.
 ROW_ALIGNMENT = 32
+
+PERM_DTYPE = torch.int32
 
 # Codes per stripe: a stripe and its temporaries stay within a few MB and mostly in cache.
 _STRIPE_CODES = 1 << 20
@@ -74,7 +77,7 @@ def empty_packed(
         name: torch.zeros(shape, dtype=dtype, device=device)
         for name, (shape, dtype) in shapes.items()
     }
-    perm = torch.zeros(k, dtype=torch.int32, device=device) if in_features else None
+    perm = torch.zeros(k, dtype=PERM_DTYPE, device=device) if in_features else None
     return PackedWeight(
         *(tensors["qweight"], tensors["scales"], tensors.get("zeros")),
         *(layout, spec, n, k, phase, perm, in_features),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fusedq_kernels import cpu
-from fusedq_kernels.layout import TensorSpec, packed_shapes
+from fusedq_kernels.layout import PERM_DTYPE, TensorSpec, packed_shapes
 from fusedq_kernels.types import (
     KERNEL_LAYOUT,
     DeviceSpec,
@@ -211,7 +211,7 @@ def _check(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, cal
         if packed.in_features != packed.k:
             raise ValueError(f"{packed.in_features} features need a perm to {packed.k} rows")
     else:
-        _check_tensor("perm", packed.perm, TensorSpec((packed.k,), torch.int32), device)
+        _check_tensor("perm", packed.perm, TensorSpec((packed.k,), PERM_DTYPE), device)
     if bias is not None:
         _check_tensor("bias", bias, call.bias, device)
 

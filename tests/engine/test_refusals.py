@@ -89,7 +89,7 @@ IN_API_PROCESS: dict[str, tuple[Maker, str]] = {
     "3 bits": (edited("gptq-sym", bits=3), "bits"),
     "8-bit awq": (edited("awq", bits=8), "bits"),
     "odd group": (odd_group, "group_size"),
-    "act-order": (edited("gptq-sym", desc_act=True), "desc_act"),
+    "act-order": (edited("gptq-sym-v2", desc_act=True), "no tensor g_idx"),
     "gemv": (edited("awq", version="gemv"), "gemv"),
     "dynamic": (edited("gptq-sym", dynamic={"+:.*up.*": {"bits": 8}}), "dynamic"),
     "w8a8": (activation_quantized, "input_activations"),
@@ -170,7 +170,11 @@ BY_WORKER: dict[str, tuple[Maker, list[str], str]] = {
         [],
         f"{DOWN}.scales: found 1 NaN or infinite values",
     ),
-    "g_idx out of range": (edited("gptq-sym", put(f"{DOWN}.g_idx", (5,), 77)), [], f"{DOWN}"),
+    "g_idx out of range": (
+        edited("gptq-sym-order", put(f"{DOWN}.g_idx", (5,), 77)),
+        [],
+        f"{DOWN}.g_idx: found group 77, expected 0 to 2",
+    ),
     "zeros that disagree with sym": (
         edited("gptq-sym", put(f"{DOWN}.qzeros", (0, 0), 0)),
         [],

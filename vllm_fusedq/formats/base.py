@@ -104,7 +104,8 @@ class CheckpointFormat(ABC):
 
         Returns codes uint8 `[region.n, region.k]`, scales `[region.n, G]` in the stored dtype and
         zeros uint8 `[region.n, G]` or None, on the tensors' device, where G counts the groups that
-        the region touches; `phase` is `region.k_start % group_size`.
+        the region touches; `phase` is `region.k_start % group_size`. An ordered layer is sorted
+        as `ordering.sort_rows` says.
 
         Raises:
             WeightLoadError: a tensor is missing, does not fit or holds values that cannot be right.

@@ -1,19 +1,20 @@
-"""GPTQ checkpoints as AutoGPTQ and GPTQModel store them, 4-bit, without activation reordering.
+"""GPTQ checkpoints as AutoGPTQ and GPTQModel store them, 4-bit.
 
 qweight int32 `[K / 8, N]` packs in_features and qzeros int32 `[G, N / 8]` out_features, both in
-order from the lowest nibble; scales `[G, N]`; g_idx int32 `[K]` is each in_feature's group and may
-be missing. checkpoint_format "gptq" (v1) stores zero points minus one, "gptq_v2" as they are.
+order from the lowest nibble; scales `[G, N]`; g_idx int32 `[K]` is each in_feature's group, any
+group with activation reordering (desc_act), else `k // group_size` and often missing.
+checkpoint_format "gptq" (v1) stores zero points minus one, "gptq_v2" as they are.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from fusedq_kernels.types import LogicalWeight, WeightType
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats.base import (
-    USE_VLLM,
     CheckpointFormat,
     Dim,
     LayerFormat,
@@ -23,7 +24,9 @@ from vllm_fusedq.formats.base import (
     check_slices,
 )
 from vllm_fusedq.formats.layer import SCALE_DTYPES
-from vllm_fusedq.formats.unpacking import take, unpack_columns, unpack_rows
+from vllm_fusedq.formats.ordering import sort_rows
+from vllm_fusedq.formats.unpacking import NIBBLES, take, unpack_columns, unpack_rows
+from vllm_fusedq.safetensors_header import TensorInfo
 
 LAYOUTS = (
     TensorLayout("qweight", (Dim("k", 8), Dim("n")), (torch.int32,)),
@@ -59,13 +62,8 @@ class GptqFormat(CheckpointFormat):
         if config.get("rotation"):
             raise self.refusal(f"rotation {config['rotation']!r}", "weights without rotation")
         # One group has no order, and static groups are stored in the order of in_features
-        ordered = self.group_size == -1 or config.get("static_groups")
-        if config.get("desc_act") and not ordered:
-            raise self.refusal(
-                f"desc_act true with group_size {self.group_size} (activation reordering)",
-                "desc_act false, or desc_act true with static_groups or group_size -1",
-                f"quantize again with desc_act false, or {USE_VLLM}",
-            )
+        plain = self.group_size == -1 or config.get("static_groups")
+        self.ordered = bool(config.get("desc_act")) and not plain
         if not isinstance(config.get("sym", True), bool):
             raise self.refusal(f"sym {config['sym']!r}", "sym true or false")
         self.symmetric = config.get("sym", True)
@@ -81,13 +79,16 @@ class GptqFormat(CheckpointFormat):
         return not any(pattern.match(module) for pattern in self.excluded)
 
     def scheme(self, module: str) -> Scheme:
-        with_order = "g_idx" in self.checkpoint.modules()[module]
+        stored = self.checkpoint.modules()[module]
+        layouts = _whole_groups(stored, self.group_size) if self.ordered else LAYOUTS
+        with_g_idx = self.ordered or "g_idx" in stored
         return Scheme(
             WeightType.UINT4B8 if self.symmetric else WeightType.UINT4,
             self.group_size,
-            (*LAYOUTS, G_IDX) if with_order else LAYOUTS,
+            (*layouts, G_IDX) if with_g_idx else layouts,
             scales="scales",
             zero_offset=self.zero_offset,
+            ordered=self.ordered,
         )
 
     @staticmethod
@@ -95,17 +96,16 @@ class GptqFormat(CheckpointFormat):
         tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
     ) -> LogicalWeight:
         check_slices(tensors, layer, region, "scales")
+        stored = take(unpack_rows(tensors["qzeros"].T), 0, region.n_start, region.n)
+        zeros = _zeros(stored, layer)
+        codes = take(unpack_columns(tensors["qweight"].T), 1, region.k_start, region.k)
+        scales = tensors["scales"].T.contiguous()
+        if layer.ordered:
+            return sort_rows(codes, scales, zeros, tensors["g_idx"], layer, region)
         if layer.tensor("g_idx"):
             _check_order(tensors["g_idx"], layer, region)
-        stored = take(unpack_rows(tensors["qzeros"].T), 0, region.n_start, region.n)
-        codes = unpack_columns(tensors["qweight"].T)
-        return LogicalWeight(
-            codes=take(codes, 1, region.k_start, region.k),
-            scales=tensors["scales"].T.contiguous(),
-            zeros=_zeros(stored, layer),
-            spec=layer.spec,
-            phase=region.k_start % layer.spec.group_size,
-        )
+        phase = region.k_start % layer.spec.group_size
+        return LogicalWeight(codes, scales, zeros, layer.spec, phase)
 
     def _inclusions(self, blocks: object) -> list[str]:
         """transformers' `modules_in_block_to_quantize`: a list of names, or of lists of names."""
@@ -125,6 +125,16 @@ class GptqFormat(CheckpointFormat):
                 'exclusions in dynamic ("-:regex") and one scheme for all other modules',
             )
         return [self.check_regex(rule.removeprefix("-:")) for rule in rules]
+
+
+def _whole_groups(stored: Mapping[str, TensorInfo], group_size: int) -> tuple[TensorLayout, ...]:
+    """LAYOUTS for activation reordering: any in_features of a rank may need any group."""
+    shape = stored["qweight"].shape if "qweight" in stored else ()
+    groups = Dim(None, size=-(-NIBBLES * shape[0] // group_size) if shape else 0)
+    return tuple(
+        replace(layout, dims=tuple(groups if dim.axis == "g" else dim for dim in layout.dims))
+        for layout in LAYOUTS
+    )
 
 
 def _zeros(stored: torch.Tensor, layer: LayerFormat) -> torch.Tensor | None:
@@ -159,6 +169,7 @@ def _check_order(g_idx: torch.Tensor, layer: LayerFormat, region: Region) -> Non
         raise WeightLoadError(
             f"{layer.module}.g_idx: found in_feature {k} in group {int(g_idx[row])} "
             f"({len(wrong)} of {region.k} in_features are out of order), expected group "
-            f"{k // layer.spec.group_size} of size {layer.spec.group_size}; activation reordering "
-            "is not supported: quantize again with desc_act false"
+            f"{k // layer.spec.group_size} of size {layer.spec.group_size} without activation "
+            "reordering; set desc_act to true and static_groups to false in the config if this "
+            "model was quantized with it"
         )

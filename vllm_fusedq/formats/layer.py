@@ -90,7 +90,9 @@ class LayerFormat:
     """One quantized linear of the checkpoint, unsharded, as its headers and config describe it.
 
     `tensors` lists the tensors that this module really has, the packed weight first. `zero_offset`
-    is what has to be added to a stored zero point to get the zero point. Picklable.
+    is what has to be added to a stored zero point to get the zero point. `ordered`: which group an
+    in_feature belongs to is stored (activation reordering), so its rows are sorted at load
+    (`ordering.py`). Picklable.
     """
 
     format: str
@@ -100,6 +102,7 @@ class LayerFormat:
     k: int
     tensors: tuple[TensorLayout, ...]
     zero_offset: int = 0
+    ordered: bool = False
 
     @property
     def whole(self) -> Region:
@@ -110,7 +113,8 @@ class LayerFormat:
         """Like "awq 4-bit g128, zero points"."""
         group = "per channel" if self.spec.group_size == self.k else f"g{self.spec.group_size}"
         zeros = "zero points" if self.spec.has_zero_points else "symmetric"
-        return f"{self.format} {self.spec.weight_type.bits}-bit {group}, {zeros}"
+        order = ", act-order" if self.ordered else ""
+        return f"{self.format} {self.spec.weight_type.bits}-bit {group}, {zeros}{order}"
 
     def tensor(self, name: str) -> TensorLayout | None:
         return next((layout for layout in self.tensors if layout.name == name), None)
@@ -133,6 +137,7 @@ class Scheme:
     layouts: tuple[TensorLayout, ...]
     scales: str
     zero_offset: int = 0
+    ordered: bool = False
 
 
 def stored_slices(layout: TensorLayout, region: Region, group_size: int) -> tuple[slice, ...]:
@@ -211,6 +216,7 @@ def describe_layer(
         k=k,
         tensors=scheme.layouts,
         zero_offset=scheme.zero_offset,
+        ordered=scheme.ordered,
     )
     problems += _tensor_problems(layer, stored)
     if problems:

@@ -59,6 +59,7 @@ class FusedQLinearMethod(LinearMethodBase):
         self.state.plans.append(plan)
         self.op_constants = (
             plan.n,
+            plan.rows,
             plan.k,
             plan.spec.group_size,
             plan.phase,
@@ -75,7 +76,7 @@ class FusedQLinearMethod(LinearMethodBase):
             placeholder.weight_loader = _WeightLoader(loader, name, self.state.message_file)
             layer.register_parameter(name, placeholder)
         packed = loader.packed
-        for name in ("qweight", "scales", "zeros"):
+        for name in ("qweight", "scales", "zeros", "perm"):
             tensor = getattr(packed, name)
             layer.register_buffer(f"fusedq_{name}", tensor, persistent=False)
         layer.fusedq_loader = loader
@@ -94,6 +95,7 @@ class FusedQLinearMethod(LinearMethodBase):
             layer.fusedq_scales,
             layer.fusedq_zeros,
             bias,
+            layer.fusedq_perm,
             *self.op_constants,
         )
 

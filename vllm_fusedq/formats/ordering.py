@@ -1,0 +1,126 @@
+"""Activation reordering: rows of K sorted by group, so that every group is one run of rows again.
+
+A whole K, sorted, is an ordinary weight whose activation is gathered. A rank's part of K holds any
+number of rows of each group, so there each group's rows are padded to whole steps of 32 and every
+step is a group of its own, with its group's scale repeated. That is exact; what it costs, at most,
+follows from sizes alone (`resident_rows`), because a plan is made before any value is read.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from fusedq_kernels.types import LogicalWeight, QuantSpec
+from vllm_fusedq.errors import WeightLoadError
+from vllm_fusedq.formats.layer import LayerFormat, Region
+
+STEP = 32
+
+
+class RowOrder(NamedTuple):
+    """Where the rows of a region go, on the device of g_idx.
+
+    `perm` int64 `[rows]` is the region's row that each resident row holds; `padding` lists the
+    resident rows that hold none; `groups` is the checkpoint's group of each resident group.
+    """
+
+    perm: torch.Tensor
+    padding: torch.Tensor
+    groups: torch.Tensor
+
+
+def resident_rows(layer: LayerFormat, region: Region) -> int:
+    """Rows that a region of a reordered layer takes, whatever its g_idx says."""
+    if region.k == layer.k:
+        return layer.k
+    groups = _num_groups(layer)
+    # The worst case: a row in every group opens a step there, then every 32 more rows another one
+    opened = min(groups, region.k)
+    more = min((region.k - opened) // STEP, groups * ((layer.spec.group_size - 1) // STEP))
+    return STEP * (opened + more)
+
+
+def resident_spec(layer: LayerFormat, region: Region) -> QuantSpec:
+    """The scheme of the sorted rows."""
+    return layer.spec if region.k == layer.k else replace(layer.spec, group_size=STEP)
+
+
+def sort_rows(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    g_idx: torch.Tensor,
+    layer: LayerFormat,
+    region: Region,
+) -> LogicalWeight:
+    """Sort the rows of a region by group.
+
+    Args:
+        codes: uint8 `[n, region.k]` as stored.
+        scales, zeros: `[n, G]` of all groups of the layer; zeros None where there are none.
+        g_idx: integers `[region.k]`, the group of each row.
+
+    Raises:
+        WeightLoadError: g_idx names a group that does not exist, or fills one wrongly.
+    """
+    order = order_rows(g_idx, layer, region)
+    codes = codes.index_select(1, order.perm)
+    scales = scales.index_select(1, order.groups)
+    if zeros is not None:
+        zeros = zeros.index_select(1, order.groups)
+        codes[:, order.padding] = zeros[:, order.padding // STEP]
+    else:
+        codes[:, order.padding] = layer.spec.weight_type.bias
+    spec = resident_spec(layer, region)
+    return LogicalWeight(codes, scales, zeros, spec, 0, order.perm.int(), region.k)
+
+
+def order_rows(g_idx: torch.Tensor, layer: LayerFormat, region: Region) -> RowOrder:
+    """The stable order of a region's rows by group; raises as `sort_rows` does."""
+    group_of, num_groups = g_idx.long(), _num_groups(layer)
+    low, high = (int(bound) for bound in group_of.aminmax())
+    if low < 0 or high >= num_groups:
+        raise WeightLoadError(
+            f"{layer.module}.g_idx: found group {low if low < 0 else high}, expected 0 to "
+            f"{num_groups - 1} ({layer.k} in_features, group_size {layer.spec.group_size}); "
+            "download the checkpoint again or quantize the model again"
+        )
+    counts = torch.bincount(group_of, minlength=num_groups)
+    _check_counts(counts, layer, region)
+    perm = torch.argsort(group_of, stable=True)
+    groups = torch.arange(num_groups, device=g_idx.device)
+    if region.k == layer.k:
+        return RowOrder(perm, perm[:0], groups)
+    steps = (counts + STEP - 1) // STEP
+    sorted_groups = group_of[perm]
+    # A row's place: its group's first step, plus its number within the group
+    first_row, first_slot = counts.cumsum(0) - counts, STEP * (steps.cumsum(0) - steps)
+    within = torch.arange(region.k, device=g_idx.device) - first_row[sorted_groups]
+    slots = first_slot[sorted_groups] + within
+    rows = resident_rows(layer, region)
+    padded = perm.new_zeros(rows)
+    padded[slots] = perm
+    empty = torch.ones(rows, dtype=torch.bool, device=g_idx.device)
+    empty[slots] = False
+    step_groups = perm.new_zeros(rows // STEP)
+    step_groups[: int(steps.sum())] = groups.repeat_interleave(steps)
+    return RowOrder(padded, empty.nonzero()[:, 0], step_groups)
+
+
+def _check_counts(counts: torch.Tensor, layer: LayerFormat, region: Region) -> None:
+    """No group holds more rows than its size; where all of K is there, none holds fewer."""
+    expected = torch.full_like(counts, layer.spec.group_size)
+    expected[-1] = layer.k - (len(counts) - 1) * layer.spec.group_size
+    wrong = counts != expected if region.k == layer.k else counts > layer.spec.group_size
+    if bool(wrong.any()):
+        group = int(wrong.nonzero()[0])
+        raise WeightLoadError(
+            f"{layer.module}.g_idx: found {int(counts[group])} in_features in group {group}, "
+            f"expected {int(expected[group])}; correct group_size in the config, or quantize the "
+            "model again"
+        )
+
+
+def _num_groups(layer: LayerFormat) -> int:
+    return -(-layer.k // layer.spec.group_size)
