@@ -101,6 +101,49 @@ def awq_tensors(truth: Truth) -> Tensors:
     }
 
 
+def padded_groups(values: np.ndarray, group_size: int) -> np.ndarray:
+    """`[N, G]` with zeros up to the width that AutoAWQ's gemv kernels read."""
+    words = -(-values.shape[1] // 8)
+    if group_size == 64:
+        words += words % 2
+    if group_size == 32:
+        words += -words % 4
+    return np.pad(values, ((0, 0), (0, 8 * words - values.shape[1])))
+
+
+def awq_gemv_tensors(truth: Truth) -> Tensors:
+    assert truth.zeros is not None
+    scales = padded_groups(truth.scales.float().numpy(), truth.group_size)
+    return {
+        "qweight": pack_along_columns(truth.codes),
+        "qzeros": pack_along_columns(padded_groups(truth.zeros, truth.group_size)),
+        "scales": torch.from_numpy(scales).to(truth.scales.dtype),
+    }
+
+
+def awq_gemv_fast_tensors(truth: Truth) -> Tensors:
+    assert truth.zeros is not None
+    n, k = truth.codes.shape
+    words = np.zeros((n // 4, k), dtype=np.uint16)
+    for row in range(n):
+        for column in range(k):
+            block, within = divmod(column, 64)
+            half, c = divmod(within, 32)
+            # Pairs of columns 8 apart come together, then the even ones before the odd ones
+            place = 32 * half + 8 * (c % 8 // 2) + 4 * (c % 2) + c // 8
+            nibble = 64 * (row % 4) + place
+            word = words[row // 4, 64 * block + nibble // 4 : 64 * block + nibble // 4 + 1]
+            word |= np.uint16(int(truth.codes[row, column]) << 4 * (nibble % 4))
+    scales = padded_groups(truth.scales.float().numpy(), truth.group_size)
+    zeros = padded_groups(truth.zeros.astype(np.float32), truth.group_size)
+    dtype = truth.scales.dtype
+    return {
+        "qweight": torch.from_numpy(words.view(np.int16)),
+        "qzeros": torch.from_numpy((-scales * zeros).T.copy()).to(dtype),
+        "scales": torch.from_numpy(scales.T.copy()).to(dtype),
+    }
+
+
 def gptq_tensors(truth: Truth, *, stored_minus_one: bool = True, g_idx: bool = True) -> Tensors:
     n, k = truth.codes.shape
     zeros = truth.zeros
@@ -162,6 +205,10 @@ def awq_config(group_size: int) -> dict[str, Any]:
     }
 
 
+def awq_version(version: str) -> Callable[[int], dict[str, Any]]:
+    return lambda group_size: {**awq_config(group_size), "version": version}
+
+
 def gptq_config(
     group_size: int, *, sym: bool = True, version: str = "gptq", desc_act: bool = False
 ) -> dict[str, Any]:
@@ -221,6 +268,12 @@ BUILDS = {
 }
 
 
+AWQ_BUILDS = {
+    "awq-gemv": Build(False, awq_gemv_tensors, awq_version("gemv")),
+    "awq-gemv-fast": Build(False, awq_gemv_fast_tensors, awq_version("gemv_fast")),
+}
+"""AWQ's other packings, which take whole groups of 32, 64 or at least 128 only."""
+
 ORDERED_BUILDS = {
     "gptq-sym-order": Build(
         True, gptq_tensors, lambda g: gptq_config(g, desc_act=True), ordered=True
@@ -233,6 +286,9 @@ ORDERED_BUILDS = {
     ),
 }
 """Builds with activation reordering, whose rows are not resident in the order of the file."""
+
+
+ALL_BUILDS = BUILDS | AWQ_BUILDS | ORDERED_BUILDS
 
 
 def write_checkpoint(
@@ -252,7 +308,7 @@ def write_checkpoint(
     `config` overrides entries of the quantization config, `edits` change the tensors, by their full
     names, before they are written.
     """
-    made = (BUILDS | ORDERED_BUILDS)[build]
+    made = ALL_BUILDS[build]
     vocab = 32
     tensors: Tensors = {
         "model.embed_tokens.weight": torch.zeros(vocab, hidden, dtype=dtype),

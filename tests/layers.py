@@ -2,13 +2,14 @@
 
 import torch
 
-from checkpoints import BUILDS, ORDERED_BUILDS, Tensors, Truth
+from checkpoints import ALL_BUILDS, Tensors, Truth
 from vllm_fusedq.checkpoint import Checkpoint
-from vllm_fusedq.formats import LayerFormat, Region, format_for, stored_slices
+from vllm_fusedq.formats import LayerFormat, Region, decode, format_for, stored_slices
 from vllm_fusedq.safetensors_header import TensorInfo
 
 MODULE = "model.layers.0.mlp.up_proj"
 DTYPE_NAMES = {
+    torch.int16: "I16",
     torch.int32: "I32",
     torch.int64: "I64",
     torch.float16: "F16",
@@ -18,11 +19,18 @@ DTYPE_NAMES = {
 
 
 def describe(
-    build: str, truth: Truth, group_size: int, **options: object
+    build: str,
+    truth: Truth,
+    group_size: int,
+    tensors: Tensors | None = None,
+    **options: object,
 ) -> tuple[LayerFormat, Tensors]:
-    """The stored tensors of one layer and its description, without a file."""
-    made = (BUILDS | ORDERED_BUILDS)[build]
-    tensors = made.tensors(truth)
+    """The stored tensors of one layer and its description, without a file.
+
+    `tensors` replaces the stored tensors, `options` entries of the quantization config.
+    """
+    made = ALL_BUILDS[build]
+    tensors = tensors or made.tensors(truth)
     infos = {
         f"{MODULE}.{name}": TensorInfo(name, DTYPE_NAMES[t.dtype], tuple(t.shape), "x")
         for name, t in tensors.items()
@@ -36,3 +44,24 @@ def describe(
 def cut(layer: LayerFormat, tensors: Tensors, region: Region) -> Tensors:
     group_size = layer.spec.group_size
     return {t.name: tensors[t.name][stored_slices(t, region, group_size)] for t in layer.tensors}
+
+
+def check(layer: LayerFormat, tensors: Tensors, region: Region, truth: Truth) -> None:
+    """Decoding the region's slices gives exactly the truth of the region."""
+    weight = decode(cut(layer, tensors, region), layer, region)
+    bounds = (region.n_start, region.n_stop, region.k_start, region.k_stop)
+    codes, zeros, scales = truth.slice(*bounds)
+    assert weight.codes.dtype == torch.uint8
+    assert torch.equal(weight.codes, codes)
+    assert weight.scales.dtype == layer.spec.scale_dtype
+    assert torch.equal(weight.scales, scales)
+    assert weight.phase == region.k_start % truth.group_size
+    assert weight.spec == layer.spec
+    assert weight.codes.is_contiguous()
+    assert weight.scales.is_contiguous()
+    if zeros is None:
+        assert weight.zeros is None
+    else:
+        assert weight.zeros is not None
+        assert weight.zeros.dtype == torch.uint8
+        assert torch.equal(weight.zeros, zeros)

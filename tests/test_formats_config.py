@@ -55,9 +55,18 @@ REFUSED = {
     "awq-group": ("awq", {"group_size": 12}, "group_size 12; .* -1 or a multiple of 8"),
     "awq-group-0": ("awq", {"group_size": 0}, "group_size 0;"),
     "awq-group-bool": ("awq", {"group_size": True}, "group_size True;"),
-    "awq-gemv": ("awq", {"version": "gemv"}, "version 'gemv'; .*version gemm .*quantize again"),
-    "awq-gemv-fast": ("awq", {"version": "gemv_fast"}, "version 'gemv_fast'"),
-    "awq-zero-point": ("awq", {"zero_point": False}, "zero_point False; .*zero_point true"),
+    "awq-marlin": (
+        "awq",
+        {"version": "Marlin"},
+        "version 'Marlin'; .*gemm, gemv, .*quantize again",
+    ),
+    "awq-gemv-group": ("awq", {"version": "gemv", "group_size": 96}, "group_size 96 with version"),
+    "awq-gemv-channel": (
+        "awq",
+        {"version": "gemv_fast", "group_size": -1},
+        "-1 with version gemv_",
+    ),
+    "awq-zero-point": ("awq", {"zero_point": None}, "zero_point None; .*true or false"),
     "awq-dynamic": ("awq", {"dynamic": {"a": {}}}, "per-module overrides"),
     "awq-excluded": ("awq", {"modules_to_not_convert": "gate"}, "'gate'; .*a list of names"),
     "gptq-bits": ("gptq-sym", {"bits": 3}, "bits 3; supported by gptq: 4 bits"),
@@ -124,6 +133,7 @@ def test_refuses_scaled_activations(tmp_path: Path) -> None:
 
 ACCEPTED = {
     "awq-upper": ("awq", {"version": "GEMM"}),
+    "awq-no-zero-point": ("awq", {"zero_point": False}),
     "awq-gptqmodel": ("awq", {"version": None, "checkpoint_format": "gemm"}),
     "gptq-static-groups": ("gptq-sym", {"desc_act": True, "static_groups": True}),
     "gptq-no-format": ("gptq-sym", {"checkpoint_format": None}),

@@ -9,32 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from checkpoints import BUILDS, Tensors, Truth, put, replace, write_checkpoint
-from layers import MODULE, cut, describe
+from checkpoints import BUILDS, Truth, put, replace, write_checkpoint
+from layers import MODULE, check, cut, describe
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.formats import LayerFormat, Region, decode, format_for
+from vllm_fusedq.formats import Region, decode, format_for
 from vllm_fusedq.formats.unpacking import unpack_columns, unpack_rows
-
-
-def check(layer: LayerFormat, tensors: Tensors, region: Region, truth: Truth) -> None:
-    weight = decode(cut(layer, tensors, region), layer, region)
-    bounds = (region.n_start, region.n_stop, region.k_start, region.k_stop)
-    codes, zeros, scales = truth.slice(*bounds)
-    assert weight.codes.dtype == torch.uint8
-    assert torch.equal(weight.codes, codes)
-    assert weight.scales.dtype == layer.spec.scale_dtype
-    assert torch.equal(weight.scales, scales)
-    assert weight.phase == region.k_start % truth.group_size
-    assert weight.spec == layer.spec
-    assert weight.codes.is_contiguous()
-    assert weight.scales.is_contiguous()
-    if zeros is None:
-        assert weight.zeros is None
-    else:
-        assert weight.zeros is not None
-        assert weight.zeros.dtype == torch.uint8
-        assert torch.equal(weight.zeros, zeros)
 
 
 @pytest.mark.parametrize("build", BUILDS)

@@ -39,12 +39,14 @@ class Dim:
     """One stored dimension: the logical axis it runs along and `pack` logical indices per element.
 
     `axis` is "n" (out_features), "k" (in_features), "g" (groups along K) or None for a dimension of
-    fixed `size` that every rank keeps whole.
+    fixed `size` that every rank keeps whole. Where only whole blocks of logical indices mean
+    something, `block` is their size, a multiple of `pack`.
     """
 
     axis: Axis | None
     pack: int = 1
     size: int = 0
+    block: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class LayerFormat:
     `tensors` lists the tensors that this module really has, the packed weight first. `zero_offset`
     is what has to be added to a stored zero point to get the zero point. `ordered`: which group an
     in_feature belongs to is stored (activation reordering), so its rows are sorted at load
-    (`ordering.py`). Picklable.
+    (`ordering.py`). `variant` is the format's own name for one of several packings. Picklable.
     """
 
     format: str
@@ -103,6 +105,7 @@ class LayerFormat:
     tensors: tuple[TensorLayout, ...]
     zero_offset: int = 0
     ordered: bool = False
+    variant: str = ""
 
     @property
     def whole(self) -> Region:
@@ -114,7 +117,8 @@ class LayerFormat:
         group = "per channel" if self.spec.group_size == self.k else f"g{self.spec.group_size}"
         zeros = "zero points" if self.spec.has_zero_points else "symmetric"
         order = ", act-order" if self.ordered else ""
-        return f"{self.format} {self.spec.weight_type.bits}-bit {group}, {zeros}{order}"
+        name = f"{self.format} {self.variant}".rstrip()
+        return f"{name} {self.spec.weight_type.bits}-bit {group}, {zeros}{order}"
 
     def tensor(self, name: str) -> TensorLayout | None:
         return next((layout for layout in self.tensors if layout.name == name), None)
@@ -138,6 +142,7 @@ class Scheme:
     scales: str
     zero_offset: int = 0
     ordered: bool = False
+    variant: str = ""
 
 
 def stored_slices(layout: TensorLayout, region: Region, group_size: int) -> tuple[slice, ...]:
@@ -151,7 +156,9 @@ def stored_slices(layout: TensorLayout, region: Region, group_size: int) -> tupl
     slices = []
     for dim in layout.dims:
         start, stop = bounds[dim.axis] if dim.axis else (0, dim.size)
-        slices.append(slice(start // dim.pack, -(-stop // dim.pack)))
+        block = max(dim.pack, dim.block)
+        per_block = block // dim.pack
+        slices.append(slice(start // block * per_block, -(-stop // block) * per_block))
     return tuple(slices)
 
 
@@ -217,6 +224,7 @@ def describe_layer(
         tensors=scheme.layouts,
         zero_offset=scheme.zero_offset,
         ordered=scheme.ordered,
+        variant=scheme.variant,
     )
     problems += _tensor_problems(layer, stored)
     if problems:

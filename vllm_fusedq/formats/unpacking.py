@@ -1,4 +1,4 @@
-"""Unpacks int32 words of eight 4-bit codes into uint8 codes.
+"""Unpacks integer words of 4-bit codes into uint8 codes.
 
 Nibble i is bits `[4 * i, 4 * i + 4)` of a word. Works on bytes (little-endian, like every platform
 torch runs on) because wider intermediates cost up to 8 times the memory traffic of the codes.
@@ -13,15 +13,19 @@ IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 
 
 def unpack_columns(words: torch.Tensor) -> torch.Tensor:
-    """int32 `[R, W]`, column `8 * w + i` in nibble i -> contiguous uint8 `[R, 8 * W]`."""
+    """int32 `[R, W]`, column `8 * w + i` in nibble i -> contiguous uint8 `[R, 8 * W]`.
+
+    Words of another integer dtype hold two codes per byte in the same way.
+    """
     rows, width = words.shape
+    nibbles = 2 * words.dtype.itemsize
     pairs = _bytes(words).to(torch.int16)
     # One byte to two: 0x00BA becomes 0x0B0A, whose bytes are the low nibble, then the high one
     return (
         pairs.bitwise_or_(pairs << 4)
         .bitwise_and_(0x0F0F)
         .view(torch.uint8)
-        .view(rows, NIBBLES * width)
+        .view(rows, nibbles * width)
     )
 
 
@@ -37,9 +41,11 @@ def unpack_rows(words: torch.Tensor, order: Sequence[int] = IN_ORDER) -> torch.T
     return codes.view(NIBBLES * height, width)
 
 
-def take(codes: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:
-    """Cut whole words down to `length` logical indices, from logical index `start` on."""
-    return codes.narrow(dim, start % NIBBLES, length).contiguous()
+def take(
+    codes: torch.Tensor, dim: int, start: int, length: int, block: int = NIBBLES
+) -> torch.Tensor:
+    """Cut whole words or blocks down to `length` logical indices, from logical index `start` on."""
+    return codes.narrow(dim, start % block, length).contiguous()
 
 
 def _bytes(words: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,51 @@
+"""AWQ's other packings in the engine: the committed AWQ model, packed again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from checkpoints import AWQ_BUILDS, Truth, write_json
+from engines import generate, mean_error
+from tiny_models import asset, reference
+from vllm_fusedq.checkpoint import read_checkpoint
+from vllm_fusedq.formats import decode, format_for
+
+pytestmark = pytest.mark.engine
+
+NAME = "tiny-llama-awq-g128"
+
+
+def write_repacked(build: str, path: Path) -> None:
+    shutil.copytree(asset(NAME), path)
+    fmt = format_for(read_checkpoint(path))
+    tensors = load_file(path / "model.safetensors")
+    for module in fmt.modules():
+        layer = fmt.spec_for(module)
+        stored = {t.name: tensors.pop(f"{module}.{t.name}") for t in layer.tensors}
+        weight = decode(stored, layer, layer.whole)
+        truth = Truth(weight.codes.numpy(), weight.zeros.numpy(), weight.scales, 128)
+        for name, tensor in AWQ_BUILDS[build].tensors(truth).items():
+            tensors[f"{module}.{name}"] = tensor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] |= {"version": AWQ_BUILDS[build].config(128)["version"]}
+    write_json(path / "config.json", config)
+
+
+@pytest.mark.parametrize("build", AWQ_BUILDS)
+def test_answers_as_the_gemm_packing(tmp_path: Path, build: str) -> None:
+    model = tmp_path / "model"
+    write_repacked(build, model)
+    prompts = reference(NAME)["prompts"][:4]
+    answers = generate(
+        tmp_path,
+        model,
+        [prompt["token_ids"] for prompt in prompts],
+        quantization="fusedq",
+        enforce_eager=True,
+    )
+    for answer, prompt in zip(answers, prompts, strict=True):
+        assert mean_error(answer["prompt_logprobs"], prompt["prompt_logprobs"]) <= 0.03
