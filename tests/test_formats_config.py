@@ -5,16 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import checkpoints
-from checkpoints import add, make_plain, write_checkpoint
+from checkpoints import add, make_plain, with_fields, write_checkpoint
+from fusedq_kernels import reference
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import FusedQError, UnsupportedCheckpoint
-from vllm_fusedq.formats import CheckpointFormat, format_for
+from vllm_fusedq.formats import CheckpointFormat, decode, format_for
 
 UP = "model.layers.0.mlp.up_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -76,9 +79,29 @@ REFUSED = {
     "gptq-pack": ("gptq-sym", {"pack_dtype": "int16"}, "pack_dtype 'int16'"),
     "gptq-rotation": ("gptq-sym", {"rotation": "hadamard"}, "rotation 'hadamard'"),
     "gptq-sym": ("gptq-sym", {"sym": "yes"}, "sym 'yes'"),
-    "gptq-override": ("gptq-sym", {"dynamic": {"+:up": {"bits": 8}}}, r"dynamic \('\+:up'\)"),
-    "gptq-bare-override": ("gptq-sym", {"dynamic": {"up": {}}}, r"dynamic \('up'\)"),
-    "gptq-dynamic-type": ("gptq-sym", {"dynamic": "x"}, "overrides in dynamic"),
+    "gptq-override-bits": (
+        "gptq-sym",
+        {"dynamic": {"+:up": {"bits": 8}}},
+        r"bits 8 in the dynamic rule '\+:up'; .*4 bits",
+    ),
+    "gptq-override-group": ("gptq-sym", {"dynamic": {"up": {"group_size": 12}}}, "group_size 12"),
+    "gptq-override-sym": ("gptq-sym", {"dynamic": {"up": {"sym": 1}}}, "sym 1 in the dynamic rule"),
+    "gptq-override-pack": (
+        "gptq-sym",
+        {"dynamic": {"up": {"pack_dtype": "int8"}}},
+        "'int8' in the",
+    ),
+    "gptq-override-unknown": (
+        "gptq-sym",
+        {"dynamic": {"up": {"mse": 2.4, "adapter": {"rank": 8}}}},
+        "adapter {'rank': 8} in the dynamic rule 'up'; .*overrides of bits, desc_act, group_size",
+    ),
+    "gptq-override-type": (
+        "gptq-sym",
+        {"dynamic": {"up": 8}},
+        "8 in the dynamic rule 'up'; .*a JSON object",
+    ),
+    "gptq-dynamic-type": ("gptq-sym", {"dynamic": "x"}, "dynamic 'x'; .*a JSON object"),
     "gptq-blocks": ("gptq-sym", {"modules_in_block_to_quantize": 5}, "quantize 5; .*lists of"),
     "gptq-regex": ("gptq-sym", {"dynamic": {"-:(": {}}}, "the regex '\\('"),
     "ct-kv": ("ct-sym", {"kv_cache_scheme": {"num_bits": 8}}, "quantized KV cache"),
@@ -175,6 +198,55 @@ def test_modules_that_no_group_targets_are_left_alone(tmp_path: Path) -> None:
     fmt = load(tmp_path, "ct-sym", config=groups(targets=names), edits=[make_plain(UP, 96, 64)])
     assert fmt.spec_for(UP) is None
     assert fmt.spec_for(DOWN) is not None
+
+
+def test_rules_of_gptqmodel_by_module(tmp_path: Path) -> None:
+    """The first rule that matches decides; what it does not override is the config's."""
+    layer = r".*\.layers\.0\."
+    dynamic = {
+        f"-:{layer}self_attn": {},
+        f"+:{layer}mlp.down": {"group_size": 16, "sym": False, "desc_act": True, "bits": 4},
+        f"{layer}mlp": {"group_size": -1, "mse": 2.4},
+        r"+:.*(down|gate)_proj": {"group_size": 8},
+        r"+:.*up_proj": {},
+    }
+    truths = {
+        module: with_fields(
+            checkpoints.random_truth(n, k, group_size, zero_range=zeros), g_idx=g_idx
+        )
+        for module, n, k, group_size, zeros, g_idx in (
+            (DOWN, 64, 96, 16, (1, 15), np.random.default_rng(0).permutation(96) // 16),
+            (UP, 96, 64, -1, None, None),
+            (UP.replace("up", "gate"), 96, 64, -1, None, None),
+            (DOWN.replace(".0.", ".1."), 64, 96, 8, None, None),
+            (UP.replace("up", "gate").replace(".0.", ".1."), 96, 64, 8, None, None),
+        )
+    }
+    edits = [
+        add(f"{module}.{name}", tensor)
+        for module, truth in truths.items()
+        for name, tensor in checkpoints.gptq_tensors(truth).items()
+    ]
+    edits += [make_plain(f"model.layers.0.self_attn.{name}_proj", 64, 64) for name in "qkvo"]
+    fmt = load(tmp_path, "gptq-sym", layers=2, config={"dynamic": dynamic}, edits=edits)
+    assert [problem for module in fmt.modules() for problem in fmt.problems(module)] == []
+    assert fmt.spec_for("model.layers.0.self_attn.q_proj") is None
+    expected = {
+        DOWN: "gptq 4-bit g16, zero points, act-order",
+        UP: "gptq 4-bit per channel, symmetric",
+        DOWN.replace(".0.", ".1."): "gptq 4-bit g8, symmetric",
+        UP.replace(".0.", ".1."): "gptq 4-bit g32, symmetric",
+        "model.layers.1.self_attn.q_proj": "gptq 4-bit g32, symmetric",
+    }
+    assert {module: fmt.spec_for(module).description for module in expected} == expected
+    stored = load_file(tmp_path / "model.safetensors")
+    for module, truth in truths.items():
+        layer = fmt.spec_for(module)
+        tensors = {t.name: stored[f"{module}.{t.name}"] for t in layer.tensors}
+        weight = decode(tensors, layer, layer.whole)
+        values = reference.dequantize(weight).double()
+        found = values if weight.perm is None else values[:, weight.perm.argsort()]
+        assert torch.equal(found, truth.values(0, layer.n, 0, layer.k)), module
 
 
 JSON = st.recursive(

@@ -92,7 +92,10 @@ IN_API_PROCESS: dict[str, tuple[Maker, str]] = {
     "act-order": (edited("gptq-sym-v2", desc_act=True), "no tensor g_idx"),
     "marlin": (edited("awq", version="marlin"), "version 'marlin'; supported by awq: version gemm"),
     "gemv in name only": (edited("awq", version="gemv"), "scales of shape [3, 64]"),
-    "dynamic": (edited("gptq-sym", dynamic={"+:.*up.*": {"bits": 8}}), "dynamic"),
+    "8 bits by rule": (
+        edited("gptq-sym", dynamic={"+:.*up.*": {"bits": 8}}),
+        "bits 8 in the dynamic rule '+:.*up.*'",
+    ),
     "w8a8": (activation_quantized, "input_activations"),
     "kv cache": (edited("ct-sym", kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
     "g_idx": (edited("ct-sym", add(f"{DOWN}.weight_g_idx", torch.zeros(96).int())), "weight_g_idx"),

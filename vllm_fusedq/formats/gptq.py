@@ -9,6 +9,7 @@ checkpoint_format "gptq" (v1) stores zero points minus one, "gptq_v2" as they ar
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +36,10 @@ LAYOUTS = (
 )
 G_IDX = TensorLayout("g_idx", (Dim("k"),), (torch.int32, torch.int64))
 
+STORED_OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act", "pack_dtype"})
+# The others only change how the quantizer calibrates, not what it stores
+OVERRIDES = STORED_OVERRIDES | {"act_group_aware", "damp_auto_increment", "damp_percent", "mse"}
+
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 SYMMETRIC_ZERO = 8
 
@@ -49,25 +54,15 @@ class GptqFormat(CheckpointFormat):
 
     def check_config(self) -> None:
         config = self.config
-        if config.get("bits") != 4:
-            raise self.refusal(f"bits {config.get('bits')!r}", "4 bits")
-        self.group_size = self.check_group_size(config.get("group_size"))
         checkpoint_format = config.get("checkpoint_format") or config.get("format") or "gptq"
         if checkpoint_format not in list(ZERO_OFFSETS) or config.get("is_marlin_format"):
             found = "marlin" if config.get("is_marlin_format") else checkpoint_format
             raise self.refusal(f"checkpoint_format {found!r}", " or ".join(ZERO_OFFSETS))
         self.zero_offset = ZERO_OFFSETS[checkpoint_format]
-        if config.get("pack_dtype", "int32") != "int32":
-            raise self.refusal(f"pack_dtype {config['pack_dtype']!r}", "pack_dtype int32")
         if config.get("rotation"):
             raise self.refusal(f"rotation {config['rotation']!r}", "weights without rotation")
-        # One group has no order, and static groups are stored in the order of in_features
-        plain = self.group_size == -1 or config.get("static_groups")
-        self.ordered = bool(config.get("desc_act")) and not plain
-        if not isinstance(config.get("sym", True), bool):
-            raise self.refusal(f"sym {config['sym']!r}", "sym true or false")
-        self.symmetric = config.get("sym", True)
-        self.excluded = self._exclusions(config.get("dynamic") or {})
+        self.options = self._read_options(config)
+        self.rules = self._rules(config.get("dynamic") or {})
         self.included = self._inclusions(config.get("modules_in_block_to_quantize") or [])
 
     def claims(self, module: str) -> bool:
@@ -76,19 +71,21 @@ class GptqFormat(CheckpointFormat):
             return False
         if self.included and not any(name in module for name in self.included):
             return False
-        return not any(pattern.match(module) for pattern in self.excluded)
+        return self._options_of(module) is not None
 
     def scheme(self, module: str) -> Scheme:
+        options = self._options_of(module)
+        assert options is not None
         stored = self.checkpoint.modules()[module]
-        layouts = _whole_groups(stored, self.group_size) if self.ordered else LAYOUTS
-        with_g_idx = self.ordered or "g_idx" in stored
+        layouts = _whole_groups(stored, options.group_size) if options.ordered else LAYOUTS
+        with_g_idx = options.ordered or "g_idx" in stored
         return Scheme(
-            WeightType.UINT4B8 if self.symmetric else WeightType.UINT4,
-            self.group_size,
+            WeightType.UINT4B8 if options.symmetric else WeightType.UINT4,
+            options.group_size,
             (*layouts, G_IDX) if with_g_idx else layouts,
             scales="scales",
             zero_offset=self.zero_offset,
-            ordered=self.ordered,
+            ordered=options.ordered,
         )
 
     @staticmethod
@@ -107,6 +104,20 @@ class GptqFormat(CheckpointFormat):
         phase = region.k_start % layer.spec.group_size
         return LogicalWeight(codes, scales, zeros, layer.spec, phase)
 
+    def _read_options(self, config: Mapping[str, Any], where: str = "") -> "_Options":
+        """What the config, or the config with one module's overrides, says of a module."""
+        if config.get("bits") != 4:
+            raise self.refusal(f"bits {config.get('bits')!r}{where}", "4 bits")
+        group_size = self.check_group_size(config.get("group_size"))
+        if config.get("pack_dtype", "int32") != "int32":
+            raise self.refusal(f"pack_dtype {config['pack_dtype']!r}{where}", "pack_dtype int32")
+        symmetric = config.get("sym", True)
+        if not isinstance(symmetric, bool):
+            raise self.refusal(f"sym {symmetric!r}{where}", "sym true or false")
+        # One group has no order, and static groups are stored in the order of in_features
+        plain = group_size == -1 or bool(config.get("static_groups"))
+        return _Options(group_size, symmetric, bool(config.get("desc_act")) and not plain)
+
     def _inclusions(self, blocks: object) -> list[str]:
         """transformers' `modules_in_block_to_quantize`: a list of names, or of lists of names."""
         lists = blocks if isinstance(blocks, list) else [blocks]
@@ -115,16 +126,43 @@ class GptqFormat(CheckpointFormat):
             return names
         raise self.refusal(f"modules_in_block_to_quantize {blocks!r:.80}", "lists of names")
 
-    def _exclusions(self, dynamic: object) -> list[re.Pattern[str]]:
-        """The regexes of GPTQModel's `dynamic` that exclude modules ("-:regex")."""
-        rules = list(dynamic) if isinstance(dynamic, dict) else [str(dynamic)]
-        overrides = [rule for rule in rules if not rule.startswith("-:")]
-        if overrides:
-            raise self.refusal(
-                f"per-module overrides in dynamic ({overrides[0]!r})",
-                'exclusions in dynamic ("-:regex") and one scheme for all other modules',
-            )
-        return [self.check_regex(rule.removeprefix("-:")) for rule in rules]
+    def _rules(self, dynamic: object) -> list[tuple[re.Pattern[str], "_Options | None"]]:
+        """GPTQModel's `dynamic`: the first regex that matches a module decides.
+
+        "-:regex" excludes a module; "+:regex" or a bare one overrides entries of the config.
+        """
+        if not isinstance(dynamic, dict):
+            raise self.refusal(f"dynamic {dynamic!r:.80}", "dynamic as a JSON object")
+        rules = []
+        for rule, overrides in dynamic.items():
+            pattern = self.check_regex(rule.removeprefix("-:").removeprefix("+:"))
+            if rule.startswith("-:"):
+                rules.append((pattern, None))
+                continue
+            where = f" in the dynamic rule {rule!r:.80}"
+            if not isinstance(overrides, dict):
+                raise self.refusal(f"{overrides!r:.80}{where}", "a JSON object of overrides")
+            if unknown := sorted(overrides.keys() - OVERRIDES):
+                found = f"{unknown[0]} {overrides[unknown[0]]!r:.40}{where}"
+                known = ", ".join(sorted(STORED_OVERRIDES))
+                raise self.refusal(found, f"overrides of {known} per module")
+            rules.append((pattern, self._read_options({**self.config, **overrides}, where)))
+        return rules
+
+    def _options_of(self, module: str) -> "_Options | None":
+        """None where a rule excludes the module."""
+        for pattern, options in self.rules:
+            if pattern.match(module):
+                return options
+        return self.options
+
+
+class _Options(NamedTuple):
+    """`ordered`: g_idx may say anything (activation reordering)."""
+
+    group_size: int
+    symmetric: bool
+    ordered: bool
 
 
 def _whole_groups(stored: Mapping[str, TensorInfo], group_size: int) -> tuple[TensorLayout, ...]:
