@@ -5,7 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+import tiny_models
 from checkpoints import ORDERED_BUILDS, Truth, put, with_fields
 from fusedq_kernels import reference
 from fusedq_kernels.types import LogicalWeight
@@ -47,6 +49,18 @@ def test_any_region(build: str, data: st.DataObject) -> None:
     n0, k0 = data.draw(st.integers(0, n - 1), "n0"), data.draw(st.integers(0, k - 1), "k0")
     n1, k1 = data.draw(st.integers(n0 + 1, n), "n1"), data.draw(st.integers(k0 + 1, k), "k1")
     check(build, truth, Region(n0, n1, k0, k1))
+
+
+@pytest.mark.parametrize("bounds", [(0, 192), (0, 96), (96, 192), (40, 150)])
+def test_gptqmodels_own_values(bounds: tuple[int, int]) -> None:
+    """A layer that GPTQModel packed and dequantized (tests/assets/scripts/pack_gptq.py)."""
+    tensors = load_file(tiny_models.ASSETS / "gptq-packing.safetensors")
+    values = tensors.pop("values").double()
+    truth = ORDERED_BUILDS["gptq-asym-order"].truth(32, 192, 32)
+    layer, _ = describe("gptq-asym-order", truth, 32, tensors)
+    region = Region(0, 32, *bounds)
+    weight = decode(cut(layer, tensors, region), layer, region)
+    assert torch.equal(by_feature(weight), values[:, slice(*bounds)])
 
 
 @pytest.mark.parametrize("build", ORDERED_BUILDS)
