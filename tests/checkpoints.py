@@ -169,6 +169,8 @@ def compressed_tensors_tensors(truth: Truth) -> Tensors:
     }
     if truth.zeros is not None:
         tensors["weight_zero_point"] = pack_along_rows(truth.zeros)
+    if truth.g_idx is not None:
+        tensors["weight_g_idx"] = torch.from_numpy(truth.g_idx.astype(np.int32))
     return tensors
 
 
@@ -223,14 +225,16 @@ def gptq_config(
     }
 
 
-def compressed_tensors_config(group_size: int, *, symmetric: bool = True) -> dict[str, Any]:
+def compressed_tensors_config(
+    group_size: int, *, symmetric: bool = True, actorder: str | None = None
+) -> dict[str, Any]:
     weights = {
         "num_bits": 4,
         "type": "int",
         "symmetric": symmetric,
         "strategy": "channel" if group_size == -1 else "group",
         "group_size": None if group_size == -1 else group_size,
-        "actorder": None,
+        "actorder": actorder,
         "dynamic": False,
     }
     activations = {"input_activations": None, "output_activations": None}
@@ -282,6 +286,18 @@ ORDERED_BUILDS = {
         False,
         lambda truth: gptq_tensors(truth, stored_minus_one=False),
         lambda g: gptq_config(g, sym=False, version="gptq_v2", desc_act=True),
+        ordered=True,
+    ),
+    "ct-sym-order": Build(
+        True,
+        compressed_tensors_tensors,
+        lambda g: compressed_tensors_config(g, actorder="group"),
+        ordered=True,
+    ),
+    "ct-asym-order": Build(
+        False,
+        compressed_tensors_tensors,
+        lambda g: compressed_tensors_config(g, symmetric=False, actorder="dynamic"),
         ordered=True,
     ),
 }

@@ -63,6 +63,34 @@ def test_gptqmodels_own_values(bounds: tuple[int, int]) -> None:
     assert torch.equal(by_feature(weight), values[:, slice(*bounds)])
 
 
+@pytest.mark.parametrize("build", ["ct-sym-order", "ct-asym-order"])
+def test_agrees_with_the_compressed_tensors_package(build: str) -> None:
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    truth = ORDERED_BUILDS[build].truth(16, 192, 32, dtype=torch.float32)
+    layer, tensors = describe(build, truth, 32)
+    zeros = None if truth.zeros is None else torch.from_numpy(truth.zeros.astype(np.int8) - 8)
+    theirs = dequantize(
+        torch.from_numpy(truth.codes.astype(np.int8) - 8),
+        truth.scales,
+        zeros,
+        g_idx=tensors["weight_g_idx"],
+    )
+    found = by_feature(decode(tensors, layer, layer.whole))
+    assert torch.equal(found.float(), theirs)
+
+
+@pytest.mark.parametrize("bounds", [(0, 192), (32, 160), (40, 150)])
+def test_minus_one_throughout_is_the_order_of_in_features(bounds: tuple[int, int]) -> None:
+    """What the compressed_tensors package writes where calibration found no order."""
+    build = "ct-asym-order"
+    plain = with_fields(ORDERED_BUILDS[build].truth(16, 192, 32), g_idx=None)
+    layer, tensors = describe(build, with_fields(plain, g_idx=np.full(192, -1)), 32)
+    region = Region(0, 16, *bounds)
+    found = by_feature(decode(cut(layer, tensors, region), layer, region))
+    assert torch.equal(found, plain.values(0, 16, *bounds))
+
+
 @pytest.mark.parametrize("build", ORDERED_BUILDS)
 def test_the_whole_of_k_needs_no_padding(build: str) -> None:
     truth = ORDERED_BUILDS[build].truth(16, 256, 64)
@@ -104,7 +132,7 @@ def test_the_worst_case_is_reached_and_never_passed(group_size: int, k_stop: int
                 counts[g] += size
     g_idx = torch.tensor([g for g in range(groups) for _ in range(counts[g])])
     assert len(g_idx) == k_stop
-    order = order_rows(g_idx, layer, region)
+    order = order_rows(g_idx, "g_idx", layer, region)
     steps = sum(-(-count // STEP) for count in counts)
     assert resident_rows(layer, region) == STEP * steps
     assert len(order.perm) - len(order.padding) == k_stop

@@ -32,7 +32,7 @@ from vllm_fusedq.formats.base import (
     TensorLayout,
     check_slices,
 )
-from vllm_fusedq.formats.layer import SCALE_DTYPES
+from vllm_fusedq.formats.layer import SCALE_DTYPES, with_all_groups
 from vllm_fusedq.formats.unpacking import NIBBLES, take, unpack_columns, unpack_rows
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -100,7 +100,8 @@ class AwqFormat(CheckpointFormat):
                     "correct version in the config if the model was packed with another one",
                 )
                 raise PreflightError([problem])
-            layouts = _padded(layouts, padded_words(k // self.group_size, self.group_size))
+            words = padded_words(k // self.group_size, self.group_size)
+            layouts = with_all_groups(layouts, NIBBLES * words)
         variant = "" if self.version == "gemm" else self.version
         return Scheme(WeightType.UINT4, self.group_size, layouts, scales="scales", variant=variant)
 
@@ -124,21 +125,6 @@ def padded_words(groups: int, group_size: int) -> int:
 
 def _has_padded_words(group_size: int) -> bool:
     return group_size in (32, 64) or group_size >= 128
-
-
-def _padded(layouts: tuple[TensorLayout, ...], words: int) -> tuple[TensorLayout, ...]:
-    """The layouts with their dimension of groups made of `words` words, kept whole."""
-    return tuple(
-        TensorLayout(
-            layout.name,
-            tuple(
-                Dim(None, size=words * (NIBBLES // dim.pack)) if dim.axis == "g" else dim
-                for dim in layout.dims
-            ),
-            layout.dtypes,
-        )
-        for layout in layouts
-    )
 
 
 def _unpack_gemm(tensors: Tensors, layer: LayerFormat, region: Region) -> Unpacked:

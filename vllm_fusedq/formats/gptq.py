@@ -8,7 +8,6 @@ checkpoint_format "gptq" (v1) stores zero points minus one, "gptq_v2" as they ar
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +23,9 @@ from vllm_fusedq.formats.base import (
     TensorLayout,
     check_slices,
 )
-from vllm_fusedq.formats.layer import SCALE_DTYPES
+from vllm_fusedq.formats.layer import SCALE_DTYPES, with_all_groups
 from vllm_fusedq.formats.ordering import sort_rows
 from vllm_fusedq.formats.unpacking import NIBBLES, take, unpack_columns, unpack_rows
-from vllm_fusedq.safetensors_header import TensorInfo
 
 LAYOUTS = (
     TensorLayout("qweight", (Dim("k", 8), Dim("n")), (torch.int32,)),
@@ -77,7 +75,10 @@ class GptqFormat(CheckpointFormat):
         options = self._options_of(module)
         assert options is not None
         stored = self.checkpoint.modules()[module]
-        layouts = _whole_groups(stored, options.group_size) if options.ordered else LAYOUTS
+        layouts = LAYOUTS
+        if options.ordered and "qweight" in stored:
+            k = NIBBLES * next(iter(stored["qweight"].shape), 0)
+            layouts = with_all_groups(LAYOUTS, -(-k // options.group_size))
         with_g_idx = options.ordered or "g_idx" in stored
         return Scheme(
             WeightType.UINT4B8 if options.symmetric else WeightType.UINT4,
@@ -98,7 +99,7 @@ class GptqFormat(CheckpointFormat):
         codes = take(unpack_columns(tensors["qweight"].T), 1, region.k_start, region.k)
         scales = tensors["scales"].T.contiguous()
         if layer.ordered:
-            return sort_rows(codes, scales, zeros, tensors["g_idx"], layer, region)
+            return sort_rows(codes, scales, zeros, tensors["g_idx"], "g_idx", layer, region)
         if layer.tensor("g_idx"):
             _check_order(tensors["g_idx"], layer, region)
         phase = region.k_start % layer.spec.group_size
@@ -163,16 +164,6 @@ class _Options(NamedTuple):
     group_size: int
     symmetric: bool
     ordered: bool
-
-
-def _whole_groups(stored: Mapping[str, TensorInfo], group_size: int) -> tuple[TensorLayout, ...]:
-    """LAYOUTS for activation reordering: any in_features of a rank may need any group."""
-    shape = stored["qweight"].shape if "qweight" in stored else ()
-    groups = Dim(None, size=-(-NIBBLES * shape[0] // group_size) if shape else 0)
-    return tuple(
-        replace(layout, dims=tuple(groups if dim.axis == "g" else dim for dim in layout.dims))
-        for layout in LAYOUTS
-    )
 
 
 def _zeros(stored: torch.Tensor, layer: LayerFormat) -> torch.Tensor | None:

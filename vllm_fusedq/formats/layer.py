@@ -162,6 +162,20 @@ def stored_slices(layout: TensorLayout, region: Region, group_size: int) -> tupl
     return tuple(slices)
 
 
+def with_all_groups(layouts: tuple[TensorLayout, ...], groups: int) -> tuple[TensorLayout, ...]:
+    """The layouts for ranks that keep all `groups` groups, whichever in_features they hold."""
+    return tuple(
+        replace(
+            layout,
+            dims=tuple(
+                Dim(None, size=-(-groups // dim.pack)) if dim.axis == "g" else dim
+                for dim in layout.dims
+            ),
+        )
+        for layout in layouts
+    )
+
+
 def check_slices(
     tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region, scales: str
 ) -> None:

@@ -51,6 +51,7 @@ def sort_rows(
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     g_idx: torch.Tensor,
+    name: str,
     layer: LayerFormat,
     region: Region,
 ) -> LogicalWeight:
@@ -60,11 +61,12 @@ def sort_rows(
         codes: uint8 `[n, region.k]` as stored.
         scales, zeros: `[n, G]` of all groups of the layer; zeros None where there are none.
         g_idx: integers `[region.k]`, the group of each row.
+        name: what the format calls g_idx, for messages.
 
     Raises:
         WeightLoadError: g_idx names a group that does not exist, or fills one wrongly.
     """
-    order = order_rows(g_idx, layer, region)
+    order = order_rows(g_idx, name, layer, region)
     codes = codes.index_select(1, order.perm)
     scales = scales.index_select(1, order.groups)
     if zeros is not None:
@@ -76,18 +78,18 @@ def sort_rows(
     return LogicalWeight(codes, scales, zeros, spec, 0, order.perm.int(), region.k)
 
 
-def order_rows(g_idx: torch.Tensor, layer: LayerFormat, region: Region) -> RowOrder:
+def order_rows(g_idx: torch.Tensor, name: str, layer: LayerFormat, region: Region) -> RowOrder:
     """The stable order of a region's rows by group; raises as `sort_rows` does."""
     group_of, num_groups = g_idx.long(), _num_groups(layer)
     low, high = (int(bound) for bound in group_of.aminmax())
     if low < 0 or high >= num_groups:
         raise WeightLoadError(
-            f"{layer.module}.g_idx: found group {low if low < 0 else high}, expected 0 to "
+            f"{layer.module}.{name}: found group {low if low < 0 else high}, expected 0 to "
             f"{num_groups - 1} ({layer.k} in_features, group_size {layer.spec.group_size}); "
             "download the checkpoint again or quantize the model again"
         )
     counts = torch.bincount(group_of, minlength=num_groups)
-    _check_counts(counts, layer, region)
+    _check_counts(counts, name, layer, region)
     perm = torch.argsort(group_of, stable=True)
     groups = torch.arange(num_groups, device=g_idx.device)
     if region.k == layer.k:
@@ -108,7 +110,7 @@ def order_rows(g_idx: torch.Tensor, layer: LayerFormat, region: Region) -> RowOr
     return RowOrder(padded, empty.nonzero()[:, 0], step_groups)
 
 
-def _check_counts(counts: torch.Tensor, layer: LayerFormat, region: Region) -> None:
+def _check_counts(counts: torch.Tensor, name: str, layer: LayerFormat, region: Region) -> None:
     """No group holds more rows than its size; where all of K is there, none holds fewer."""
     expected = torch.full_like(counts, layer.spec.group_size)
     expected[-1] = layer.k - (len(counts) - 1) * layer.spec.group_size
@@ -116,7 +118,7 @@ def _check_counts(counts: torch.Tensor, layer: LayerFormat, region: Region) -> N
     if bool(wrong.any()):
         group = int(wrong.nonzero()[0])
         raise WeightLoadError(
-            f"{layer.module}.g_idx: found {int(counts[group])} in_features in group {group}, "
+            f"{layer.module}.{name}: found {int(counts[group])} in_features in group {group}, "
             f"expected {int(expected[group])}; correct group_size in the config, or quantize the "
             "model again"
         )
