@@ -29,6 +29,7 @@ def generate(
     Each answer holds "tokens" and "prompt_logprobs" (natural logarithms, first one None).
     """
     request, answer = folder / "request.json", folder / "answer.json"
+    answer.unlink(missing_ok=True)
     settings = {"model": str(model), "max_model_len": 256, **engine}
     request.write_text(
         json.dumps(
@@ -47,7 +48,9 @@ def generate(
         text=True,
         timeout=600,
     )
-    if done.returncode:
+    # vLLM's main process sometimes aborts while it exits ("terminate called without an active
+    # exception"), after everything was said; an answer file is written whole or not at all.
+    if done.returncode and not answer.exists():
         raise EngineFailed(f"{settings}\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}")
     return json.loads(answer.read_text())
 

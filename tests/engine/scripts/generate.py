@@ -35,7 +35,9 @@ def main(request_file: str, answer_file: str) -> None:
                 ],
             }
         )
-    Path(answer_file).write_text(json.dumps(answers))
+    partial = Path(f"{answer_file}.partial")
+    partial.write_text(json.dumps(answers))
+    partial.rename(answer_file)
 
 
 def dump_resident_weights(worker: Any, folder: str) -> None:
