@@ -14,12 +14,15 @@ import torch
 class WeightType(Enum):
     """How a stored code becomes a value, under the field's names (vLLM `scalar_types`).
 
-    `uint4` is an unsigned code with an explicit zero point per group, `uint4b8` an unsigned code
-    with the constant zero point 8.
+    `uint4` and `uint8` are unsigned codes with an explicit zero point per group, `uint4b8` and
+    `uint8b128` unsigned codes with the constant zero points 8 and 128: a signed integer is stored
+    as the code that lies its zero point higher.
     """
 
     UINT4 = "uint4"
     UINT4B8 = "uint4b8"
+    UINT8 = "uint8"
+    UINT8B128 = "uint8b128"
 
     @property
     def bits(self) -> int:
@@ -31,14 +34,25 @@ class WeightType(Enum):
         return _WEIGHT_TYPE_BIAS[self]
 
 
-_WEIGHT_TYPE_BITS = {WeightType.UINT4: 4, WeightType.UINT4B8: 4}
-_WEIGHT_TYPE_BIAS = {WeightType.UINT4: None, WeightType.UINT4B8: 8}
+_WEIGHT_TYPE_BITS = {
+    WeightType.UINT4: 4,
+    WeightType.UINT4B8: 4,
+    WeightType.UINT8: 8,
+    WeightType.UINT8B128: 8,
+}
+_WEIGHT_TYPE_BIAS = {
+    WeightType.UINT4: None,
+    WeightType.UINT4B8: 8,
+    WeightType.UINT8: None,
+    WeightType.UINT8B128: 128,
+}
 
 
 class Layout(Enum):
     """Resident byte order of a packed weight; `layout.py` draws each one bit by bit."""
 
     P4 = "P4"
+    P8 = "P8"
     CPU_WNA16 = "CPU_WNA16"
 
 
@@ -50,11 +64,42 @@ class KernelName(Enum):
     CPU_STRIPED = "cpu-striped"
 
 
-KERNEL_LAYOUT = {
-    KernelName.TRITON_GEMM: Layout.P4,
-    KernelName.CPU_WNA16: Layout.CPU_WNA16,
-    KernelName.CPU_STRIPED: Layout.P4,
+_TILED_LAYOUTS = {
+    WeightType.UINT4: Layout.P4,
+    WeightType.UINT4B8: Layout.P4,
+    WeightType.UINT8: Layout.P8,
+    WeightType.UINT8B128: Layout.P8,
 }
+_KERNEL_LAYOUTS = {
+    KernelName.TRITON_GEMM: _TILED_LAYOUTS,
+    KernelName.CPU_WNA16: {
+        WeightType.UINT4: Layout.CPU_WNA16,
+        WeightType.UINT4B8: Layout.CPU_WNA16,
+    },
+    KernelName.CPU_STRIPED: _TILED_LAYOUTS,
+}
+
+
+def runs(kernel: KernelName, weight_type: WeightType) -> bool:
+    """Whether `kernel` has a layout for `weight_type`."""
+    return weight_type in _KERNEL_LAYOUTS[kernel]
+
+
+def holds(layout: Layout, weight_type: WeightType) -> bool:
+    """Whether weights of `weight_type` can be packed in `layout`."""
+    return layout in {layouts.get(weight_type) for layouts in _KERNEL_LAYOUTS.values()}
+
+
+def layout_for(kernel: KernelName, weight_type: WeightType) -> Layout:
+    """The layout in which `kernel` reads weights of `weight_type`.
+
+    Raises ValueError, naming the weight types of the kernel, where there is none.
+    """
+    layouts = _KERNEL_LAYOUTS[kernel]
+    if weight_type not in layouts:
+        known = ", ".join(each.value for each in layouts)
+        raise ValueError(f"kernel {kernel.value} runs {known}, got {weight_type.value}")
+    return layouts[weight_type]
 
 
 @dataclass(frozen=True, slots=True)

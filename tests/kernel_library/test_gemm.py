@@ -18,6 +18,7 @@ from fusedq_kernels.types import (
     QuantSpec,
     TileConfig,
     WeightType,
+    layout_for,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,6 +36,8 @@ SPLITS = (1, 2, 3)
 SCALE_DTYPES = {
     WeightType.UINT4B8: (torch.float16, torch.float32, torch.bfloat16),
     WeightType.UINT4: (torch.float16, torch.bfloat16),
+    WeightType.UINT8B128: (torch.float16, torch.float32, torch.bfloat16),
+    WeightType.UINT8: (torch.float16, torch.bfloat16),
 }
 # Each group geometry meets one shape, split and scale dtype; the strides are coprime to the cycles.
 EXACT_CASES = [
@@ -55,8 +58,9 @@ def launch(block_m=16, block_n=64, split_k=1) -> Launch:
 
 
 def pack(logical, act_dtype) -> PackedWeight:
-    """P4 with NaN scales (as floats) behind the last group: steps of padding must not read them."""
-    packed = layout.pack(logical, Layout.P4, act_dtype)
+    """With NaN scales (as floats) behind the last group: steps of padding must not read them."""
+    target = layout_for(KernelName.TRITON_GEMM, logical.spec.weight_type)
+    packed = layout.pack(logical, target, act_dtype)
     behind = torch.full_like(packed.scales[:1], torch.nan, dtype=torch.float32)
     scales = torch.cat([packed.scales, behind.view(packed.scales.dtype).expand(4, -1)])
     scales = scales.to(DEVICE)[: len(packed.scales)]
@@ -134,6 +138,32 @@ def test_every_code_and_zero_point_is_exact(act_dtype):
     x = testing.one_hot(128, range(16), act_dtype)
     y = run(x, pack(logical, act_dtype), None, launch())
     assert torch.equal(y, (codes[:, :16].int() - zeros.int()).t().to(act_dtype))
+
+
+@pytest.mark.parametrize("act_dtype", gemm.ACT_DTYPES)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_every_8_bit_code_is_exact(act_dtype, group_size):
+    # Output i holds code i throughout; every place in a K block sees every code.
+    spec = QuantSpec(WeightType.UINT8B128, group_size, torch.float16)
+    logical = testing.random_logical(256, 256, spec)
+    codes = torch.arange(256).to(torch.uint8)[:, None].expand(256, 256).contiguous()
+    logical = replace(logical, codes=codes, scales=torch.ones_like(logical.scales))
+    x = testing.one_hot(256, dtype=act_dtype)
+    y = run(x, pack(logical, act_dtype), None, launch(256, 128))
+    assert torch.equal(y, (codes.int() - 128).t().to(act_dtype))
+
+
+@pytest.mark.parametrize("act_dtype", gemm.ACT_DTYPES)
+def test_every_8_bit_code_and_zero_point_is_exact(act_dtype):
+    # Output i has zero point i, feature k holds code k.
+    spec = QuantSpec(WeightType.UINT8, 256, torch.float16)
+    logical = testing.random_logical(256, 256, spec)
+    codes = torch.arange(256).to(torch.uint8).expand(256, 256).contiguous()
+    zeros = torch.arange(256).to(torch.uint8)[:, None]
+    logical = replace(logical, codes=codes, zeros=zeros, scales=torch.ones(256, 1).half())
+    x = testing.one_hot(256, dtype=act_dtype)
+    y = run(x, pack(logical, act_dtype), None, launch(256, 128))
+    assert torch.equal(y, (codes.int() - zeros.int()).t().to(act_dtype))
 
 
 def test_no_tokens():

@@ -31,10 +31,11 @@ def test_dequantize_equals_loop(weight_type: WeightType, phase: int) -> None:
     spec = QuantSpec(weight_type, group_size=16, scale_dtype=torch.float16)
     logical = testing.random_logical(3, 40, spec, phase)
     values = reference.dequantize(logical)
+    constant = {WeightType.UINT4B8: 8, WeightType.UINT8B128: 128}
     for n in range(3):
         for k in range(40):
             group = (k + phase) // 16
-            zero = 8 if logical.zeros is None else int(logical.zeros[n, group])
+            zero = constant.get(weight_type) or int(logical.zeros[n, group])
             value = (int(logical.codes[n, k]) - zero) * float(logical.scales[n, group])
             assert values[n, k].item() == value
 

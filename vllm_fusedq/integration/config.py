@@ -127,7 +127,7 @@ class FusedQConfig(QuantizationConfig):
             vllm_config = get_current_vllm_config()
             settings = parse_settings(vllm_config.additional_config.get(self.NAME, {}))
             device = settings.device(_worker_device())
-            target = Target(device, vllm_config.model_config.dtype)
+            target = Target(device, vllm_config.model_config.dtype, settings.insisted)
             self._worker = WorkerState(target, settings, self.message_file)
             plan = plan_model(
                 self._loaded_format().checkpoint, target, get_tensor_model_parallel_world_size()
