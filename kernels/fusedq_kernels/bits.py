@@ -41,6 +41,20 @@ def p8_decode(words: torch.Tensor) -> torch.Tensor:
     return octets.permute(1, 0, 3, 2).reshape(words.shape[1], -1)
 
 
+def pl4_encode(codes: torch.Tensor, words: torch.Tensor) -> None:
+    """Write codes `[R, 128 B]` into PL4 words, int32 `[B, R, 16]`."""
+    planes = codes.view(codes.shape[0], -1, 4, 16, 2)
+    octets = planes[..., 0] | (planes[..., 1] << 4)
+    # Little-endian: byte j of a word is plane j.
+    words.view(torch.uint8).unflatten(-1, (16, 4)).copy_(octets.permute(1, 0, 3, 2))
+
+
+def pl4_decode(words: torch.Tensor) -> torch.Tensor:
+    """Codes `[R, 128 B]` of PL4 words, int32 `[B, R, 16]`."""
+    octets = words.view(torch.uint8).unflatten(-1, (16, 4)).permute(1, 0, 3, 2)
+    return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1)
+
+
 def wna16_encode(codes: torch.Tensor, words: torch.Tensor) -> None:
     """Write codes `[16 B, K]` into CPU_WNA16 words, int32 `[B, 2 K]`."""
     k = codes.shape[1]

@@ -81,7 +81,7 @@ def striped_gemm(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | Non
 
     Args:
         x: `[M, K]`, any floating dtype.
-        packed: a weight in a tiled layout (P4, P8).
+        packed: a weight in a tiled layout (P4, P8, PL4).
         bias: `[N]` or None.
 
     Returns:
@@ -104,16 +104,20 @@ def striped_gemm(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | Non
     stripe = max(1, _STRIPE_BYTES // (4 * geometry.k_padded))
     buffer = torch.empty((min(stripe, packed.n), len(runs), geometry.step), dtype=torch.float32)
     tokens = x.to(torch.float32)
+    weight_type, table = packed.spec.weight_type, None
+    if weight_type.codebook is not None:
+        table = torch.tensor(weight_type.codebook).to(x.dtype).to(torch.float32)
     y = torch.empty((x.shape[0], packed.n), dtype=x.dtype)
     for start in range(0, packed.n, stripe):
         stop = min(start + stripe, packed.n)
         scales, zeros = codec.read_groups(packed, start, stop)
         weight = buffer[: stop - start]
-        weight.copy_(codec.padded_codes(packed, start, stop).view_as(weight))
-        if zeros is None:
-            weight.sub_(packed.spec.weight_type.bias)
+        codes = codec.padded_codes(packed, start, stop)
+        if table is not None:
+            torch.index_select(table, 0, codes.flatten().int(), out=weight.view(-1))
         else:
-            weight.sub_(zeros[:, groups, None])
+            weight.copy_(codes.view_as(weight))
+            weight.sub_(weight_type.bias if zeros is None else zeros[:, groups, None])
         weight.mul_(scales.to(torch.float32)[:, groups, None])
         part = tokens @ weight.flatten(1)[:, features].t()
         if bias is not None:

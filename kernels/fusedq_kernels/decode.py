@@ -9,14 +9,14 @@ A decoder has the signature
 
 `words` is the int32 tile, `metadata` the 4-byte `[BLOCK_N]` row of `PackedWeight.scales` for one
 group. `weight` holds the unscaled values of columns `[SUB * STEP, SUB * STEP + STEP)` as DTYPE
-`[BLOCK_N, STEP]` in natural K order, exact; `scale` is fp32 `[BLOCK_N]`.
+`[BLOCK_N, STEP]` in natural K order, exact for integers; `scale` is fp32 `[BLOCK_N]`.
 
 Two tricks. A code OR-ed into the mantissa of a power of two whose last mantissa bit is worth one
 (bf16 128 = 0x4300, fp16 1024 = 0x6400) is already a float, so no integer-to-float instruction is
 spent on it (the "magic number" conversion of FasterTransformer and Marlin). As the mantissa of
-bf16 ends at bit 6, bit 7 of a code goes to the exponent of what is subtracted: 128 or 256. And the
-join, permute and reshape below only rename registers: Triton carries the layout of the dot operand
-back through them to the packed load, so the decoded weight never touches shared memory.
+bf16 ends at bit 6, bit 7 of a code goes to the exponent of what is subtracted: 128 or 256. And
+`planes.py` puts the values in order by renaming registers, so that the decoded weight never touches
+shared memory. Codebooks are looked up in `decode_codebook.py`.
 """
 
 # Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 
 from fusedq_kernels import geometry
+from fusedq_kernels.decode_codebook import decode_fp4, decode_nf4
+from fusedq_kernels.planes import halves, join_four, join_two
 from fusedq_kernels.types import WeightType
 
 BLOCK_K = tl.constexpr(geometry.BLOCK_K)
@@ -44,28 +46,26 @@ _ZERO_SHIFT = tl.constexpr(16)  # 16 + code - zero_point stays positive up to ze
 @triton.jit
 def _pairs(words, SUB: tl.constexpr, STEP: tl.constexpr):
     """Code pairs (k, k + 1) in the halves of an int32, `[BLOCK_N, STEP // 2]`, k ascending."""
-    BLOCK_N: tl.constexpr = words.shape[0]
     if STEP == 32:
         return (words >> (4 * SUB)) & _PAIR_MASK
     elif STEP == 64:
-        first = (words >> (8 * SUB)) & _PAIR_MASK
-        second = (words >> (8 * SUB + 4)) & _PAIR_MASK
-        planes = tl.permute(tl.join(first, second), (0, 2, 1))
-        return tl.reshape(planes, (BLOCK_N, STEP // 2))
+        return join_two((words >> (8 * SUB)) & _PAIR_MASK, (words >> (8 * SUB + 4)) & _PAIR_MASK)
     else:
-        even = tl.join(words & _PAIR_MASK, (words >> 8) & _PAIR_MASK)
-        odd = tl.join((words >> 4) & _PAIR_MASK, (words >> 12) & _PAIR_MASK)
-        planes = tl.permute(tl.join(even, odd), (0, 2, 3, 1))
-        return tl.reshape(planes, (BLOCK_N, STEP // 2))
+        return join_four(
+            words & _PAIR_MASK,
+            (words >> 4) & _PAIR_MASK,
+            (words >> 8) & _PAIR_MASK,
+            (words >> 12) & _PAIR_MASK,
+        )
 
 
 @triton.jit
 def _byte_pairs(words, SUB: tl.constexpr, STEP: tl.constexpr):
     """Like `_pairs`, for P8."""
-    BLOCK_N: tl.constexpr = words.shape[0]
     if STEP == 32:
         plane = (words >> (8 * (SUB // 2))) & _BYTE_MASK
-        first, second = tl.split(tl.permute(tl.reshape(plane, (BLOCK_N, 2, 16)), (0, 2, 1)))
+        plane = tl.reshape(plane, (words.shape[0], 2, words.shape[1] // 2))
+        first, second = tl.split(tl.permute(plane, (0, 2, 1)))
         if SUB % 2 == 0:
             return first
         else:
@@ -73,16 +73,7 @@ def _byte_pairs(words, SUB: tl.constexpr, STEP: tl.constexpr):
     elif STEP == 64:
         return (words >> (8 * SUB)) & _BYTE_MASK
     else:
-        planes = tl.join(words & _BYTE_MASK, (words >> 8) & _BYTE_MASK)
-        return tl.reshape(tl.permute(planes, (0, 2, 1)), (BLOCK_N, STEP // 2))
-
-
-@triton.jit
-def _halves(pairs, STEP: tl.constexpr, DTYPE: tl.constexpr):
-    """Reinterpret both halves of each int32 as DTYPE: `[BLOCK_N, STEP]`."""
-    low = (pairs & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
-    high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-    return tl.reshape(tl.join(low, high), (pairs.shape[0], STEP))
+        return join_two(words & _BYTE_MASK, (words >> 8) & _BYTE_MASK)
 
 
 @triton.jit
@@ -95,11 +86,9 @@ def _minus(values, subtrahend, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _halves_minus(
-    pairs, OFFSET: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr
-):
-    """`_halves` less OFFSET."""
-    values = _halves(pairs, STEP, DTYPE)
+def _halves_minus(pairs, OFFSET: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """`halves` less OFFSET."""
+    values = halves(pairs, DTYPE)
     if INTERPRET:
         return (values.to(tl.float32) - OFFSET).to(DTYPE)
     else:
@@ -126,7 +115,7 @@ def _decode_uint4b8(
     BITS: tl.constexpr = _BF16_BITS if DTYPE == tl.bfloat16 else _FP16_BITS
     OFFSET: tl.constexpr = (_BF16_VALUE if DTYPE == tl.bfloat16 else _FP16_VALUE) + 8
     pairs = _pairs(words, SUB, STEP) | (BITS * _BOTH_HALVES)
-    return _halves_minus(pairs, OFFSET, STEP, DTYPE, INTERPRET), metadata
+    return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET), metadata
 
 
 @triton.jit
@@ -145,7 +134,7 @@ def _decode_uint4(
     zero = metadata & 0xFFFF
     bits = (BITS + _ZERO_SHIFT) * _BOTH_HALVES - zero * _BOTH_HALVES
     pairs = _pairs(words, SUB, STEP) + bits[:, None]
-    return _halves_minus(pairs, OFFSET, STEP, DTYPE, INTERPRET), _scale(metadata, SCALE_DTYPE)
+    return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET), _scale(metadata, SCALE_DTYPE)
 
 
 @triton.jit
@@ -156,7 +145,7 @@ def _bytes_minus_128(
     pairs = _byte_pairs(words, SUB, STEP)
     low = (pairs & _LOW_BITS_MASK) | (_BF16_BITS * _BOTH_HALVES)
     top = (pairs & _TOP_BIT_MASK) ^ ((_BF16_BITS + 128) * _BOTH_HALVES)
-    return _minus(_halves(low, STEP, DTYPE), _halves(top, STEP, DTYPE), INTERPRET)
+    return _minus(halves(low, DTYPE), halves(top, DTYPE), INTERPRET)
 
 
 @triton.jit
@@ -175,7 +164,7 @@ def _decode_uint8b128(
     else:
         OFFSET: tl.constexpr = _FP16_VALUE + 128
         pairs = _byte_pairs(words, SUB, STEP) | (_FP16_BITS * _BOTH_HALVES)
-        return _halves_minus(pairs, OFFSET, STEP, DTYPE, INTERPRET), metadata
+        return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET), metadata
 
 
 @triton.jit
@@ -200,7 +189,7 @@ def _decode_uint8(
         OFFSET: tl.constexpr = _FP16_VALUE + 256
         bits = (_FP16_BITS + 256) * _BOTH_HALVES - zero * _BOTH_HALVES
         pairs = _byte_pairs(words, SUB, STEP) + bits[:, None]
-        return _halves_minus(pairs, OFFSET, STEP, DTYPE, INTERPRET), scale
+        return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET), scale
 
 
 DECODERS = {
@@ -208,4 +197,6 @@ DECODERS = {
     WeightType.UINT4B8: _decode_uint4b8,
     WeightType.UINT8: _decode_uint8,
     WeightType.UINT8B128: _decode_uint8b128,
+    WeightType.NF4: decode_nf4,
+    WeightType.FP4: decode_fp4,
 }

@@ -199,7 +199,7 @@ def fused_gemm(
 
     Args:
         x: `[M, K]` fp16 or bf16, unit column stride, any row stride.
-        packed: a weight in its tiled layout (P4, P8) on the device of `x`.
+        packed: a weight in its tiled layout (P4, P8, PL4) on the device of `x`.
         bias: `[N]` in the dtype of `x`, or None.
         launch: a `KernelName.TRITON_GEMM` launch, as chosen by `heuristics.select`.
 

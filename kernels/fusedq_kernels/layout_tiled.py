@@ -1,6 +1,6 @@
-"""The tiled layouts P4 and P8, which the Triton kernel and the striped CPU kernel read.
+"""The tiled layouts P4, P8 and PL4, which the Triton and the striped CPU kernel read.
 
-Both are int32 `[k_padded // 128, n_padded, words]`, n_padded a multiple of 128, and keep pairs of
+All are int32 `[k_padded // 128, n_padded, words]`, n_padded a multiple of 128, and keep pairs of
 neighbouring rows in the 16-bit halves of a word, so that one word expands to whole pairs of 16-bit
 values.
 
@@ -11,7 +11,11 @@ h + 64, h + 96.
 P8, 32 words: bits `8j + 16b .. 8j + 16b + 7` of word `[kb, n, w]` hold the code of padded row
 `128 kb + 64 j + 2 w + b` (j < 2, b < 2). As int16, halfword h of a row holds rows h and h + 64.
 
-scales, `[G, n_padded]`: fp32 for a constant zero point; for stored ones int32
+PL4, 16 words: bits `8j + 4b .. 8j + 4b + 3` of word `[kb, n, w]` hold the code of padded row
+`128 kb + 32 j + 2 w + b` (j < 4, b < 2): pairs are adjacent, so that a byte permute on two bytes
+yields whole pairs of values.
+
+scales, `[G, n_padded]`: fp32 without stored zero points; with them int32
 `(16-bit scale << 16) | zero point`, because a 16-bit scale alone is a load that the compiler does
 not pipeline.
 
@@ -108,5 +112,6 @@ TILED = {
         # A stored GPTQ v1 zero point of 15 means 16, and the kernels are exact up to it.
         TiledCodec(Layout.P4, 16, 17, bits.p4_encode, bits.p4_decode),
         TiledCodec(Layout.P8, 32, 256, bits.p8_encode, bits.p8_decode),
+        TiledCodec(Layout.PL4, 16, 0, bits.pl4_encode, bits.pl4_decode),
     )
 }

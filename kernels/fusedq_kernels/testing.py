@@ -14,7 +14,7 @@ _WORST_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`expected` is `x @ dequantize(logical).T + bias` in float64, `[M, N]`."""
+    """`expected` is `x @ dequantize(logical, x.dtype).T + bias` in float64, `[M, N]`."""
 
     x: torch.Tensor
     logical: LogicalWeight

@@ -1,11 +1,11 @@
 """The tiles of the Triton kernel, by layout and kind of tensor core; `heuristics.py` chooses.
 
-The tables come from ahead-of-time compilation (`audit.py`; Triton 3.6 and 3.9), not from timing
-runs: no tile spills, stores a decoded weight to shared memory, or waits for a plain global load.
-Wider tiles read x less often, narrower ones fill the GPU when N is small. On `mma.sync` targets a
-tile of 32 or more tokens keeps its warps along N where it can, because warps spread over tokens
-decode the same weights again. A tcgen05 tile has 32 rows of weight per warp: fewer make Triton
-store the decoded weight to shared memory.
+The tables come from ahead-of-time compilation (`audit.py`; Triton 3.9, and 3.6 for P4), not from
+timing runs: no tile spills, stores a decoded weight to shared memory, or waits for a plain global
+load. Wider tiles read x less often, narrower ones fill the GPU when N is small. On `mma.sync`
+targets a tile of 32 or more tokens keeps its warps along N where it can, because warps spread over
+tokens decode the same weights again. A tcgen05 tile has 32 rows of weight per warp: fewer make
+Triton store the decoded weight to shared memory.
 """
 
 from dataclasses import dataclass
@@ -35,14 +35,14 @@ def _tile(
     return Choice(TileConfig(block_m, block_n, 1, num_warps, num_stages), min_step)
 
 
-_P4_WGMMA = (
+_WGMMA = (
     Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
     Rule(16, (_tile(16, 128, 4, 4), _tile(16, 64, 4, 4))),
     Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 8, 4), _tile(32, 64, 4, 4))),
     Rule(64, (_tile(64, 256, 8, 4, 64), _tile(64, 128, 8, 4), _tile(64, 64, 4, 4))),
     Rule(None, (_tile(128, 128, 8, 3, 64), _tile(64, 128, 8, 4))),
 )
-_P4_TCGEN05 = (
+_TCGEN05 = (
     Rule(8, (_tile(8, 128, 4, 4),)),
     Rule(16, (_tile(16, 128, 4, 4),)),
     Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4))),
@@ -62,28 +62,22 @@ _P4_MMA_SYNC = (
         ),
     ),
 )
-_P8_WGMMA = (
-    Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
-    Rule(16, (_tile(16, 128, 4, 4), _tile(16, 64, 4, 4))),
-    Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 8, 4), _tile(32, 64, 4, 4))),
-    Rule(64, (_tile(64, 256, 8, 4, 64), _tile(64, 128, 8, 4), _tile(64, 64, 4, 4))),
-    Rule(None, (_tile(128, 128, 8, 3, 64), _tile(64, 128, 8, 4))),
-)
-_P8_TCGEN05 = (
-    Rule(8, (_tile(8, 128, 4, 4),)),
-    Rule(16, (_tile(16, 128, 4, 4),)),
-    Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4))),
-    Rule(None, (_tile(64, 256, 8, 3, 64), _tile(64, 128, 4, 3, 64), _tile(32, 128, 4, 4))),
-)
 _P8_MMA_SYNC = (
     Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
-    Rule(16, (_tile(16, 128, 4, 4), _tile(16, 64, 4, 4))),
+    Rule(16, (_tile(16, 128, 4, 4, 128), _tile(16, 64, 4, 4))),
     Rule(32, (_tile(32, 256, 8, 3), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
+    Rule(None, (_tile(64, 128, 8, 3, 64), _tile(32, 64, 2, 4))),
+)
+_PL4_MMA_SYNC = (
+    Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
+    Rule(16, (_tile(16, 64, 4, 4),)),
+    Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
     Rule(None, (_tile(64, 128, 8, 3), _tile(64, 64, 4, 3, 64), _tile(32, 64, 2, 4))),
 )
 _RULES = {
-    Layout.P4: (_P4_WGMMA, _P4_TCGEN05, _P4_MMA_SYNC),
-    Layout.P8: (_P8_WGMMA, _P8_TCGEN05, _P8_MMA_SYNC),
+    Layout.P4: (_WGMMA, _TCGEN05, _P4_MMA_SYNC),
+    Layout.PL4: (_WGMMA, _TCGEN05, _PL4_MMA_SYNC),
+    Layout.P8: (_WGMMA, _TCGEN05, _P8_MMA_SYNC),
 }
 
 

@@ -44,6 +44,14 @@ RUNS = {
         *("--target=sm_120", "--tile", "32x256", "--act-dtype", "bf16", *FOUR_BITS),
         *("--group-size", "32", "64"),
     ),
+    "sm_90-codebook": (
+        *("--target=sm_90", "--tile", "8x128", "64x128", "128x128", "--act-dtype", "bf16"),
+        *("--weight-type", "nf4", "fp4", "--group-size", "64", "128"),
+    ),
+    "sm_120-codebook": (
+        *("--target=sm_120", "--tile", "32x256", "64x128", "--act-dtype", "fp16"),
+        *("--weight-type", "nf4", "--group-size", "64"),
+    ),
     "sm_90-8bit": ("--target=sm_90", "--act-dtype", "bf16", *EIGHT_BITS),
     "sm_90-8bit-groups": (
         *("--target=sm_90", "--tile", "16x128", "64x128", "--act-dtype", "bf16", *EIGHT_BITS),
@@ -64,7 +72,8 @@ BUDGET = {
     **{"32x256": 3.5, "32x128": 4.4, "32x64": 4.7},
     **{"64x256": 3.8, "64x128": 5.0, "64x64": 5.2, "128x128": 5.7},
 }
-BUDGETS = {"uint4": 1.0, "uint4b8": 1.0, "uint8": 1.5, "uint8b128": 1.25}
+# What a weight type may spend of it.
+SHARE = {"uint4": 1, "uint4b8": 1, "uint8": 1.5, "uint8b128": 1.25, "nf4": 1.6, "fp4": 1.6}
 
 # Launches through the JIT with a driver that names a GPU and never reaches one.
 LAUNCH_SCRIPT = """
@@ -169,10 +178,10 @@ def test_hopper_covers_every_tile(rows_of, run):
         assert tiles == {f"{tile.block_m}x{tile.block_n}" for tile in expected} == set(BUDGET)
 
 
-@pytest.mark.parametrize("run", ["sm_90", "sm_90-fp16", "sm_90-8bit"])
+@pytest.mark.parametrize("run", ["sm_90", "sm_90-fp16", "sm_90-8bit", "sm_90-codebook"])
 def test_instructions_per_weight_stay_in_budget(rows_of, run):
     def is_bad(row):
-        budget = BUDGET[describe(row).split()[0]] * BUDGETS[row["weight_type"]]
+        budget = BUDGET[describe(row).split()[0]] * SHARE[row["weight_type"]]
         return row["instructions_per_weight"] > budget
 
     assert offenders(rows_of[run], is_bad) == []

@@ -87,7 +87,7 @@ def test_wna16(weight_type, group_size, k, phase, act_dtype, isa) -> None:
 def test_wna16_one_hot_is_exact(weight_type, group_size, k, phase) -> None:
     logical = random_logical(40, k, QuantSpec(weight_type, group_size, HALF), phase)
     y = cpu.wna16_gemm(one_hot(k), layout.pack(logical, Layout.CPU_WNA16, HALF), None, "vec")
-    assert torch.equal(y, reference.dequantize(logical).t().half())
+    assert torch.equal(y, reference.dequantize(logical, HALF).t().half())
 
 
 @pytest.mark.parametrize("act_dtype", [HALF, BF16], ids=["fp16", "bf16"])
@@ -112,14 +112,14 @@ def test_striped(weight_type, group_size, k, phase, act_dtype) -> None:
 def test_striped_one_hot_is_exact(weight_type, group_size, k, phase) -> None:
     logical = random_logical(40, k, QuantSpec(weight_type, group_size, HALF), phase)
     y = cpu.striped_gemm(one_hot(k), pack(logical), None)
-    assert torch.equal(y, reference.dequantize(logical).t().half())
+    assert torch.equal(y, reference.dequantize(logical, HALF).t().half())
 
 
 @weight_types
 def test_striped_takes_odd_groups(weight_type) -> None:
     logical = random_logical(9, 50, QuantSpec(weight_type, 7, HALF), phase=3)
     y = cpu.striped_gemm(one_hot(50), pack(logical), None)
-    assert torch.equal(y, reference.dequantize(logical).t().half())
+    assert torch.equal(y, reference.dequantize(logical, HALF).t().half())
 
 
 class LargestTemporary(TorchDispatchMode):
@@ -190,7 +190,7 @@ def test_wrong_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     wna16 = layout.pack(problem.logical, Layout.CPU_WNA16, HALF)
     with pytest.raises(ValueError, match="wna16_gemm reads layout CPU_WNA16, got P4"):
         cpu.wna16_gemm(problem.x, p4, None, "vec")
-    with pytest.raises(ValueError, match="striped_gemm reads layouts P4, P8, got CPU_WNA16"):
+    with pytest.raises(ValueError, match="striped_gemm reads layouts P4, P8, PL4, got CPU_WNA16"):
         cpu.striped_gemm(problem.x, wna16, None)
     with pytest.raises(ValueError, match=r"packed for torch.float16, x is torch.bfloat16"):
         cpu.wna16_gemm(problem.x.bfloat16(), wna16, None, "vec")

@@ -38,6 +38,8 @@ SCALE_DTYPES = {
     WeightType.UINT4: (torch.float16, torch.bfloat16),
     WeightType.UINT8B128: (torch.float16, torch.float32, torch.bfloat16),
     WeightType.UINT8: (torch.float16, torch.bfloat16),
+    WeightType.NF4: (torch.float32, torch.float16),
+    WeightType.FP4: (torch.float32, torch.bfloat16),
 }
 # Each group geometry meets one shape, split and scale dtype; the strides are coprime to the cycles.
 EXACT_CASES = [
@@ -112,7 +114,7 @@ def test_one_hot_tokens_return_the_weight_exactly(spec, phase, n, k, split_k):
     logical = testing.random_logical(n, k, spec, phase)
     packed = pack(logical, torch.float16)
     y = run(testing.one_hot(k), packed, None, launch(512, 128, split_k))
-    assert torch.equal(y, reference.dequantize(logical).t().to(torch.float16))
+    assert torch.equal(y, reference.dequantize(logical, torch.float16).t().to(torch.float16))
 
 
 @pytest.mark.parametrize("weight_type", WeightType)
@@ -124,7 +126,7 @@ def test_one_hot_is_exact_in_bfloat16(weight_type, group_size):
     x = testing.one_hot(272, dtype=torch.bfloat16)
     for split_k in (1, 2):
         y = run(x, packed, None, launch(512, 128, split_k))
-        assert torch.equal(y, reference.dequantize(logical).t().to(torch.bfloat16))
+        assert torch.equal(y, reference.dequantize(logical, torch.bfloat16).t().to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("act_dtype", gemm.ACT_DTYPES)
@@ -166,6 +168,20 @@ def test_every_8_bit_code_and_zero_point_is_exact(act_dtype):
     assert torch.equal(y, (codes.int() - zeros.int()).t().to(act_dtype))
 
 
+@pytest.mark.parametrize("act_dtype", gemm.ACT_DTYPES)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("weight_type", [WeightType.NF4, WeightType.FP4])
+def test_every_codebook_entry_is_exact(weight_type, act_dtype, group_size):
+    # Output i holds code i throughout: every place in a K block sees every code.
+    spec = QuantSpec(weight_type, group_size, torch.float32)
+    logical = testing.random_logical(16, 256, spec)
+    codes = torch.arange(16).to(torch.uint8)[:, None].expand(16, 256).contiguous()
+    logical = replace(logical, codes=codes, scales=torch.ones_like(logical.scales))
+    x = testing.one_hot(256, dtype=act_dtype)
+    y = run(x, pack(logical, act_dtype), None, launch(256, 64))
+    assert torch.equal(y, torch.tensor(weight_type.codebook).to(act_dtype).expand(256, 16))
+
+
 def test_no_tokens():
     logical = testing.random_logical(24, 128, QuantSpec(WeightType.UINT4B8, 128, torch.float16))
     x = torch.zeros(0, 128, dtype=torch.float16)
@@ -197,7 +213,8 @@ def test_random_tokens_within_rounding(weight_type, group_size, act_dtype, split
     packed = pack(problem.logical, act_dtype)
     y = run(problem.x, packed, problem.bias, launch(split_k=split_k)).double()
     # fp32 summation of K + bias terms in any order, then one rounding to the output dtype.
-    magnitude = problem.x.double().abs() @ reference.dequantize(problem.logical).double().abs().t()
+    weight = reference.dequantize(problem.logical, act_dtype).double()
+    magnitude = problem.x.double().abs() @ weight.abs().t()
     summed = (528 + 8) * 2**-24 * (magnitude + problem.bias.double().abs())
     unit = torch.finfo(act_dtype).eps / 2
     bound = summed + unit * (problem.expected.abs() + summed)

@@ -1,6 +1,5 @@
 """Kernel and tile selection: golden launches, and properties that hold for every problem."""
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -66,7 +65,7 @@ def test_two_groups_or_more_per_block_avoid_the_largest_tiles():
 
 @pytest.mark.parametrize("device", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, 1 << 20])
-@pytest.mark.parametrize("weight_type", [WeightType.UINT4B8, WeightType.UINT8B128])
+@pytest.mark.parametrize("weight_type", [WeightType.UINT4B8, WeightType.UINT8B128, WeightType.NF4])
 def test_every_launch_is_valid(device, weight_type, group_size):
     spec = QuantSpec(weight_type, group_size, torch.bfloat16)
     step = min(group_size, 128)
@@ -109,9 +108,9 @@ def test_a_cpu_gets_its_own_kernels():
 
 @pytest.mark.parametrize("weight_type", WeightType, ids=lambda t: t.value)
 def test_every_weight_type_has_a_kernel_everywhere(weight_type):
-    bits = int(re.match(r"uint(\d)", weight_type.value)[1])
     assert kernel_for(CPU, weight_type) is KernelName.CPU_STRIPED
-    fused = KernelName.CPU_WNA16 if bits == 4 else KernelName.CPU_STRIPED
+    in_vllm = weight_type in (WeightType.UINT4, WeightType.UINT4B8)
+    fused = KernelName.CPU_WNA16 if in_vllm else KernelName.CPU_STRIPED
     assert kernel_for(CPU_AMX, weight_type) is fused
     assert kernel_for(H200, weight_type) is KernelName.TRITON_GEMM
 

@@ -26,10 +26,11 @@ held = pytest.mark.parametrize(
     [(target, each) for target in Layout for each in WeightType if holds(target, each)],
     ids=lambda value: value.value,
 )
-# A type with zero points for each layout.
-ZERO_POINTS = {
+# One type for each layout, with zero points where there is one.
+TYPE_IN = {
     Layout.P4: WeightType.UINT4,
     Layout.P8: WeightType.UINT8,
+    Layout.PL4: WeightType.NF4,
     Layout.CPU_WNA16: WeightType.UINT4,
 }
 
@@ -134,6 +135,40 @@ def test_p8_by_hand() -> None:
     assert int(packed.scales[0, 0]) & 0xFFFFFFFF == 0xBC0000FF
 
 
+@pytest.mark.parametrize(
+    ("group_size", "k", "phase"), [(16, 72, 5), (64, 200, 32), (256, 136, 200)]
+)
+@pytest.mark.parametrize("weight_type", [WeightType.NF4, WeightType.FP4])
+def test_pl4_bits(weight_type: WeightType, group_size: int, k: int, phase: int) -> None:
+    logical = random_logical(6, k, spec_of(weight_type, group_size), phase)
+    assert logical.zeros is None
+    pad = layout.group_geometry(k, group_size, phase).pad
+    words = layout.pack(logical, Layout.PL4, HALF).qweight
+    assert words.shape == (-(-(k + pad) // 128), 128, 16)
+    for n in range(6):
+        for p in range(128 * words.shape[0]):
+            row = p % 128
+            j, w, b = row // 32, row % 32 // 2, row % 2
+            code = (int(words[p // 128, n, w]) >> (8 * j + 4 * b)) & 15
+            inside = 0 <= p - pad < k
+            assert code == (int(logical.codes[n, p - pad]) if inside else 0)
+    assert not words[:, 6:].any()
+
+
+def test_pl4_by_hand() -> None:
+    codes = torch.zeros((1, 128), dtype=torch.uint8)
+    codes[0, [0, 1, 32, 33, 64, 65, 96, 97]] = torch.arange(1, 9, dtype=torch.uint8)
+    codes[0, 127] = 15
+    scales = torch.full((1, 1), 0.1)
+    logical = LogicalWeight(codes, scales, None, spec_of(WeightType.NF4, 128, torch.float32))
+    packed = layout.pack(logical, Layout.PL4, HALF)
+    # Byte j of word 0 holds rows 32 j and, in its upper nibble, 32 j + 1.
+    assert int(packed.qweight[0, 0, 0]) & 0xFFFFFFFF == 0x87654321
+    assert int(packed.qweight[0, 0, 15]) & 0xFFFFFFFF == 0xF0000000
+    assert packed.scales.dtype == torch.float32
+    assert torch.equal(packed.scales[:, :1], scales)
+
+
 def test_p4_groups_by_hand() -> None:
     codes = torch.zeros((2, 32), dtype=torch.uint8)
     scales = torch.tensor([[1.0, 2.0], [-1.0, 0.5]], dtype=HALF)
@@ -235,12 +270,12 @@ def test_pack_rows_equals_pack(target: Layout, weight_type: WeightType) -> None:
 
 @layouts
 def test_strided_codes(target: Layout) -> None:
-    logical = random_logical(40, 64, spec_of(ZERO_POINTS[target], 32))
+    logical = random_logical(40, 64, spec_of(TYPE_IN[target], 32))
     strided = replace(
         logical,
         codes=logical.codes.t().contiguous().t(),
         scales=logical.scales.t().contiguous().t(),
-        zeros=logical.zeros.t().contiguous().t(),
+        zeros=None if logical.zeros is None else logical.zeros.t().contiguous().t(),
     )
     assert_equal(layout.unpack(layout.pack(strided, target, HALF)), logical)
 
@@ -306,7 +341,7 @@ class LargestTemporary(TorchDispatchMode):
 @pytest.mark.parametrize("phase", [0, 64])
 @layouts
 def test_packing_memory_is_bounded(target: Layout, phase: int) -> None:
-    logical = random_logical(4096, 2048, spec_of(ZERO_POINTS[target], 128), phase)
+    logical = random_logical(4096, 2048, spec_of(TYPE_IN[target], 128), phase)
     packed = layout.empty_packed(target, 4096, 2048, logical.spec, phase, HALF, "cpu")
     with LargestTemporary() as largest:
         layout.pack_rows(packed, 0, logical)
@@ -357,6 +392,8 @@ def test_zero_points_without_a_place() -> None:
         (Layout.P4, 64, SPEC, -1, HALF, "phase -1 is not inside"),
         (Layout.P4, 64, spec_of(WeightType.UINT4, 32, torch.float32), 0, HALF, "16-bit scale"),
         (Layout.P8, 64, spec_of(WeightType.UINT8, 32, torch.float32), 0, HALF, "16-bit scale"),
+        (Layout.PL4, 64, SPEC, 0, HALF, "layout PL4 does not hold uint4b8"),
+        (Layout.P4, 64, spec_of(WeightType.NF4, 64), 0, HALF, "layout P4 does not hold nf4"),
         (Layout.P8, 64, SPEC, 0, HALF, "layout P8 does not hold uint4b8"),
         (Layout.P4, 64, spec_of(WeightType.UINT8, 32), 0, HALF, "P4 does not hold uint8"),
         (Layout.CPU_WNA16, 64, spec_of(WeightType.UINT4, 33), 0, HALF, "even group size, got 33"),
