@@ -13,7 +13,6 @@ from fusedq_kernels.layout import (
 )
 from fusedq_kernels.op import matmul
 from fusedq_kernels.types import (
-    KERNEL_LAYOUT,
     DeviceSpec,
     GemmShape,
     KernelName,
@@ -25,10 +24,10 @@ from fusedq_kernels.types import (
     Reason,
     TileConfig,
     WeightType,
+    layout_for,
 )
 
 __all__ = [
-    "KERNEL_LAYOUT",
     "DeviceSpec",
     "GemmShape",
     "KernelName",
@@ -41,6 +40,7 @@ __all__ = [
     "TileConfig",
     "WeightType",
     "empty_packed",
+    "layout_for",
     "matmul",
     "pack",
     "pack_rows",
