@@ -11,7 +11,6 @@ from fusedq_kernels.layout import (
     unpack,
     weight_bytes,
 )
-from fusedq_kernels.op import matmul
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,
@@ -48,3 +47,12 @@ __all__ = [
     "unpack",
     "weight_bytes",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Registering the operator takes half of the package's import time; planning needs none.
+    if name == "matmul":
+        from fusedq_kernels.op import matmul
+
+        return matmul
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
