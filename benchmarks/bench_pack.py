@@ -13,6 +13,7 @@ import torch
 
 from fusedq_kernels import Layout, QuantSpec, WeightType, pack, unpack, weight_bytes
 from fusedq_kernels.testing import random_logical
+from fusedq_kernels.types import holds
 
 COLUMNS = ("layout", "weight_type", "n", "k", "threads", "megabytes", "pack_mb_s", "unpack_mb_s")
 
@@ -54,7 +55,12 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = [measure(layout, weight_type, args) for layout in Layout for weight_type in WeightType]
+    rows = [
+        measure(layout, weight_type, args)
+        for layout in Layout
+        for weight_type in WeightType
+        if holds(layout, weight_type)
+    ]
     for row in rows:
         print(
             f"{row['layout']:10} {row['weight_type']:8} {row['megabytes']:8} MB  "

@@ -10,7 +10,7 @@ from checkpoints import ORDERED_BUILDS, Truth, replace, write_checkpoint
 from fusedq_kernels import reference
 from fusedq_kernels.layout import unpack, weight_bytes
 from fusedq_kernels.testing import assert_close
-from fusedq_kernels.types import KERNEL_LAYOUT, KernelName
+from fusedq_kernels.types import KernelName
 from test_load import DEVICES, load, plans_of
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import WeightLoadError
@@ -82,8 +82,7 @@ def test_ranks_of_a_reordered_layer_add_up(
     """Every kernel on the resident weights of two ranks, each with its half of the activation."""
     if kernel is KernelName.CPU_WNA16:
         request.getfixturevalue("wna16_op")
-    layout = KERNEL_LAYOUT[kernel]
-    device = "cpu" if layout is KERNEL_LAYOUT[KernelName.CPU_WNA16] else "gpu"
+    device = "cpu" if kernel is KernelName.CPU_WNA16 else "gpu"
     truths = write_checkpoint(tmp_path, "gptq-asym-order", hidden=64, intermediate=256)
     x = torch.randn((3, 256), generator=torch.Generator().manual_seed(0)).half()
     found = torch.zeros((3, 64), dtype=torch.float64)

@@ -1,5 +1,6 @@
 """Whole-checkpoint plans and refusals from headers alone."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,10 @@ import torch
 
 from checkpoints import BUILDS, drop, replace, write_checkpoint
 from fusedq_kernels.device import KNOWN_DEVICES, cpu_device, device_by_name
-from fusedq_kernels.types import KernelName
+from fusedq_kernels.types import KernelName, WeightType
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import PreflightError, Problem
-from vllm_fusedq.plan import Target
+from vllm_fusedq.plan import Target, plan_layer
 from vllm_fusedq.preflight import fold_problems, index_ranges, plan_model, working_tp_sizes
 
 CPU = Target(cpu_device(fused_op=True), torch.bfloat16)
@@ -51,6 +52,26 @@ def test_every_known_gpu_gets_the_fused_kernel(tmp_path: Path, name: str) -> Non
     plan = plan_model(read_checkpoint(tmp_path), Target(device_by_name(name), torch.float16))
     assert {layer.kernel for layer in plan.layers} == {KernelName.TRITON_GEMM}
     assert all(layer.decode.tile and layer.prefill.tile for layer in plan.layers)
+
+
+def test_a_kernel_insisted_on_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gptq-sym")
+    insisting = dataclasses.replace(CPU, insisted=KernelName.CPU_WNA16)
+    layer = plan_model(read_checkpoint(tmp_path), insisting).layers[0]
+    formats = {
+        part.module: dataclasses.replace(
+            fmt, spec=dataclasses.replace(fmt.spec, weight_type=WeightType.UINT8B128)
+        )
+        for part, fmt in zip(layer.shard.parts, layer.formats, strict=True)
+    }
+    assert plan_layer(layer.shard, formats, CPU).kernel is KernelName.CPU_STRIPED
+    with pytest.raises(PreflightError) as error:
+        plan_layer(layer.shard, formats, insisting)
+    (problem,) = error.value.problems
+    assert problem.layer == layer.prefix
+    assert problem.found == "uint8b128 weights for kernel cpu-wna16"
+    assert problem.supported == "uint4, uint4b8"
+    assert 'choose another "kernel"' in problem.fix
 
 
 def test_resident_bytes_are_those_of_the_packed_tensors(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from fusedq_kernels.device import cpu_device, device_by_name
-from fusedq_kernels.heuristics import kernel_for
+from fusedq_kernels.heuristics import kernels_for
 from fusedq_kernels.types import KernelName
 from vllm_fusedq.errors import SettingsError
 from vllm_fusedq.settings import Settings, parse_settings
@@ -30,13 +30,13 @@ def test_wrong_settings_are_refused(section: object, message: str) -> None:
 
 def test_striped_kernel_can_be_asked_for_on_a_cpu() -> None:
     device = Settings("cpu-striped").device(cpu_device(fused_op=True))
-    assert kernel_for(device) is KernelName.CPU_STRIPED
+    assert kernels_for(device) == (KernelName.CPU_STRIPED,)
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     device = Settings("triton-gemm").device(cpu_device(fused_op=True))
-    assert kernel_for(device) is KernelName.TRITON_GEMM
+    assert kernels_for(device) == (KernelName.TRITON_GEMM,)
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(SettingsError, match="interpreter only; set TRITON_INTERPRET=1"):
         Settings("triton-gemm").device(cpu_device(fused_op=True))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fusedq_kernels import layout
-from fusedq_kernels.types import KERNEL_LAYOUT, LogicalWeight, PackedWeight
+from fusedq_kernels.types import LogicalWeight, PackedWeight, layout_for
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats import decode
 from vllm_fusedq.formats.layer import LayerFormat, Region, TensorLayout, stored_slices
@@ -37,8 +37,8 @@ class LayerLoader:
     def create(cls, plan: LayerPlan, act_dtype: torch.dtype, device: torch.device) -> "LayerLoader":
         """Allocate the resident tensors of `plan` on `device`."""
         packed = layout.empty_packed(
-            *(KERNEL_LAYOUT[plan.kernel], plan.n, plan.rows, plan.spec, plan.phase, act_dtype),
-            device,
+            layout_for(plan.kernel, plan.spec.weight_type),
+            *(plan.n, plan.rows, plan.spec, plan.phase, act_dtype, device),
             in_features=plan.k if plan.ordered else 0,
         )
         return cls(plan, packed)

@@ -11,13 +11,15 @@ import torch
 
 from fusedq_kernels import heuristics, layout
 from fusedq_kernels.types import (
-    KERNEL_LAYOUT,
     DeviceSpec,
     GemmShape,
     KernelName,
     Launch,
     QuantSpec,
     Reason,
+    WeightType,
+    layout_for,
+    runs,
 )
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat
@@ -30,14 +32,14 @@ PREFILL_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a plan is for: the device decides the kernel, the dtype what it multiplies by."""
+    """Where a plan is for: the device decides the kernels, the dtype what they multiply by.
+
+    A layer that `insisted` cannot run is refused; None lets the device decide for each layer.
+    """
 
     device: DeviceSpec
     act_dtype: torch.dtype
-
-    @property
-    def kernel(self) -> KernelName:
-        return heuristics.kernel_for(self.device)
+    insisted: KernelName | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def plan_layer(
     Args:
         shard: what the rank holds.
         formats: for each part's module, how the checkpoint stores it; None if unquantized.
-        target: device, activation dtype, forced kernel.
+        target: device, activation dtype, insisted kernel.
 
     Raises:
         PreflightError: every reason why no fused kernel can run this shard.
@@ -101,11 +103,14 @@ def plan_layer(
         where += str(shard.tp_size)
         layer = f"{shard.prefix} (out_features x in_features {where})"
         raise PreflightError([_problem(layer, reason) for reason in reasons])
+    _check_insisted(shard, spec, target.insisted)
     decode, prefill = (
         heuristics.select(GemmShape(m, shard.n, rows), spec, target.device)
         for m in (DECODE_TOKENS, PREFILL_TOKENS)
     )
-    weight_bytes, metadata_bytes = _resident_bytes(shard.n, rows, spec, phase, target)
+    weight_bytes, metadata_bytes = _resident_bytes(
+        (shard.n, rows), spec, phase, decode.kernel, target.act_dtype
+    )
     if first.ordered:
         metadata_bytes += rows * layout.PERM_DTYPE.itemsize
     return LayerPlan(
@@ -115,7 +120,7 @@ def plan_layer(
         phase=phase,
         rows=rows,
         ordered=first.ordered,
-        kernel=target.kernel,
+        kernel=decode.kernel,
         decode=decode,
         prefill=prefill,
         weight_bytes=weight_bytes,
@@ -126,6 +131,22 @@ def plan_layer(
 def _problem(layer: str, reason: Reason) -> Problem:
     fix = "choose another --tensor-parallel-size or --dtype, or quantize the model again"
     return Problem(layer, reason.found, reason.supported, fix)
+
+
+def _check_insisted(shard: LayerShard, spec: QuantSpec, kernel: KernelName | None) -> None:
+    if kernel is None or runs(kernel, spec.weight_type):
+        return
+    types = [each.value for each in WeightType if runs(kernel, each)]
+    raise PreflightError(
+        [
+            Problem(
+                layer=shard.prefix,
+                found=f"{spec.weight_type.value} weights for kernel {kernel.value}",
+                supported=", ".join(types),
+                fix='choose another "kernel" in additional-config "fusedq", or leave it out',
+            )
+        ]
+    )
 
 
 def _of_one_scheme(
@@ -153,10 +174,14 @@ def _of_one_scheme(
 
 
 def _resident_bytes(
-    n: int, rows: int, spec: QuantSpec, phase: int, target: Target
+    size: tuple[int, int],
+    spec: QuantSpec,
+    phase: int,
+    kernel: KernelName,
+    act_dtype: torch.dtype,
 ) -> tuple[int, int]:
     shapes = layout.packed_shapes(
-        KERNEL_LAYOUT[target.kernel], n, rows, spec, phase, target.act_dtype
+        layout_for(kernel, spec.weight_type), *size, spec, phase, act_dtype
     )
     sizes = {
         name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in shapes.items()

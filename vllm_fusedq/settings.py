@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fusedq_kernels.device import device_by_name
-from fusedq_kernels.heuristics import kernel_for
+from fusedq_kernels.heuristics import kernels_for
 from fusedq_kernels.types import DeviceSpec, KernelName
 from vllm_fusedq.errors import SettingsError
 
@@ -17,17 +17,22 @@ class Settings:
 
     kernel: str = "auto"
 
+    @property
+    def insisted(self) -> KernelName | None:
+        return None if self.kernel == "auto" else KernelName(self.kernel)
+
     def device(self, found: DeviceSpec) -> DeviceSpec:
         """`found`, or what stands for it when planning for the kernel that was insisted on.
 
         Raises:
             SettingsError: the device cannot run that kernel.
         """
-        if self.kernel == "auto" or self.kernel == kernel_for(found).value:
+        kernels = kernels_for(found)
+        if self.insisted in (None, kernels[0]):
             return found
-        if found.kind == "cpu" and self.kernel == KernelName.CPU_STRIPED.value:
+        if self.insisted is KernelName.CPU_STRIPED and self.insisted in kernels:
             return replace(found, cpu_isa="")
-        if found.kind == "cpu" and self.kernel == KernelName.TRITON_GEMM.value:
+        if found.kind == "cpu" and self.insisted is KernelName.TRITON_GEMM:
             if os.environ.get("TRITON_INTERPRET") == "1":
                 return replace(device_by_name("sm_90"), name="interpreter")
             raise SettingsError(
@@ -36,7 +41,7 @@ class Settings:
             )
         raise SettingsError(
             f'additional-config "fusedq": kernel {self.kernel!r} does not run on {found.name}; '
-            f"supported there: {kernel_for(found).value}"
+            f"supported there: {', '.join(kernel.value for kernel in kernels)}"
         )
 
 

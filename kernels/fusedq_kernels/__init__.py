@@ -11,9 +11,7 @@ from fusedq_kernels.layout import (
     unpack,
     weight_bytes,
 )
-from fusedq_kernels.op import matmul
 from fusedq_kernels.types import (
-    KERNEL_LAYOUT,
     DeviceSpec,
     GemmShape,
     KernelName,
@@ -25,10 +23,10 @@ from fusedq_kernels.types import (
     Reason,
     TileConfig,
     WeightType,
+    layout_for,
 )
 
 __all__ = [
-    "KERNEL_LAYOUT",
     "DeviceSpec",
     "GemmShape",
     "KernelName",
@@ -41,6 +39,7 @@ __all__ = [
     "TileConfig",
     "WeightType",
     "empty_packed",
+    "layout_for",
     "matmul",
     "pack",
     "pack_rows",
@@ -48,3 +47,12 @@ __all__ = [
     "unpack",
     "weight_bytes",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Registering the operator takes half of the package's import time; planning needs none.
+    if name == "matmul":
+        from fusedq_kernels.op import matmul
+
+        return matmul
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

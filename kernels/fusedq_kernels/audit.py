@@ -91,7 +91,7 @@ def audit(
         for group_size in group_sizes
         for weight_type in weight_types
         for act_dtype in act_dtypes
-        for tile in tiles_for(device, _geometry(group_size).step)
+        for tile in tiles_for(device, weight_type, _geometry(group_size).step)
         if tiles is None or _tile_name(tile) in tiles
     ]
 

@@ -1,7 +1,7 @@
-"""Nibbles into words and back, for whole stripes of rows at a time.
+"""Codes into words and back, for whole stripes of rows at a time.
 
-`layout_p4.py` and `layout_wna16.py` draw the orders implemented here. Codes are uint8 below 16; a
-larger one would spill into its neighbour, so `layout.py` checks every stripe with `check_below`.
+`layout_tiled.py` and `layout_wna16.py` draw the orders implemented here. A 4-bit code of 16 or more
+would spill into its neighbour, so `layout.py` checks every stripe with `check_below`.
 """
 
 import torch
@@ -25,6 +25,34 @@ def p4_decode(words: torch.Tensor) -> torch.Tensor:
         codes[:, :, plane] = pair & 15
         codes[:, :, plane + 1] = pair >> 4
     return codes.view(rows, -1)
+
+
+def p8_encode(codes: torch.Tensor, words: torch.Tensor) -> None:
+    """Write codes `[R, 128 B]` into P8 words, int32 `[B, R, 32]`."""
+    planes = codes.view(codes.shape[0], -1, 2, 64)
+    # Little-endian: byte j of a halfword is plane j.
+    octets = words.view(torch.uint8).unflatten(-1, (64, 2))
+    octets.copy_(planes.permute(1, 0, 3, 2))
+
+
+def p8_decode(words: torch.Tensor) -> torch.Tensor:
+    """Codes `[R, 128 B]` of P8 words, int32 `[B, R, 32]`."""
+    octets = words.view(torch.uint8).unflatten(-1, (64, 2))
+    return octets.permute(1, 0, 3, 2).reshape(words.shape[1], -1)
+
+
+def pl4_encode(codes: torch.Tensor, words: torch.Tensor) -> None:
+    """Write codes `[R, 128 B]` into PL4 words, int32 `[B, R, 16]`."""
+    planes = codes.view(codes.shape[0], -1, 4, 16, 2)
+    octets = planes[..., 0] | (planes[..., 1] << 4)
+    # Little-endian: byte j of a word is plane j.
+    words.view(torch.uint8).unflatten(-1, (16, 4)).copy_(octets.permute(1, 0, 3, 2))
+
+
+def pl4_decode(words: torch.Tensor) -> torch.Tensor:
+    """Codes `[R, 128 B]` of PL4 words, int32 `[B, R, 16]`."""
+    octets = words.view(torch.uint8).unflatten(-1, (16, 4)).permute(1, 0, 3, 2)
+    return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1)
 
 
 def wna16_encode(codes: torch.Tensor, words: torch.Tensor) -> None:
@@ -54,8 +82,10 @@ def nibbles_decode(words: torch.Tensor) -> torch.Tensor:
 
 
 def check_below(tensor: torch.Tensor, bound: int, name: str) -> None:
-    """Raise ValueError unless every value is below `bound`; meta tensors pass."""
-    if not tensor.is_meta and tensor.numel() and (found := int(tensor.max())) >= bound:
+    """Raise ValueError unless every uint8 value is below `bound`; meta tensors pass."""
+    if bound > 255 or tensor.is_meta or not tensor.numel():
+        return
+    if (found := int(tensor.max())) >= bound:
         raise ValueError(f"{name} of this layout must be below {bound}, got {found}")
 
 

@@ -9,8 +9,8 @@ import functools
 
 import torch
 
-from fusedq_kernels import layout_p4
 from fusedq_kernels.geometry import group_geometry, wna16_geometry
+from fusedq_kernels.layout_tiled import TILED
 from fusedq_kernels.types import Layout, PackedWeight
 
 _PACK_FACTOR = 8
@@ -76,12 +76,12 @@ def wna16_gemm(
 def striped_gemm(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """`x @ dequantize(packed).T + bias`, a few output features at a time, in fp32.
 
-    Takes every group size and phase that P4 packs and holds at most a few MB of dequantized
-    weight. Much slower than `wna16_gemm` for few tokens: it decodes in separate passes.
+    Takes every group size and phase that a tiled layout packs and holds at most a few MB of
+    dequantized weight. Much slower than `wna16_gemm` for few tokens: it decodes in separate passes.
 
     Args:
         x: `[M, K]`, any floating dtype.
-        packed: a weight in `Layout.P4`.
+        packed: a weight in a tiled layout (P4, P8, PL4).
         bias: `[N]` or None.
 
     Returns:
@@ -90,8 +90,10 @@ def striped_gemm(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | Non
     Raises:
         ValueError: another layout.
     """
-    if packed.layout is not Layout.P4:
-        raise ValueError(f"striped_gemm reads layout P4, got {packed.layout.value}")
+    codec = TILED.get(packed.layout)
+    if codec is None:
+        known = ", ".join(layout.value for layout in TILED)
+        raise ValueError(f"striped_gemm reads layouts {known}, got {packed.layout.value}")
     geometry = group_geometry(packed.k, packed.spec.group_size, packed.phase)
     runs = torch.arange(0, geometry.k_padded, geometry.step)
     # Padding behind the last feature may reach past the last group.
@@ -102,16 +104,20 @@ def striped_gemm(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | Non
     stripe = max(1, _STRIPE_BYTES // (4 * geometry.k_padded))
     buffer = torch.empty((min(stripe, packed.n), len(runs), geometry.step), dtype=torch.float32)
     tokens = x.to(torch.float32)
+    weight_type, table = packed.spec.weight_type, None
+    if weight_type.codebook is not None:
+        table = torch.tensor(weight_type.codebook).to(x.dtype).to(torch.float32)
     y = torch.empty((x.shape[0], packed.n), dtype=x.dtype)
     for start in range(0, packed.n, stripe):
         stop = min(start + stripe, packed.n)
-        scales, zeros = layout_p4.read_groups(packed, start, stop)
+        scales, zeros = codec.read_groups(packed, start, stop)
         weight = buffer[: stop - start]
-        weight.copy_(layout_p4.padded_codes(packed, start, stop).view_as(weight))
-        if zeros is None:
-            weight.sub_(packed.spec.weight_type.bias)
+        codes = codec.padded_codes(packed, start, stop)
+        if table is not None:
+            torch.index_select(table, 0, codes.flatten().int(), out=weight.view(-1))
         else:
-            weight.sub_(zeros[:, groups, None])
+            weight.copy_(codes.view_as(weight))
+            weight.sub_(weight_type.bias if zeros is None else zeros[:, groups, None])
         weight.mul_(scales.to(torch.float32)[:, groups, None])
         part = tokens @ weight.flatten(1)[:, features].t()
         if bias is not None:

@@ -1,7 +1,7 @@
 """Codes to values inside the kernel: one small `@triton.jit` decoder per weight type.
 
-Owns the arithmetic on a packed `[BLOCK_N, 16]` int32 tile of the P4 layout and the table that
-selects it. `layout.py` owns where each code sits in its word, `gemm.py` the product.
+Owns the arithmetic on a packed `[BLOCK_N, words]` int32 tile and the table that selects it.
+`layout_tiled.py` owns where each code sits in its word, `gemm.py` the product.
 
 A decoder has the signature
 
@@ -9,13 +9,14 @@ A decoder has the signature
 
 `words` is the int32 tile, `metadata` the 4-byte `[BLOCK_N]` row of `PackedWeight.scales` for one
 group. `weight` holds the unscaled values of columns `[SUB * STEP, SUB * STEP + STEP)` as DTYPE
-`[BLOCK_N, STEP]` in natural K order, exact; `scale` is fp32 `[BLOCK_N]`.
+`[BLOCK_N, STEP]` in natural K order, exact for integers; `scale` is fp32 `[BLOCK_N]`.
 
 Two tricks. A code OR-ed into the mantissa of a power of two whose last mantissa bit is worth one
 (bf16 128 = 0x4300, fp16 1024 = 0x6400) is already a float, so no integer-to-float instruction is
-spent on it (the "magic number" conversion of FasterTransformer and Marlin). And the join, permute
-and reshape below only rename registers: Triton carries the layout of the dot operand back through
-them to the packed load, so the decoded weight never touches shared memory.
+spent on it (the "magic number" conversion of FasterTransformer and Marlin). As the mantissa of
+bf16 ends at bit 6, bit 7 of a code goes to the exponent of what is subtracted: 128 or 256. And
+`planes.py` puts the values in order by renaming registers, so that the decoded weight never touches
+shared memory. Codebooks are looked up in `decode_codebook.py`.
 """
 
 # Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
@@ -24,12 +25,16 @@ them to the packed load, so the decoded weight never touches shared memory.
 import triton
 import triton.language as tl
 
-from fusedq_kernels.geometry import P4_BLOCK_K
+from fusedq_kernels import geometry
+from fusedq_kernels.decode_codebook import decode_fp4, decode_nf4
+from fusedq_kernels.planes import halves, join_four, join_two
 from fusedq_kernels.types import WeightType
 
-BLOCK_K = tl.constexpr(P4_BLOCK_K)
-WORDS = tl.constexpr(16)
+BLOCK_K = tl.constexpr(geometry.BLOCK_K)
 _PAIR_MASK = tl.constexpr(0x000F000F)
+_BYTE_MASK = tl.constexpr(0x00FF00FF)
+_LOW_BITS_MASK = tl.constexpr(0x007F007F)
+_TOP_BIT_MASK = tl.constexpr(0x00800080)
 _BOTH_HALVES = tl.constexpr(0x00010001)
 _BF16_BITS = tl.constexpr(0x4300)
 _BF16_VALUE = tl.constexpr(128.0)
@@ -41,34 +46,59 @@ _ZERO_SHIFT = tl.constexpr(16)  # 16 + code - zero_point stays positive up to ze
 @triton.jit
 def _pairs(words, SUB: tl.constexpr, STEP: tl.constexpr):
     """Code pairs (k, k + 1) in the halves of an int32, `[BLOCK_N, STEP // 2]`, k ascending."""
-    BLOCK_N: tl.constexpr = words.shape[0]
     if STEP == 32:
         return (words >> (4 * SUB)) & _PAIR_MASK
     elif STEP == 64:
-        first = (words >> (8 * SUB)) & _PAIR_MASK
-        second = (words >> (8 * SUB + 4)) & _PAIR_MASK
-        planes = tl.permute(tl.join(first, second), (0, 2, 1))
-        return tl.reshape(planes, (BLOCK_N, STEP // 2))
+        return join_two((words >> (8 * SUB)) & _PAIR_MASK, (words >> (8 * SUB + 4)) & _PAIR_MASK)
     else:
-        even = tl.join(words & _PAIR_MASK, (words >> 8) & _PAIR_MASK)
-        odd = tl.join((words >> 4) & _PAIR_MASK, (words >> 12) & _PAIR_MASK)
-        planes = tl.permute(tl.join(even, odd), (0, 2, 3, 1))
-        return tl.reshape(planes, (BLOCK_N, STEP // 2))
+        return join_four(
+            words & _PAIR_MASK,
+            (words >> 4) & _PAIR_MASK,
+            (words >> 8) & _PAIR_MASK,
+            (words >> 12) & _PAIR_MASK,
+        )
 
 
 @triton.jit
-def _halves_minus(
-    pairs, OFFSET: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr
-):
-    """Reinterpret both halves of each int32 as DTYPE, subtract OFFSET: `[BLOCK_N, STEP]`."""
-    low = (pairs & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
-    high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-    values = tl.reshape(tl.join(low, high), (pairs.shape[0], STEP))
+def _byte_pairs(words, SUB: tl.constexpr, STEP: tl.constexpr):
+    """Like `_pairs`, for P8."""
+    if STEP == 32:
+        plane = (words >> (8 * (SUB // 2))) & _BYTE_MASK
+        plane = tl.reshape(plane, (words.shape[0], 2, words.shape[1] // 2))
+        first, second = tl.split(tl.permute(plane, (0, 2, 1)))
+        if SUB % 2 == 0:
+            return first
+        else:
+            return second
+    elif STEP == 64:
+        return (words >> (8 * SUB)) & _BYTE_MASK
+    else:
+        return join_two(words & _BYTE_MASK, (words >> 8) & _BYTE_MASK)
+
+
+@triton.jit
+def _minus(values, subtrahend, INTERPRET: tl.constexpr):
     if INTERPRET:
         # The interpreter stores bf16 as uint16 and would subtract those.
+        return (values.to(tl.float32) - subtrahend.to(tl.float32)).to(values.dtype)
+    else:
+        return values - subtrahend
+
+
+@triton.jit
+def _halves_minus(pairs, OFFSET: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """`halves` less OFFSET."""
+    values = halves(pairs, DTYPE)
+    if INTERPRET:
         return (values.to(tl.float32) - OFFSET).to(DTYPE)
     else:
         return values - OFFSET
+
+
+@triton.jit
+def _scale(metadata, SCALE_DTYPE: tl.constexpr):
+    """The 16-bit scale in the high half of metadata, as fp32."""
+    return (metadata >> 16).to(tl.int16).to(SCALE_DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -85,7 +115,7 @@ def _decode_uint4b8(
     BITS: tl.constexpr = _BF16_BITS if DTYPE == tl.bfloat16 else _FP16_BITS
     OFFSET: tl.constexpr = (_BF16_VALUE if DTYPE == tl.bfloat16 else _FP16_VALUE) + 8
     pairs = _pairs(words, SUB, STEP) | (BITS * _BOTH_HALVES)
-    return _halves_minus(pairs, OFFSET, STEP, DTYPE, INTERPRET), metadata
+    return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET), metadata
 
 
 @triton.jit
@@ -104,11 +134,69 @@ def _decode_uint4(
     zero = metadata & 0xFFFF
     bits = (BITS + _ZERO_SHIFT) * _BOTH_HALVES - zero * _BOTH_HALVES
     pairs = _pairs(words, SUB, STEP) + bits[:, None]
-    scale = (metadata >> 16).to(tl.int16).to(SCALE_DTYPE, bitcast=True).to(tl.float32)
-    return _halves_minus(pairs, OFFSET, STEP, DTYPE, INTERPRET), scale
+    return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET), _scale(metadata, SCALE_DTYPE)
+
+
+@triton.jit
+def _bytes_minus_128(
+    words, SUB: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr
+):
+    """`code - 128` of P8 words as bf16: 128 + bits 0..6, less 128 where bit 7 is set, else 256."""
+    pairs = _byte_pairs(words, SUB, STEP)
+    low = (pairs & _LOW_BITS_MASK) | (_BF16_BITS * _BOTH_HALVES)
+    top = (pairs & _TOP_BIT_MASK) ^ ((_BF16_BITS + 128) * _BOTH_HALVES)
+    return _minus(halves(low, DTYPE), halves(top, DTYPE), INTERPRET)
+
+
+@triton.jit
+def _decode_uint8b128(
+    words,
+    metadata,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """`code - 128`; metadata is the fp32 scale itself."""
+    if DTYPE == tl.bfloat16:
+        return _bytes_minus_128(words, SUB, STEP, DTYPE, INTERPRET), metadata
+    else:
+        OFFSET: tl.constexpr = _FP16_VALUE + 128
+        pairs = _byte_pairs(words, SUB, STEP) | (_FP16_BITS * _BOTH_HALVES)
+        return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET), metadata
+
+
+@triton.jit
+def _decode_uint8(
+    words,
+    metadata,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """`code - zero_point`; metadata is `scale bits << 16 | zero_point`, zero_point in 0..255."""
+    scale = _scale(metadata, SCALE_DTYPE)
+    zero = metadata & 0xFFFF
+    if DTYPE == tl.bfloat16:
+        # Both differences are integers of at most 8 bits and a sign, hence exact in bf16.
+        shifted = _bytes_minus_128(words, SUB, STEP, DTYPE, INTERPRET)
+        zero = (zero - 128).to(tl.float32).to(DTYPE)
+        return _minus(shifted, zero[:, None], INTERPRET), scale
+    else:
+        OFFSET: tl.constexpr = _FP16_VALUE + 256
+        bits = (_FP16_BITS + 256) * _BOTH_HALVES - zero * _BOTH_HALVES
+        pairs = _byte_pairs(words, SUB, STEP) + bits[:, None]
+        return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET), scale
 
 
 DECODERS = {
     WeightType.UINT4: _decode_uint4,
     WeightType.UINT4B8: _decode_uint4b8,
+    WeightType.UINT8: _decode_uint8,
+    WeightType.UINT8B128: _decode_uint8b128,
+    WeightType.NF4: decode_nf4,
+    WeightType.FP4: decode_fp4,
 }

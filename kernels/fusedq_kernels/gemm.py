@@ -17,10 +17,17 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedq_kernels.decode import BLOCK_K, DECODERS, WORDS
-from fusedq_kernels.geometry import group_geometry
+from fusedq_kernels import geometry
+from fusedq_kernels.decode import BLOCK_K, DECODERS
 from fusedq_kernels.heuristics import ACT_DTYPES
-from fusedq_kernels.types import KernelName, Launch, Layout, PackedWeight, QuantSpec, TileConfig
+from fusedq_kernels.types import (
+    KernelName,
+    Launch,
+    PackedWeight,
+    QuantSpec,
+    TileConfig,
+    layout_for,
+)
 
 # Pointers and these arguments are multiples of 16, which Triton's launch specialisation finds out
 # by itself; without it the loads of x are narrower than a 16-byte asynchronous copy.
@@ -73,6 +80,7 @@ def _fused_gemm_kernel(
     stride_xm,
     DECODE: tl.constexpr,
     SCALE_DTYPE: tl.constexpr,
+    WORDS: tl.constexpr,
     STEP: tl.constexpr,
     STEPS_PER_GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -172,6 +180,7 @@ def kernel_constants(
     return {
         "DECODE": DECODERS[spec.weight_type],
         "SCALE_DTYPE": _TL_DTYPES[spec.scale_dtype] if has_zero_points else tl.float32,
+        "WORDS": geometry.BLOCK_K * spec.weight_type.bits // 32,
         "STEP": step,
         "STEPS_PER_GROUP": spec.group_size // step if num_groups > 1 else 0,
         "HAS_BIAS": has_bias and tile.split_k == 1,
@@ -190,7 +199,7 @@ def fused_gemm(
 
     Args:
         x: `[M, K]` fp16 or bf16, unit column stride, any row stride.
-        packed: a weight in `Layout.P4` on the device of `x`.
+        packed: a weight in its tiled layout (P4, P8, PL4) on the device of `x`.
         bias: `[N]` in the dtype of `x`, or None.
         launch: a `KernelName.TRITON_GEMM` launch, as chosen by `heuristics.select`.
 
@@ -214,7 +223,7 @@ def fused_gemm(
     out = y
     if tile.split_k > 1:
         out = torch.empty((tile.split_k, m, n), dtype=torch.float32, device=x.device)
-    geometry = group_geometry(k, packed.spec.group_size, packed.phase)
+    groups = geometry.group_geometry(k, packed.spec.group_size, packed.phase)
     num_blocks, n_padded, _ = packed.qweight.shape
     grid = (triton.cdiv(m, tile.block_m), n_padded // tile.block_n, tile.split_k)
     _fused_gemm_kernel[grid](
@@ -227,13 +236,13 @@ def fused_gemm(
         n,
         k,
         n_padded,
-        geometry.pad,
-        geometry.offset // geometry.step,
-        geometry.num_groups - 1,
+        groups.pad,
+        groups.offset // groups.step,
+        groups.num_groups - 1,
         num_blocks,
         triton.cdiv(num_blocks, tile.split_k),
         stride_xm,
-        **kernel_constants(packed.spec, geometry.step, geometry.num_groups, tile, bias is not None),
+        **kernel_constants(packed.spec, groups.step, groups.num_groups, tile, bias is not None),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         enable_fp_fusion=FP_FUSION,
@@ -258,8 +267,9 @@ def _checked_tile(packed: PackedWeight, launch: Launch) -> TileConfig:
     tile = launch.tile
     if launch.kernel is not KernelName.TRITON_GEMM or tile is None:
         raise ValueError(f"launch must be {KernelName.TRITON_GEMM.value} with a tile, got {launch}")
-    if packed.layout is not Layout.P4:
-        raise ValueError(f"fused_gemm reads layout P4, got {packed.layout.value}")
+    layout = layout_for(launch.kernel, packed.spec.weight_type)
+    if packed.layout is not layout:
+        raise ValueError(f"fused_gemm reads layout {layout.value}, got {packed.layout.value}")
     n_padded = packed.qweight.shape[1]
     if n_padded % tile.block_n:
         raise ValueError(f"block_n {tile.block_n} does not divide the padded N {n_padded}")

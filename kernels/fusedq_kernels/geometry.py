@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-P4_BLOCK_K = 128
+BLOCK_K = 128
 WNA16_ALIGNMENT = 32
 
 
@@ -19,7 +19,7 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GroupGeometry:
-    """Where groups fall in P4's padded K.
+    """Where groups fall in the padded K of the tiled layouts.
 
     Padded position p holds input feature `p - pad` and belongs to group
     `(p + offset) // group_size`; each aligned run of `step` positions lies in one group.
@@ -57,13 +57,13 @@ def count_groups(k: int, group_size: int, phase: int) -> int:
 
 
 def group_geometry(k: int, group_size: int, phase: int) -> GroupGeometry:
-    """Padding and group index of the P4 layout; raises ValueError as `count_groups` does."""
+    """Padding and group index of the tiled layouts; raises ValueError as `count_groups` does."""
     num_groups = count_groups(k, group_size, phase)
     if num_groups == 1:
-        return GroupGeometry(P4_BLOCK_K, 0, 0, 1, round_up(k, P4_BLOCK_K))
-    step = gcd(group_size, P4_BLOCK_K)
+        return GroupGeometry(BLOCK_K, 0, 0, 1, round_up(k, BLOCK_K))
+    step = gcd(group_size, BLOCK_K)
     pad = phase % step
-    return GroupGeometry(step, pad, phase - pad, num_groups, round_up(k + pad, P4_BLOCK_K))
+    return GroupGeometry(step, pad, phase - pad, num_groups, round_up(k + pad, BLOCK_K))
 
 
 def wna16_geometry(k: int, group_size: int, phase: int) -> Wna16Geometry:

@@ -1,21 +1,15 @@
 """Which kernel and tile a problem gets, and which problems get none: pure functions of plain data.
 
 `device.py` supplies the `DeviceSpec`; `gemm.py` and `cpu.py` run the `Launch`. Nothing here asks a
-driver, so the answer given while planning is the answer at run time.
-
-The tables come from ahead-of-time compilation (`audit.py`; Triton 3.6 and 3.9), not from timing
-runs: no tile spills, stores a decoded weight to shared memory, or waits for a plain global load.
-Wider tiles read x less often, narrower ones fill the GPU when N is small. On `mma.sync` targets a
-tile of 32 or more tokens keeps its warps along N where it can, because warps spread over tokens
-decode the same weights again. A tcgen05 tile has 32 rows of weight per warp: fewer make Triton
-store the decoded weight to shared memory.
+driver, so the answer given while planning is the answer at run time. `tiles.py` has the tiles.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from fusedq_kernels.geometry import P4_BLOCK_K, group_geometry, round_up
+from fusedq_kernels.geometry import BLOCK_K, group_geometry, round_up
+from fusedq_kernels.tiles import rules_for
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,
@@ -24,6 +18,9 @@ from fusedq_kernels.types import (
     QuantSpec,
     Reason,
     TileConfig,
+    WeightType,
+    layout_for,
+    runs,
 )
 
 ACT_DTYPES = (torch.float16, torch.bfloat16)
@@ -43,63 +40,17 @@ _MAX_DECODE_M = 64
 _MIN_N = {256: 4096, 128: 2049}
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """A tile, and the `GroupGeometry.step` below which it would spill registers."""
-
-    tile: TileConfig
-    min_step: int = 32
-
-
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """Tiles for up to `max_m` tokens, widest first; the last one takes whatever is left."""
-
-    max_m: int | None
-    choices: tuple[_Choice, ...]
-
-
-def _tile(
-    block_m: int, block_n: int, num_warps: int, num_stages: int, min_step: int = 32
-) -> _Choice:
-    return _Choice(TileConfig(block_m, block_n, 1, num_warps, num_stages), min_step)
-
-
-_WGMMA_RULES = (
-    _Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
-    _Rule(16, (_tile(16, 128, 4, 4), _tile(16, 64, 4, 4))),
-    _Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 8, 4), _tile(32, 64, 4, 4))),
-    _Rule(64, (_tile(64, 256, 8, 4, 64), _tile(64, 128, 8, 4), _tile(64, 64, 4, 4))),
-    _Rule(None, (_tile(128, 128, 8, 3, 64), _tile(64, 128, 8, 4))),
-)
-_TCGEN05_RULES = (
-    _Rule(8, (_tile(8, 128, 4, 4),)),
-    _Rule(16, (_tile(16, 128, 4, 4),)),
-    _Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4))),
-    _Rule(None, (_tile(64, 256, 8, 3, 64), _tile(64, 128, 4, 3, 64), _tile(32, 128, 4, 4))),
-)
-_MMA_SYNC_RULES = (
-    _Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
-    _Rule(16, (_tile(16, 128, 4, 4), _tile(16, 64, 4, 4))),
-    _Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
-    _Rule(
-        None,
-        (
-            _tile(64, 256, 8, 3, 128),
-            _tile(64, 128, 8, 3),
-            _tile(64, 64, 4, 3, 64),
-            _tile(32, 64, 2, 4),
-        ),
-    ),
-)
-_RULES_BY_MAJOR = {9: _WGMMA_RULES, 10: _TCGEN05_RULES}
-
-
-def kernel_for(device: DeviceSpec) -> KernelName:
-    """The one implementation this device runs."""
+def kernels_for(device: DeviceSpec) -> tuple[KernelName, ...]:
+    """Every implementation that `kernel_for` names for this device, the preferred one first."""
     if device.kind == "cuda":
-        return KernelName.TRITON_GEMM
-    return KernelName.CPU_WNA16 if device.cpu_isa else KernelName.CPU_STRIPED
+        return (KernelName.TRITON_GEMM,)
+    fused = (KernelName.CPU_WNA16,) if device.cpu_isa else ()
+    return (*fused, KernelName.CPU_STRIPED)
+
+
+def kernel_for(device: DeviceSpec, weight_type: WeightType) -> KernelName:
+    """The one implementation that runs weights of this type on this device."""
+    return next(kernel for kernel in kernels_for(device) if runs(kernel, weight_type))
 
 
 def select(shape: GemmShape, spec: QuantSpec, device: DeviceSpec) -> Launch:
@@ -108,11 +59,11 @@ def select(shape: GemmShape, spec: QuantSpec, device: DeviceSpec) -> Launch:
     Up to 64 tokens `split_k` depends on N and K alone, so a row's sum is cut at the same places
     whatever batch it arrives in.
     """
-    kernel = kernel_for(device)
+    kernel = kernel_for(device, spec.weight_type)
     if kernel is not KernelName.TRITON_GEMM:
         isa = f", {device.cpu_isa}" if device.cpu_isa else ""
         return Launch(kernel, None, f"rule: {device.kind}{isa}")
-    rules = _rules_for(device)
+    rules = rules_for(device, layout_for(kernel, spec.weight_type))
     rule = next(rule for rule in rules if rule.max_m is None or shape.m <= rule.max_m)
     step = group_geometry(shape.k, spec.group_size, 0).step
     fitting = (c for c in rule.choices if step >= c.min_step and _fits(c.tile, shape.n))
@@ -123,9 +74,10 @@ def select(shape: GemmShape, spec: QuantSpec, device: DeviceSpec) -> Launch:
     return Launch(kernel, tile, f"rule: {tokens}, {tile.block_m}x{tile.block_n}{split}")
 
 
-def tiles_for(device: DeviceSpec, step: int) -> tuple[TileConfig, ...]:
+def tiles_for(device: DeviceSpec, weight_type: WeightType, step: int) -> tuple[TileConfig, ...]:
     """Every tile that `select` can return for a GPU and a `GroupGeometry.step`, at `split_k` 1."""
-    choices = (choice for rule in _rules_for(device) for choice in rule.choices)
+    rules = rules_for(device, layout_for(KernelName.TRITON_GEMM, weight_type))
+    choices = (choice for rule in rules for choice in rule.choices)
     return tuple(dict.fromkeys(choice.tile for choice in choices if step >= choice.min_step))
 
 
@@ -144,7 +96,7 @@ def unsupported_reasons(
     Raises:
         ValueError: `k` or `phase` is no valid size (see `geometry.count_groups`).
     """
-    kernel = kernel_for(device)
+    kernel = kernel_for(device, spec.weight_type)
     reasons = []
     if n % 8:
         reasons.append(Reason(f"{n} out_features per rank", "multiples of 8"))
@@ -162,10 +114,6 @@ def unsupported_reasons(
     return tuple(reasons)
 
 
-def _rules_for(device: DeviceSpec) -> tuple[_Rule, ...]:
-    return _RULES_BY_MAJOR.get(device.capability[0], _MMA_SYNC_RULES)
-
-
 def _fits(tile: TileConfig, n: int) -> bool:
     divides = round_up(n, _BLOCK_N_UNIT) % tile.block_n == 0
     return divides and n >= _MIN_N.get(tile.block_n, 0)
@@ -175,7 +123,7 @@ def _split_k(shape: GemmShape, tile: TileConfig, device: DeviceSpec) -> int:
     tiles = round_up(shape.n, _BLOCK_N_UNIT) // _BLOCK_N_UNIT
     if shape.m > _MAX_DECODE_M:
         tiles *= -(-shape.m // tile.block_m)
-    num_blocks = -(-shape.k // P4_BLOCK_K)
+    num_blocks = -(-shape.k // BLOCK_K)
     split_k = 1
     while (
         2 * split_k * tiles <= _TILES_PER_SM * device.num_sms

@@ -1,8 +1,8 @@
 """Resident weights: their shapes, packing, and unpacking as its exact inverse, in every layout.
 
-`layout_p4.py` and `layout_wna16.py` draw a layout bit by bit, `geometry.py` pads K and counts
+`layout_tiled.py` and `layout_wna16.py` draw a layout bit by bit, `geometry.py` pads K and counts
 groups. This module checks, works in stripes and dispatches. The readers of a packed weight are
-`decode.py` and `gemm.py` (P4) and `cpu.py` (both layouts); `reference.py` knows logical ones only.
+`decode.py` and `gemm.py` (tiled) and `cpu.py` (all); `reference.py` knows logical ones only.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from fusedq_kernels import bits, layout_p4, layout_wna16
+from fusedq_kernels import bits, layout_wna16
 from fusedq_kernels.geometry import (
     GroupGeometry,
     TensorSpec,
@@ -19,7 +19,8 @@ from fusedq_kernels.geometry import (
     group_geometry,
     wna16_geometry,
 )
-from fusedq_kernels.types import Layout, LogicalWeight, PackedWeight, QuantSpec
+from fusedq_kernels.layout_tiled import TILED
+from fusedq_kernels.types import Layout, LogicalWeight, PackedWeight, QuantSpec, holds
 
 __all__ = [
     "PERM_DTYPE",
@@ -38,7 +39,7 @@ __all__ = [
     "wna16_geometry",
 ]
 
-# Stripes of rows start and end on this, so that no stripe splits a block of either layout.
+# Stripes of rows start and end on this, so that no stripe splits a block of any layout.
 ROW_ALIGNMENT = 32
 
 PERM_DTYPE = torch.int32
@@ -55,6 +56,8 @@ def packed_shapes(
     `zeros` is present only where the layout keeps zero points apart. `act_dtype` matters to
     CPU_WNA16 alone. Raises ValueError for a scheme that the layout cannot hold.
     """
+    if not holds(layout, spec.weight_type):
+        raise ValueError(f"layout {layout.value} does not hold {spec.weight_type.value}")
     return _CODECS[layout].shapes(n, k, spec, phase, act_dtype)
 
 
@@ -97,7 +100,7 @@ def pack_rows(packed: PackedWeight, start: int, rows: LogicalWeight) -> None:
     for first, last in _stripes(rows.codes.shape[0], packed.k):
         zeros = None if rows.zeros is None else rows.zeros[first:last]
         codes = rows.codes[first:last]
-        bits.check_below(codes, 16, "codes")
+        bits.check_below(codes, 1 << packed.spec.weight_type.bits, "codes")
         codec.write_codes(packed, start + first, codes, zeros)
 
 
@@ -138,7 +141,7 @@ def weight_bytes(packed: PackedWeight) -> dict[str, int]:
 
 
 class _Codec(Protocol):
-    """What a layout's module offers."""
+    """What a layout offers."""
 
     shapes: Callable[..., dict[str, TensorSpec]]
     write_groups: Callable[..., None]
@@ -147,7 +150,7 @@ class _Codec(Protocol):
     read_codes: Callable[..., torch.Tensor]
 
 
-_CODECS: dict[Layout, _Codec] = {Layout.P4: layout_p4, Layout.CPU_WNA16: layout_wna16}
+_CODECS: dict[Layout, _Codec] = {**TILED, Layout.CPU_WNA16: layout_wna16}
 
 
 def _check_rows(packed: PackedWeight, start: int, rows: LogicalWeight) -> None:

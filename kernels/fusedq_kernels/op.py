@@ -14,7 +14,6 @@ import torch
 from fusedq_kernels import cpu
 from fusedq_kernels.layout import PERM_DTYPE, TensorSpec, packed_shapes
 from fusedq_kernels.types import (
-    KERNEL_LAYOUT,
     DeviceSpec,
     GemmShape,
     KernelName,
@@ -22,6 +21,7 @@ from fusedq_kernels.types import (
     PackedWeight,
     QuantSpec,
     WeightType,
+    layout_for,
 )
 
 _SCHEMA = (
@@ -193,7 +193,7 @@ def _call(
         raise ValueError(f"scale_dtype must be one of {list(_SCALE_DTYPES)}, got {scale_dtype!r}")
     spec = QuantSpec(WeightType(weight_type), group_size, _SCALE_DTYPES[scale_dtype])
     name = KernelName(kernel)
-    layout = KERNEL_LAYOUT[name]
+    layout = layout_for(name, spec.weight_type)
     shapes = packed_shapes(layout, n, k, spec, phase, act_dtype)
     return _Call(name, _RUNNERS[name], layout, spec, shapes, TensorSpec((n,), act_dtype))
 

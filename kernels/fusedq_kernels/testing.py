@@ -14,7 +14,7 @@ _WORST_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`expected` is `x @ dequantize(logical).T + bias` in float64, `[M, N]`."""
+    """`expected` is `x @ dequantize(logical, x.dtype).T + bias` in float64, `[M, N]`."""
 
     x: torch.Tensor
     logical: LogicalWeight
@@ -26,11 +26,12 @@ def random_logical(n: int, k: int, spec: QuantSpec, phase: int = 0, seed: int = 
     """Uniform codes and zero points, scales around 0.01 that differ in every group."""
     generator = torch.Generator().manual_seed(seed)
     grouped = (n, count_groups(k, spec.group_size, phase))
-    codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+    bound = 1 << spec.weight_type.bits
+    codes = torch.randint(0, bound, (n, k), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(grouped, generator=generator) + 0.5) * 0.01
     zeros = None
     if spec.has_zero_points:
-        zeros = torch.randint(0, 16, grouped, generator=generator, dtype=torch.uint8)
+        zeros = torch.randint(0, bound, grouped, generator=generator, dtype=torch.uint8)
     return LogicalWeight(codes, scales.to(spec.scale_dtype), zeros, spec, phase)
 
 

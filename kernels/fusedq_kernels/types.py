@@ -14,12 +14,18 @@ import torch
 class WeightType(Enum):
     """How a stored code becomes a value, under the field's names (vLLM `scalar_types`).
 
-    `uint4` is an unsigned code with an explicit zero point per group, `uint4b8` an unsigned code
-    with the constant zero point 8.
+    `uint4` and `uint8` are unsigned codes with an explicit zero point per group, `uint4b8` and
+    `uint8b128` unsigned codes with the constant zero points 8 and 128: a signed integer is stored
+    as the code that lies its zero point higher. The codes of `nf4` and `fp4` number the entries of
+    a codebook and have no zero point.
     """
 
     UINT4 = "uint4"
     UINT4B8 = "uint4b8"
+    UINT8 = "uint8"
+    UINT8B128 = "uint8b128"
+    NF4 = "nf4"
+    FP4 = "fp4"
 
     @property
     def bits(self) -> int:
@@ -27,18 +33,58 @@ class WeightType(Enum):
 
     @property
     def bias(self) -> int | None:
-        """Constant zero point, or None where each group stores its own."""
+        """Constant zero point of an integer type, or None where each group stores its own."""
         return _WEIGHT_TYPE_BIAS[self]
 
+    @property
+    def codebook(self) -> tuple[float, ...] | None:
+        """The value of each code before scaling, or None for an integer type."""
+        return _CODEBOOKS.get(self)
 
-_WEIGHT_TYPE_BITS = {WeightType.UINT4: 4, WeightType.UINT4B8: 4}
-_WEIGHT_TYPE_BIAS = {WeightType.UINT4: None, WeightType.UINT4B8: 8}
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether each group stores a zero point."""
+        return self.bias is None and self.codebook is None
+
+
+_WEIGHT_TYPE_BITS = {
+    WeightType.UINT4: 4,
+    WeightType.UINT4B8: 4,
+    WeightType.UINT8: 8,
+    WeightType.UINT8B128: 8,
+    WeightType.NF4: 4,
+    WeightType.FP4: 4,
+}
+_WEIGHT_TYPE_BIAS = {
+    WeightType.UINT4: None,
+    WeightType.UINT4B8: 8,
+    WeightType.UINT8: None,
+    WeightType.UINT8B128: 128,
+    WeightType.NF4: None,
+    WeightType.FP4: None,
+}
+# bitsandbytes `functional.get_4bit_type`. It divides its fp4 table by 12; here the scale is to be
+# divided, so that every entry is exact in 16 bits.
+_CODEBOOKS = {
+    WeightType.NF4: (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    WeightType.FP4: (
+        *(0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0),
+        *(0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0),
+    ),
+}
 
 
 class Layout(Enum):
     """Resident byte order of a packed weight; `layout.py` draws each one bit by bit."""
 
     P4 = "P4"
+    P8 = "P8"
+    PL4 = "PL4"
     CPU_WNA16 = "CPU_WNA16"
 
 
@@ -50,11 +96,44 @@ class KernelName(Enum):
     CPU_STRIPED = "cpu-striped"
 
 
-KERNEL_LAYOUT = {
-    KernelName.TRITON_GEMM: Layout.P4,
-    KernelName.CPU_WNA16: Layout.CPU_WNA16,
-    KernelName.CPU_STRIPED: Layout.P4,
+_TILED_LAYOUTS = {
+    WeightType.UINT4: Layout.P4,
+    WeightType.UINT4B8: Layout.P4,
+    WeightType.UINT8: Layout.P8,
+    WeightType.UINT8B128: Layout.P8,
+    WeightType.NF4: Layout.PL4,
+    WeightType.FP4: Layout.PL4,
 }
+_KERNEL_LAYOUTS = {
+    KernelName.TRITON_GEMM: _TILED_LAYOUTS,
+    KernelName.CPU_WNA16: {
+        WeightType.UINT4: Layout.CPU_WNA16,
+        WeightType.UINT4B8: Layout.CPU_WNA16,
+    },
+    KernelName.CPU_STRIPED: _TILED_LAYOUTS,
+}
+
+
+def runs(kernel: KernelName, weight_type: WeightType) -> bool:
+    """Whether `kernel` has a layout for `weight_type`."""
+    return weight_type in _KERNEL_LAYOUTS[kernel]
+
+
+def holds(layout: Layout, weight_type: WeightType) -> bool:
+    """Whether weights of `weight_type` can be packed in `layout`."""
+    return layout in {layouts.get(weight_type) for layouts in _KERNEL_LAYOUTS.values()}
+
+
+def layout_for(kernel: KernelName, weight_type: WeightType) -> Layout:
+    """The layout in which `kernel` reads weights of `weight_type`.
+
+    Raises ValueError, naming the weight types of the kernel, where there is none.
+    """
+    layouts = _KERNEL_LAYOUTS[kernel]
+    if weight_type not in layouts:
+        known = ", ".join(each.value for each in layouts)
+        raise ValueError(f"kernel {kernel.value} runs {known}, got {weight_type.value}")
+    return layouts[weight_type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +150,7 @@ class QuantSpec:
 
     @property
     def has_zero_points(self) -> bool:
-        return self.weight_type.bias is None
+        return self.weight_type.has_zero_points
 
 
 @dataclass(frozen=True, slots=True)

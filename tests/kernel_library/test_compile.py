@@ -14,31 +14,66 @@ import pytest
 
 from fusedq_kernels.device import device_by_name
 from fusedq_kernels.heuristics import tiles_for
+from fusedq_kernels.types import WeightType
 
 MMA_KIND = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma"}
+FOUR_BITS = ("--weight-type", "uint4", "uint4b8")
+EIGHT_BITS = ("--weight-type", "uint8", "uint8b128")
 RUNS = {
-    "sm_90": ("--target=sm_90", "--act-dtype", "bf16"),
-    "sm_90-fp16": ("--target=sm_90", "--tile", "16x128", "64x256", "--act-dtype", "fp16"),
+    "sm_90": ("--target=sm_90", "--act-dtype", "bf16", *FOUR_BITS),
+    "sm_90-fp16": (
+        *("--target=sm_90", "--tile", "16x128", "64x256", "--act-dtype", "fp16", *FOUR_BITS),
+    ),
     "sm_90-groups": (
-        *("--target=sm_90", "--tile", "16x128", "64x128", "--act-dtype", "bf16"),
+        *("--target=sm_90", "--tile", "16x128", "64x128", "--act-dtype", "bf16", *FOUR_BITS),
         *("--group-size", "32", "64", "131072"),
     ),
-    "sm_80": ("--target=sm_80", "--tile", "8x128", "32x256", "64x256", "--act-dtype", "bf16"),
-    "sm_100": ("--target=sm_100", "--tile", "16x128", "32x128", "64x256", "--act-dtype", "bf16"),
-    "sm_120": ("--target=sm_120", "--tile", "16x64", "32x256", "64x256", "--act-dtype", "fp16"),
+    "sm_80": (
+        *("--target=sm_80", "--tile", "8x128", "32x256", "64x256", "--act-dtype", "bf16"),
+        *FOUR_BITS,
+    ),
+    "sm_100": (
+        *("--target=sm_100", "--tile", "16x128", "32x128", "64x256", "--act-dtype", "bf16"),
+        *FOUR_BITS,
+    ),
+    "sm_120": (
+        *("--target=sm_120", "--tile", "16x64", "32x256", "64x256", "--act-dtype", "fp16"),
+        *FOUR_BITS,
+    ),
     "sm_120-groups": (
-        *("--target=sm_120", "--tile", "32x256", "--act-dtype", "bf16"),
+        *("--target=sm_120", "--tile", "32x256", "--act-dtype", "bf16", *FOUR_BITS),
         *("--group-size", "32", "64"),
+    ),
+    "sm_90-codebook": (
+        *("--target=sm_90", "--tile", "8x128", "64x128", "128x128", "--act-dtype", "bf16"),
+        *("--weight-type", "nf4", "fp4", "--group-size", "64", "128"),
+    ),
+    "sm_120-codebook": (
+        *("--target=sm_120", "--tile", "32x256", "64x128", "--act-dtype", "fp16"),
+        *("--weight-type", "nf4", "--group-size", "64"),
+    ),
+    "sm_90-8bit": ("--target=sm_90", "--act-dtype", "bf16", *EIGHT_BITS),
+    "sm_90-8bit-groups": (
+        *("--target=sm_90", "--tile", "16x128", "64x128", "--act-dtype", "bf16", *EIGHT_BITS),
+        *("--group-size", "32", "131072"),
+    ),
+    "sm_80-8bit": ("--target=sm_80", "--tile", "32x256", "--act-dtype", "bf16", *EIGHT_BITS),
+    "sm_100-8bit": ("--target=sm_100", "--tile", "64x256", "--act-dtype", "bf16", *EIGHT_BITS),
+    "sm_120-8bit": (
+        *("--target=sm_120", "--tile", "32x256", "64x128", "--act-dtype", "fp16", *EIGHT_BITS),
     ),
 }
 
 # SASS instructions per weight and K block that one thread may spend; a step of 32 or 64 rows adds
-# a scale and an accumulation per step. HBM of an H200 allows about 4 for up to 16 tokens.
+# a scale and an accumulation per step. HBM of an H200 allows about 4 for up to 16 tokens, and 8
+# where a weight has 8 bits.
 BUDGET = {
     **{"8x128": 3.3, "8x64": 4.2, "16x128": 3.4, "16x64": 4.2},
     **{"32x256": 3.5, "32x128": 4.4, "32x64": 4.7},
     **{"64x256": 3.8, "64x128": 5.0, "64x64": 5.2, "128x128": 5.7},
 }
+# What a weight type may spend of it.
+SHARE = {"uint4": 1, "uint4b8": 1, "uint8": 1.5, "uint8b128": 1.25, "nf4": 1.6, "fp4": 1.6}
 
 # Launches through the JIT with a driver that names a GPU and never reaches one.
 LAUNCH_SCRIPT = """
@@ -132,17 +167,22 @@ def test_tensor_cores_are_used(rows_of, run):
     assert offenders(rows_of[run], is_bad) == []
 
 
-def test_hopper_covers_every_tile(rows_of):
+@pytest.mark.parametrize("run", ["sm_90", "sm_90-8bit"])
+def test_hopper_covers_every_tile(rows_of, run):
     device = device_by_name("sm_90")
-    tiles = {describe(row).split()[0] for row in rows_of["sm_90"]}
-    assert tiles == {f"{tile.block_m}x{tile.block_n}" for tile in tiles_for(device, step=128)}
-    assert tiles == set(BUDGET)
+    for weight_type in {row["weight_type"] for row in rows_of[run]}:
+        tiles = {
+            describe(row).split()[0] for row in rows_of[run] if row["weight_type"] == weight_type
+        }
+        expected = tiles_for(device, WeightType(weight_type), step=128)
+        assert tiles == {f"{tile.block_m}x{tile.block_n}" for tile in expected} == set(BUDGET)
 
 
-@pytest.mark.parametrize("run", ["sm_90", "sm_90-fp16"])
+@pytest.mark.parametrize("run", ["sm_90", "sm_90-fp16", "sm_90-8bit", "sm_90-codebook"])
 def test_instructions_per_weight_stay_in_budget(rows_of, run):
     def is_bad(row):
-        return row["instructions_per_weight"] > BUDGET[describe(row).split()[0]]
+        budget = BUDGET[describe(row).split()[0]] * SHARE[row["weight_type"]]
+        return row["instructions_per_weight"] > budget
 
     assert offenders(rows_of[run], is_bad) == []
 

@@ -7,12 +7,23 @@ from torch.utils._pytree import tree_leaves
 
 from fusedq_kernels import cpu, layout, reference
 from fusedq_kernels.testing import assert_close, make_problem, one_hot, random_logical
-from fusedq_kernels.types import Layout, QuantSpec, WeightType
+from fusedq_kernels.types import (
+    KernelName,
+    Layout,
+    LogicalWeight,
+    PackedWeight,
+    QuantSpec,
+    WeightType,
+    layout_for,
+)
 
 HALF, BF16 = torch.float16, torch.bfloat16
 PER_CHANNEL = 1024
 UNIT_ROUNDOFF = {HALF: 2.0**-11, BF16: 2.0**-8}
 weight_types = pytest.mark.parametrize("weight_type", WeightType, ids=lambda t: t.value)
+wna16_types = pytest.mark.parametrize(
+    "weight_type", [WeightType.UINT4, WeightType.UINT4B8], ids=lambda t: t.value
+)
 # Group size, K, phase.
 SHAPES = pytest.mark.parametrize(
     ("group_size", "k", "phase"),
@@ -40,6 +51,12 @@ def wna16_cases() -> list[object]:
     ]
 
 
+def pack(logical: LogicalWeight, act_dtype: torch.dtype = HALF) -> PackedWeight:
+    """In the layout that the striped kernel reads."""
+    target = layout_for(KernelName.CPU_STRIPED, logical.spec.weight_type)
+    return layout.pack(logical, target, act_dtype)
+
+
 def assert_rounded_close(y: torch.Tensor, expected: torch.Tensor, roundings: int) -> None:
     """Each value and each output rounds to the dtype of y; an output is within 6 RMS of zero."""
     u = UNIT_ROUNDOFF[y.dtype]
@@ -47,7 +64,7 @@ def assert_rounded_close(y: torch.Tensor, expected: torch.Tensor, roundings: int
 
 
 @pytest.mark.parametrize(("act_dtype", "isa"), wna16_cases())
-@weight_types
+@wna16_types
 @SHAPES
 @pytest.mark.usefixtures("wna16_op")
 def test_wna16(weight_type, group_size, k, phase, act_dtype, isa) -> None:
@@ -64,13 +81,13 @@ def test_wna16(weight_type, group_size, k, phase, act_dtype, isa) -> None:
         assert_rounded_close(y, problem.expected, roundings=2)
 
 
-@weight_types
+@wna16_types
 @SHAPES
 @pytest.mark.usefixtures("wna16_op")
 def test_wna16_one_hot_is_exact(weight_type, group_size, k, phase) -> None:
     logical = random_logical(40, k, QuantSpec(weight_type, group_size, HALF), phase)
     y = cpu.wna16_gemm(one_hot(k), layout.pack(logical, Layout.CPU_WNA16, HALF), None, "vec")
-    assert torch.equal(y, reference.dequantize(logical).t().half())
+    assert torch.equal(y, reference.dequantize(logical, HALF).t().half())
 
 
 @pytest.mark.parametrize("act_dtype", [HALF, BF16], ids=["fp16", "bf16"])
@@ -82,7 +99,7 @@ def test_striped(weight_type, group_size, k, phase, act_dtype) -> None:
         problem = make_problem(
             m, n, k, spec, phase=phase, act_dtype=act_dtype, has_bias=has_bias, seed=m
         )
-        packed = layout.pack(problem.logical, Layout.P4, act_dtype)
+        packed = pack(problem.logical, act_dtype)
         y = cpu.striped_gemm(problem.x, packed, problem.bias)
         assert y.shape == (m, n)
         assert y.dtype == act_dtype
@@ -94,15 +111,15 @@ def test_striped(weight_type, group_size, k, phase, act_dtype) -> None:
 @SHAPES
 def test_striped_one_hot_is_exact(weight_type, group_size, k, phase) -> None:
     logical = random_logical(40, k, QuantSpec(weight_type, group_size, HALF), phase)
-    y = cpu.striped_gemm(one_hot(k), layout.pack(logical, Layout.P4, HALF), None)
-    assert torch.equal(y, reference.dequantize(logical).t().half())
+    y = cpu.striped_gemm(one_hot(k), pack(logical), None)
+    assert torch.equal(y, reference.dequantize(logical, HALF).t().half())
 
 
 @weight_types
 def test_striped_takes_odd_groups(weight_type) -> None:
     logical = random_logical(9, 50, QuantSpec(weight_type, 7, HALF), phase=3)
-    y = cpu.striped_gemm(one_hot(50), layout.pack(logical, Layout.P4, HALF), None)
-    assert torch.equal(y, reference.dequantize(logical).t().half())
+    y = cpu.striped_gemm(one_hot(50), pack(logical), None)
+    assert torch.equal(y, reference.dequantize(logical, HALF).t().half())
 
 
 class LargestTemporary(TorchDispatchMode):
@@ -173,7 +190,7 @@ def test_wrong_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     wna16 = layout.pack(problem.logical, Layout.CPU_WNA16, HALF)
     with pytest.raises(ValueError, match="wna16_gemm reads layout CPU_WNA16, got P4"):
         cpu.wna16_gemm(problem.x, p4, None, "vec")
-    with pytest.raises(ValueError, match="striped_gemm reads layout P4, got CPU_WNA16"):
+    with pytest.raises(ValueError, match="striped_gemm reads layouts P4, P8, PL4, got CPU_WNA16"):
         cpu.striped_gemm(problem.x, wna16, None)
     with pytest.raises(ValueError, match=r"packed for torch.float16, x is torch.bfloat16"):
         cpu.wna16_gemm(problem.x.bfloat16(), wna16, None, "vec")

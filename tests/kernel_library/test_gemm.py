@@ -18,6 +18,7 @@ from fusedq_kernels.types import (
     QuantSpec,
     TileConfig,
     WeightType,
+    layout_for,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,6 +36,10 @@ SPLITS = (1, 2, 3)
 SCALE_DTYPES = {
     WeightType.UINT4B8: (torch.float16, torch.float32, torch.bfloat16),
     WeightType.UINT4: (torch.float16, torch.bfloat16),
+    WeightType.UINT8B128: (torch.float16, torch.float32, torch.bfloat16),
+    WeightType.UINT8: (torch.float16, torch.bfloat16),
+    WeightType.NF4: (torch.float32, torch.float16),
+    WeightType.FP4: (torch.float32, torch.bfloat16),
 }
 # Each group geometry meets one shape, split and scale dtype; the strides are coprime to the cycles.
 EXACT_CASES = [
@@ -55,8 +60,9 @@ def launch(block_m=16, block_n=64, split_k=1) -> Launch:
 
 
 def pack(logical, act_dtype) -> PackedWeight:
-    """P4 with NaN scales (as floats) behind the last group: steps of padding must not read them."""
-    packed = layout.pack(logical, Layout.P4, act_dtype)
+    """With NaN scales (as floats) behind the last group: steps of padding must not read them."""
+    target = layout_for(KernelName.TRITON_GEMM, logical.spec.weight_type)
+    packed = layout.pack(logical, target, act_dtype)
     behind = torch.full_like(packed.scales[:1], torch.nan, dtype=torch.float32)
     scales = torch.cat([packed.scales, behind.view(packed.scales.dtype).expand(4, -1)])
     scales = scales.to(DEVICE)[: len(packed.scales)]
@@ -108,7 +114,7 @@ def test_one_hot_tokens_return_the_weight_exactly(spec, phase, n, k, split_k):
     logical = testing.random_logical(n, k, spec, phase)
     packed = pack(logical, torch.float16)
     y = run(testing.one_hot(k), packed, None, launch(512, 128, split_k))
-    assert torch.equal(y, reference.dequantize(logical).t().to(torch.float16))
+    assert torch.equal(y, reference.dequantize(logical, torch.float16).t().to(torch.float16))
 
 
 @pytest.mark.parametrize("weight_type", WeightType)
@@ -120,7 +126,7 @@ def test_one_hot_is_exact_in_bfloat16(weight_type, group_size):
     x = testing.one_hot(272, dtype=torch.bfloat16)
     for split_k in (1, 2):
         y = run(x, packed, None, launch(512, 128, split_k))
-        assert torch.equal(y, reference.dequantize(logical).t().to(torch.bfloat16))
+        assert torch.equal(y, reference.dequantize(logical, torch.bfloat16).t().to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("act_dtype", gemm.ACT_DTYPES)
@@ -134,6 +140,46 @@ def test_every_code_and_zero_point_is_exact(act_dtype):
     x = testing.one_hot(128, range(16), act_dtype)
     y = run(x, pack(logical, act_dtype), None, launch())
     assert torch.equal(y, (codes[:, :16].int() - zeros.int()).t().to(act_dtype))
+
+
+@pytest.mark.parametrize("act_dtype", gemm.ACT_DTYPES)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_every_8_bit_code_is_exact(act_dtype, group_size):
+    # Output i holds code i throughout; every place in a K block sees every code.
+    spec = QuantSpec(WeightType.UINT8B128, group_size, torch.float16)
+    logical = testing.random_logical(256, 256, spec)
+    codes = torch.arange(256).to(torch.uint8)[:, None].expand(256, 256).contiguous()
+    logical = replace(logical, codes=codes, scales=torch.ones_like(logical.scales))
+    x = testing.one_hot(256, dtype=act_dtype)
+    y = run(x, pack(logical, act_dtype), None, launch(256, 128))
+    assert torch.equal(y, (codes.int() - 128).t().to(act_dtype))
+
+
+@pytest.mark.parametrize("act_dtype", gemm.ACT_DTYPES)
+def test_every_8_bit_code_and_zero_point_is_exact(act_dtype):
+    # Output i has zero point i, feature k holds code k.
+    spec = QuantSpec(WeightType.UINT8, 256, torch.float16)
+    logical = testing.random_logical(256, 256, spec)
+    codes = torch.arange(256).to(torch.uint8).expand(256, 256).contiguous()
+    zeros = torch.arange(256).to(torch.uint8)[:, None]
+    logical = replace(logical, codes=codes, zeros=zeros, scales=torch.ones(256, 1).half())
+    x = testing.one_hot(256, dtype=act_dtype)
+    y = run(x, pack(logical, act_dtype), None, launch(256, 128))
+    assert torch.equal(y, (codes.int() - zeros.int()).t().to(act_dtype))
+
+
+@pytest.mark.parametrize("act_dtype", gemm.ACT_DTYPES)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("weight_type", [WeightType.NF4, WeightType.FP4])
+def test_every_codebook_entry_is_exact(weight_type, act_dtype, group_size):
+    # Output i holds code i throughout: every place in a K block sees every code.
+    spec = QuantSpec(weight_type, group_size, torch.float32)
+    logical = testing.random_logical(16, 256, spec)
+    codes = torch.arange(16).to(torch.uint8)[:, None].expand(16, 256).contiguous()
+    logical = replace(logical, codes=codes, scales=torch.ones_like(logical.scales))
+    x = testing.one_hot(256, dtype=act_dtype)
+    y = run(x, pack(logical, act_dtype), None, launch(256, 64))
+    assert torch.equal(y, torch.tensor(weight_type.codebook).to(act_dtype).expand(256, 16))
 
 
 def test_no_tokens():
@@ -167,7 +213,8 @@ def test_random_tokens_within_rounding(weight_type, group_size, act_dtype, split
     packed = pack(problem.logical, act_dtype)
     y = run(problem.x, packed, problem.bias, launch(split_k=split_k)).double()
     # fp32 summation of K + bias terms in any order, then one rounding to the output dtype.
-    magnitude = problem.x.double().abs() @ reference.dequantize(problem.logical).double().abs().t()
+    weight = reference.dequantize(problem.logical, act_dtype).double()
+    magnitude = problem.x.double().abs() @ weight.abs().t()
     summed = (528 + 8) * 2**-24 * (magnitude + problem.bias.double().abs())
     unit = torch.finfo(act_dtype).eps / 2
     bound = summed + unit * (problem.expected.abs() + summed)

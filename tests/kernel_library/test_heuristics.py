@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from fusedq_kernels.device import KNOWN_DEVICES, device_by_name
-from fusedq_kernels.heuristics import kernel_for, select, tiles_for, unsupported_reasons
+from fusedq_kernels.heuristics import (
+    kernel_for,
+    kernels_for,
+    select,
+    tiles_for,
+    unsupported_reasons,
+)
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,
@@ -25,6 +31,7 @@ CPU_AMX = DeviceSpec("cpu", "cpu", cpu_isa="amx")
 
 SPEC = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
 ZERO_SPEC = QuantSpec(WeightType.UINT4, 128, torch.float16)
+SPECS = [QuantSpec(each, 128, torch.float16) for each in WeightType]
 SIZES = [8, 576, 1024, 2048, 2056, 4096, 6528, 14336, 57344]
 TOKENS = [1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 2048]
 
@@ -58,8 +65,9 @@ def test_two_groups_or_more_per_block_avoid_the_largest_tiles():
 
 @pytest.mark.parametrize("device", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, 1 << 20])
-def test_every_launch_is_valid(device, group_size):
-    spec = replace(SPEC, group_size=group_size)
+@pytest.mark.parametrize("weight_type", [WeightType.UINT4B8, WeightType.UINT8B128, WeightType.NF4])
+def test_every_launch_is_valid(device, weight_type, group_size):
+    spec = QuantSpec(weight_type, group_size, torch.bfloat16)
     step = min(group_size, 128)
     for n in SIZES:
         n_padded = -(-n // 128) * 128
@@ -67,7 +75,7 @@ def test_every_launch_is_valid(device, group_size):
             num_blocks = -(-k // 128)
             for m in TOKENS:
                 tile = select(GemmShape(m, n, k), spec, device).tile
-                assert replace(tile, split_k=1) in tiles_for(device, step)
+                assert replace(tile, split_k=1) in tiles_for(device, weight_type, step)
                 assert n_padded % tile.block_n == 0
                 blocks_per_split = -(-num_blocks // tile.split_k)
                 assert 1 <= tile.split_k <= 16
@@ -90,12 +98,27 @@ def test_many_tokens_need_no_split():
 
 
 def test_a_cpu_gets_its_own_kernels():
-    assert kernel_for(CPU) is KernelName.CPU_STRIPED
-    assert kernel_for(CPU_AMX) is KernelName.CPU_WNA16
-    assert kernel_for(H200) is KernelName.TRITON_GEMM
+    assert kernels_for(CPU) == (KernelName.CPU_STRIPED,)
+    assert kernels_for(CPU_AMX) == (KernelName.CPU_WNA16, KernelName.CPU_STRIPED)
+    assert kernels_for(H200) == (KernelName.TRITON_GEMM,)
     shape = GemmShape(4, 64, 64)
     assert select(shape, SPEC, CPU) == Launch(KernelName.CPU_STRIPED, None, "rule: cpu")
     assert select(shape, SPEC, CPU_AMX) == Launch(KernelName.CPU_WNA16, None, "rule: cpu, amx")
+
+
+@pytest.mark.parametrize("weight_type", WeightType, ids=lambda t: t.value)
+def test_every_weight_type_has_a_kernel_everywhere(weight_type):
+    assert kernel_for(CPU, weight_type) is KernelName.CPU_STRIPED
+    in_vllm = weight_type in (WeightType.UINT4, WeightType.UINT4B8)
+    fused = KernelName.CPU_WNA16 if in_vllm else KernelName.CPU_STRIPED
+    assert kernel_for(CPU_AMX, weight_type) is fused
+    assert kernel_for(H200, weight_type) is KernelName.TRITON_GEMM
+
+
+def test_8_bit_weights_run_striped_on_a_cpu():
+    spec = replace(SPEC, weight_type=WeightType.UINT8B128)
+    chosen = select(GemmShape(4, 64, 64), spec, CPU_AMX)
+    assert chosen == Launch(KernelName.CPU_STRIPED, None, "rule: cpu, amx")
 
 
 def reasons(n=4096, k=4096, spec=SPEC, phase=0, device=H200, act_dtype=torch.bfloat16):
@@ -103,7 +126,7 @@ def reasons(n=4096, k=4096, spec=SPEC, phase=0, device=H200, act_dtype=torch.bfl
 
 
 @pytest.mark.parametrize("device", [*KNOWN_DEVICES.values(), CPU, CPU_AMX], ids=lambda d: d.name)
-@pytest.mark.parametrize("spec", [SPEC, ZERO_SPEC], ids=lambda spec: spec.weight_type.value)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.weight_type.value)
 def test_common_schemes_are_supported_everywhere(device, spec):
     for group_size, phase in ((32, 16), (64, 0), (96, 80), (128, 64), (1 << 20, 6848)):
         spec = replace(spec, group_size=group_size)

@@ -10,12 +10,29 @@ from torch.utils._pytree import tree_leaves
 
 from fusedq_kernels import layout
 from fusedq_kernels.testing import random_logical
-from fusedq_kernels.types import Layout, LogicalWeight, QuantSpec, WeightType
+from fusedq_kernels.types import Layout, LogicalWeight, QuantSpec, WeightType, holds
 
 HALF = torch.float16
 PER_CHANNEL = 4096
-weight_types = pytest.mark.parametrize("weight_type", WeightType, ids=lambda t: t.value)
 layouts = pytest.mark.parametrize("target", Layout, ids=lambda t: t.value)
+four_bit = pytest.mark.parametrize(
+    "weight_type", [WeightType.UINT4, WeightType.UINT4B8], ids=lambda t: t.value
+)
+eight_bit = pytest.mark.parametrize(
+    "weight_type", [WeightType.UINT8, WeightType.UINT8B128], ids=lambda t: t.value
+)
+held = pytest.mark.parametrize(
+    ("target", "weight_type"),
+    [(target, each) for target in Layout for each in WeightType if holds(target, each)],
+    ids=lambda value: value.value,
+)
+# One type for each layout, with zero points where there is one.
+TYPE_IN = {
+    Layout.P4: WeightType.UINT4,
+    Layout.P8: WeightType.UINT8,
+    Layout.PL4: WeightType.NF4,
+    Layout.CPU_WNA16: WeightType.UINT4,
+}
 
 
 def spec_of(weight_type: WeightType, group_size: int, scale_dtype=HALF) -> QuantSpec:
@@ -33,8 +50,7 @@ def assert_equal(found: LogicalWeight, expected: LogicalWeight) -> None:
 
 
 @pytest.mark.parametrize("group_size", [16, 24, 32, 48, 64, 128, 256, PER_CHANNEL])
-@weight_types
-@layouts
+@held
 def test_round_trip(target: Layout, weight_type: WeightType, group_size: int) -> None:
     spec = spec_of(weight_type, group_size)
     phases = [p for p in (0, 8, 13, 16, 64, 100, 200) if p < group_size]
@@ -52,7 +68,7 @@ def test_round_trip(target: Layout, weight_type: WeightType, group_size: int) ->
 @pytest.mark.parametrize(
     ("group_size", "k", "phase"), [(16, 72, 5), (64, 200, 32), (256, 136, 200)]
 )
-@weight_types
+@four_bit
 def test_p4_bits(weight_type: WeightType, group_size: int, k: int, phase: int) -> None:
     logical = random_logical(6, k, spec_of(weight_type, group_size), phase)
     geometry = layout.group_geometry(k, group_size, phase)
@@ -88,6 +104,71 @@ def test_p4_by_hand() -> None:
     assert int(packed.qweight[0, 0, 15]) & 0xFFFFFFFF == 0xF0000000
 
 
+@pytest.mark.parametrize(
+    ("group_size", "k", "phase"), [(16, 72, 5), (64, 200, 32), (256, 136, 200)]
+)
+@eight_bit
+def test_p8_bits(weight_type: WeightType, group_size: int, k: int, phase: int) -> None:
+    logical = random_logical(6, k, spec_of(weight_type, group_size), phase)
+    pad = layout.group_geometry(k, group_size, phase).pad
+    words = layout.pack(logical, Layout.P8, HALF).qweight
+    assert words.shape == (-(-(k + pad) // 128), 128, 32)
+    for n in range(6):
+        for p in range(128 * words.shape[0]):
+            row = p % 128
+            j, w, b = row // 64, row % 64 // 2, row % 2
+            code = (int(words[p // 128, n, w]) >> (8 * j + 16 * b)) & 255
+            inside = 0 <= p - pad < k
+            assert code == (int(logical.codes[n, p - pad]) if inside else 0)
+    assert not words[:, 6:].any()
+
+
+def test_p8_by_hand() -> None:
+    codes = torch.zeros((1, 128), dtype=torch.uint8)
+    codes[0, [0, 64, 1, 65]] = torch.tensor([0x12, 0x34, 0x56, 0x78], dtype=torch.uint8)
+    codes[0, 127] = 255
+    scales, zeros = torch.full((1, 1), -1.0).half(), torch.full((1, 1), 255, dtype=torch.uint8)
+    logical = LogicalWeight(codes, scales, zeros, spec_of(WeightType.UINT8, 128))
+    packed = layout.pack(logical, Layout.P8, HALF)
+    assert int(packed.qweight[0, 0, 0]) & 0xFFFFFFFF == 0x78563412
+    assert int(packed.qweight[0, 0, 31]) & 0xFFFFFFFF == 0xFF000000
+    assert int(packed.scales[0, 0]) & 0xFFFFFFFF == 0xBC0000FF
+
+
+@pytest.mark.parametrize(
+    ("group_size", "k", "phase"), [(16, 72, 5), (64, 200, 32), (256, 136, 200)]
+)
+@pytest.mark.parametrize("weight_type", [WeightType.NF4, WeightType.FP4])
+def test_pl4_bits(weight_type: WeightType, group_size: int, k: int, phase: int) -> None:
+    logical = random_logical(6, k, spec_of(weight_type, group_size), phase)
+    assert logical.zeros is None
+    pad = layout.group_geometry(k, group_size, phase).pad
+    words = layout.pack(logical, Layout.PL4, HALF).qweight
+    assert words.shape == (-(-(k + pad) // 128), 128, 16)
+    for n in range(6):
+        for p in range(128 * words.shape[0]):
+            row = p % 128
+            j, w, b = row // 32, row % 32 // 2, row % 2
+            code = (int(words[p // 128, n, w]) >> (8 * j + 4 * b)) & 15
+            inside = 0 <= p - pad < k
+            assert code == (int(logical.codes[n, p - pad]) if inside else 0)
+    assert not words[:, 6:].any()
+
+
+def test_pl4_by_hand() -> None:
+    codes = torch.zeros((1, 128), dtype=torch.uint8)
+    codes[0, [0, 1, 32, 33, 64, 65, 96, 97]] = torch.arange(1, 9, dtype=torch.uint8)
+    codes[0, 127] = 15
+    scales = torch.full((1, 1), 0.1)
+    logical = LogicalWeight(codes, scales, None, spec_of(WeightType.NF4, 128, torch.float32))
+    packed = layout.pack(logical, Layout.PL4, HALF)
+    # Byte j of word 0 holds rows 32 j and, in its upper nibble, 32 j + 1.
+    assert int(packed.qweight[0, 0, 0]) & 0xFFFFFFFF == 0x87654321
+    assert int(packed.qweight[0, 0, 15]) & 0xFFFFFFFF == 0xF0000000
+    assert packed.scales.dtype == torch.float32
+    assert torch.equal(packed.scales[:, :1], scales)
+
+
 def test_p4_groups_by_hand() -> None:
     codes = torch.zeros((2, 32), dtype=torch.uint8)
     scales = torch.tensor([[1.0, 2.0], [-1.0, 0.5]], dtype=HALF)
@@ -106,7 +187,7 @@ def test_p4_groups_by_hand() -> None:
 @pytest.mark.parametrize(
     ("group_size", "k", "phase"), [(32, 64, 0), (48, 64, 20), (PER_CHANNEL, 40, 7)]
 )
-@weight_types
+@four_bit
 def test_wna16_bits(weight_type: WeightType, group_size: int, k: int, phase: int) -> None:
     n = 40
     logical = random_logical(n, k, spec_of(weight_type, group_size), phase)
@@ -171,8 +252,7 @@ def test_wna16_geometry(args: tuple[int, int, int], expected: tuple[int, ...]) -
     assert layout.wna16_geometry(*args) == layout.Wna16Geometry(*expected)
 
 
-@weight_types
-@layouts
+@held
 def test_pack_rows_equals_pack(target: Layout, weight_type: WeightType) -> None:
     logical = random_logical(200, 72, spec_of(weight_type, 32), phase=8)
     whole = layout.pack(logical, target, HALF)
@@ -190,18 +270,17 @@ def test_pack_rows_equals_pack(target: Layout, weight_type: WeightType) -> None:
 
 @layouts
 def test_strided_codes(target: Layout) -> None:
-    logical = random_logical(40, 64, spec_of(WeightType.UINT4, 32))
+    logical = random_logical(40, 64, spec_of(TYPE_IN[target], 32))
     strided = replace(
         logical,
         codes=logical.codes.t().contiguous().t(),
         scales=logical.scales.t().contiguous().t(),
-        zeros=logical.zeros.t().contiguous().t(),
+        zeros=None if logical.zeros is None else logical.zeros.t().contiguous().t(),
     )
     assert_equal(layout.unpack(layout.pack(strided, target, HALF)), logical)
 
 
-@weight_types
-@layouts
+@held
 def test_meta_device(target: Layout, weight_type: WeightType) -> None:
     logical = random_logical(40, 72, spec_of(weight_type, 32), phase=8)
     on_meta = replace(
@@ -228,6 +307,9 @@ def test_weight_bytes() -> None:
     spec = spec_of(WeightType.UINT4, 32)
     packed = layout.empty_packed(Layout.P4, 100, 256, spec, 0, HALF, "meta")
     assert layout.weight_bytes(packed) == {"qweight": 128 * 256 // 2, "scales": 8 * 128 * 4}
+    eight = spec_of(WeightType.UINT8B128, 32)
+    packed = layout.empty_packed(Layout.P8, 100, 256, eight, 0, HALF, "meta")
+    assert layout.weight_bytes(packed) == {"qweight": 128 * 256, "scales": 8 * 128 * 4}
     packed = layout.empty_packed(Layout.CPU_WNA16, 100, 256, spec, 0, HALF, "meta")
     expected = {"qweight": 128 * 256 // 2, "scales": 8 * 128 * 2, "zeros": 8 * 128 // 2}
     assert layout.weight_bytes(packed) == expected
@@ -259,11 +341,13 @@ class LargestTemporary(TorchDispatchMode):
 @pytest.mark.parametrize("phase", [0, 64])
 @layouts
 def test_packing_memory_is_bounded(target: Layout, phase: int) -> None:
-    logical = random_logical(4096, 2048, spec_of(WeightType.UINT4, 128), phase)
+    logical = random_logical(4096, 2048, spec_of(TYPE_IN[target], 128), phase)
     packed = layout.empty_packed(target, 4096, 2048, logical.spec, phase, HALF, "cpu")
     with LargestTemporary() as largest:
         layout.pack_rows(packed, 0, logical)
-    assert 0 < largest.bytes <= 1.2 * 2**20
+    # P8 without padding is one copy.
+    assert bool(largest.bytes) == (target is not Layout.P8 or phase > 0)
+    assert largest.bytes <= 1.2 * 2**20
 
 
 SPEC, ASYMMETRIC = spec_of(WeightType.UINT4B8, 32), spec_of(WeightType.UINT4, 32)
@@ -307,6 +391,11 @@ def test_zero_points_without_a_place() -> None:
         (Layout.P4, 64, SPEC, 32, HALF, "phase 32 is not inside a group of 32 rows"),
         (Layout.P4, 64, SPEC, -1, HALF, "phase -1 is not inside"),
         (Layout.P4, 64, spec_of(WeightType.UINT4, 32, torch.float32), 0, HALF, "16-bit scale"),
+        (Layout.P8, 64, spec_of(WeightType.UINT8, 32, torch.float32), 0, HALF, "16-bit scale"),
+        (Layout.PL4, 64, SPEC, 0, HALF, "layout PL4 does not hold uint4b8"),
+        (Layout.P4, 64, spec_of(WeightType.NF4, 64), 0, HALF, "layout P4 does not hold nf4"),
+        (Layout.P8, 64, SPEC, 0, HALF, "layout P8 does not hold uint4b8"),
+        (Layout.P4, 64, spec_of(WeightType.UINT8, 32), 0, HALF, "P4 does not hold uint8"),
         (Layout.CPU_WNA16, 64, spec_of(WeightType.UINT4, 33), 0, HALF, "even group size, got 33"),
         (Layout.CPU_WNA16, 64, SPEC, 0, torch.float32, "fp16 or bf16 activations"),
     ],

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedq_kernels as fq
 from fusedq_kernels import op, reference, testing
-from fusedq_kernels.types import KERNEL_LAYOUT, KernelName, QuantSpec, WeightType
+from fusedq_kernels.types import KernelName, QuantSpec, WeightType, layout_for, runs
 
 HALF = torch.float16
 SPEC = QuantSpec(WeightType.UINT4, 32, HALF)
@@ -33,7 +33,7 @@ def make_call(
 ):
     """A problem, and its weight and bias packed where `kernel` runs."""
     problem = testing.make_problem(m, 40, 96, spec, phase=phase, has_bias=True, **options)
-    packed = fq.pack(problem.logical, KERNEL_LAYOUT[kernel], problem.x.dtype)
+    packed = fq.pack(problem.logical, layout_for(kernel, spec.weight_type), problem.x.dtype)
     moved = fq.PackedWeight(
         packed.qweight.to(device_of(kernel)),
         packed.scales.to(device_of(kernel)),
@@ -70,6 +70,10 @@ def assert_right(y: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("weight_type", WeightType, ids=lambda t: t.value)
 def test_every_kernel_agrees_with_the_reference(kernel: KernelName, weight_type) -> None:
+    if not runs(kernel, weight_type):
+        with pytest.raises(ValueError, match=f"{kernel.value} runs .*, got {weight_type.value}"):
+            layout_for(kernel, weight_type)
+        return
     problem, packed, bias = make_call(kernel, spec=QuantSpec(weight_type, 32, HALF))
     x = problem.x.to(packed.qweight.device)
     assert_right(fq.matmul(x, packed, bias, kernel), problem.expected)
@@ -83,7 +87,7 @@ def reordered(kernel: KernelName, m: int = 3) -> tuple[torch.Tensor, fq.PackedWe
     generator = torch.Generator().manual_seed(7)
     perm = torch.randint(0, 70, (96,), generator=generator, dtype=torch.int32)
     logical = replace(problem.logical, perm=perm, in_features=70)
-    packed = fq.pack(logical, KERNEL_LAYOUT[kernel], HALF)
+    packed = fq.pack(logical, layout_for(kernel, logical.spec.weight_type), HALF)
     x = torch.randn((m, 70), generator=generator).half()
     expected = x.double()[:, perm.long()] @ reference.dequantize(problem.logical).double().t()
     device = device_of(kernel)
@@ -207,6 +211,11 @@ def test_fake_shape_and_checks() -> None:
         ({"zeros": torch.ones(4, 16).int()}, "zeros must be absent, got one"),
         ({"phase": 32}, "phase 32 is not inside a group of 32 rows"),
         ({"scale_dtype": "float64"}, "scale_dtype must be one of .* got 'float64'"),
+        ({"weight_type": "uint8"}, r"qweight must be torch.int32 \[1, 128, 32\]"),
+        (
+            {"weight_type": "uint8", "kernel": "cpu-wna16"},
+            "kernel cpu-wna16 runs uint4, uint4b8, got uint8",
+        ),
         ({"weight_type": "uint3"}, "'uint3' is not a valid WeightType"),
         ({"kernel": "cublas"}, "'cublas' is not a valid KernelName"),
         ({"kernel": "cpu-wna16"}, "qweight must be torch.int32"),

@@ -31,12 +31,31 @@ def test_dequantize_equals_loop(weight_type: WeightType, phase: int) -> None:
     spec = QuantSpec(weight_type, group_size=16, scale_dtype=torch.float16)
     logical = testing.random_logical(3, 40, spec, phase)
     values = reference.dequantize(logical)
+    constant = {WeightType.UINT4B8: 8, WeightType.UINT8B128: 128}
+    codebook = weight_type.codebook
     for n in range(3):
         for k in range(40):
             group = (k + phase) // 16
-            zero = 8 if logical.zeros is None else int(logical.zeros[n, group])
-            value = (int(logical.codes[n, k]) - zero) * float(logical.scales[n, group])
+            code = int(logical.codes[n, k])
+            if codebook is None:
+                code -= constant.get(weight_type) or int(logical.zeros[n, group])
+            else:
+                code = torch.tensor(codebook[code])
+            value = code * logical.scales[n, group].float()
             assert values[n, k].item() == value
+
+
+@pytest.mark.parametrize("act_dtype", [torch.float16, torch.bfloat16])
+def test_codebooks_are_rounded_to_the_activations(act_dtype: torch.dtype) -> None:
+    spec = QuantSpec(WeightType.NF4, group_size=16, scale_dtype=torch.float32)
+    codes = torch.arange(16, dtype=torch.uint8)[None]
+    logical = LogicalWeight(codes, torch.full((1, 1), 3.0), None, spec)
+    expected = torch.tensor([WeightType.NF4.codebook])
+    assert torch.equal(reference.dequantize(logical), expected * 3)
+    rounded = expected.to(act_dtype).float() * 3
+    assert torch.equal(reference.dequantize(logical, act_dtype), rounded)
+    one_hot = testing.one_hot(16, dtype=act_dtype)
+    assert torch.equal(reference.matmul(one_hot, logical).t(), rounded.double())
 
 
 def test_matmul_of_one_hot_reads_a_column() -> None:

@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 
 from fusedq_kernels.cpu import wna16_available
 from fusedq_kernels.device import cpu_device, current_device, device_by_name
-from fusedq_kernels.heuristics import kernel_for
+from fusedq_kernels.heuristics import kernels_for
 from fusedq_kernels.types import DeviceSpec, KernelName
 from vllm_fusedq.checkpoint import Checkpoint, read_checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
@@ -133,12 +133,13 @@ class FusedQConfig(QuantizationConfig):
             vllm_config = get_current_vllm_config()
             settings = parse_settings(vllm_config.additional_config.get(self.NAME, {}))
             device = settings.device(_worker_device())
-            if kernel_for(device) is KernelName.CPU_STRIPED and settings.kernel == "auto":
+            striped = kernels_for(device)[0] is KernelName.CPU_STRIPED
+            if striped and settings.kernel == "auto":
                 logger.warning(
                     "This build of vLLM has no fused CPU operator: quantized layers run on "
                     "cpu-striped, which is several times slower."
                 )
-            target = Target(device, vllm_config.model_config.dtype)
+            target = Target(device, vllm_config.model_config.dtype, settings.insisted)
             self._worker = WorkerState(target, settings, self.message_file)
             plan = plan_model(
                 self._loaded_format().checkpoint, target, get_tensor_model_parallel_world_size()

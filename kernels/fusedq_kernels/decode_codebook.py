@@ -1,0 +1,163 @@
+"""Codebook codes to values inside the kernel: the 16 entries of NF4 or FP4, by byte permutes.
+
+Owns the lookup in layout PL4; `types.py` owns the codebooks, `decode.py` the contract and the table
+of decoders. Entries are rounded to the dtype of the activations, which is what the tensor cores
+multiply.
+
+PRMT picks bytes of an 8-byte table by 3-bit selectors, four at a time. Two lookups and a selection
+by the codes' top bits give the low bytes of four values, three more the high bytes, and two
+permutes interleave them; a table in memory or a tree of selects takes twice to five times as many
+instructions. The interpreter runs no assembly and compares instead.
+"""
+
+# Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
+# ruff: noqa: RET505, SIM300
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedq_kernels.planes import halves, join_four, join_two
+from fusedq_kernels.types import WeightType
+
+
+def table_bits(weight_type: WeightType, dtype: torch.dtype) -> tuple[int, ...]:
+    """The codebook rounded to a 16-bit dtype, as 16 unsigned bit patterns."""
+    entries = torch.tensor(weight_type.codebook, dtype=torch.float32).to(dtype)
+    return tuple(bits & 0xFFFF for bits in entries.view(torch.int16).tolist())
+
+
+def lookup_asm(table: Sequence[int]) -> str:
+    """PTX that turns a PL4 word `$4` into plane j in `$j`: `table[nibble 2j + b]` in half b.
+
+    `table` has 16 entries of 16 bits. Every input is read before an output is written.
+    """
+    lines = [".reg .b32 " + ", ".join([f"l{i}, h{i}" for i in range(4)] + [_TEMPORARIES])]
+    for i in range(4):
+        entries = table[4 * i : 4 * i + 4]
+        low = sum((entry & 0xFF) << (8 * j) for j, entry in enumerate(entries))
+        high = sum((entry >> 8) << (8 * j) for j, entry in enumerate(entries))
+        lines += [f"mov.b32 l{i}, 0x{low:08X}", f"mov.b32 h{i}, 0x{high:08X}"]
+    lines += [
+        # Selectors of three bits, and the top bit of each code choosing byte i or i + 4.
+        "and.b32 s0, $4, 0x77777777",
+        "shr.b32 t0, $4, 1",
+        "lop3.b32 t0, t0, 0x44444444, 0x32103210, 0xEA",
+        "shr.b32 s1, s0, 16",
+        "shr.b32 t1, t0, 16",
+    ]
+    for half in range(2):
+        for byte in "lh":
+            lines += [
+                f"prmt.b32 a, {byte}0, {byte}1, s{half}",
+                f"prmt.b32 b, {byte}2, {byte}3, s{half}",
+                f"prmt.b32 {byte}, a, b, t{half}",
+            ]
+        lines += [
+            f"prmt.b32 ${2 * half}, l, h, 0x5140",
+            f"prmt.b32 ${2 * half + 1}, l, h, 0x7362",
+        ]
+    return "{ " + " ".join(f"{line};" for line in lines) + " }"
+
+
+_TEMPORARIES = "s0, s1, t0, t1, a, b, l, h"
+_NF4_BF16 = tl.constexpr(table_bits(WeightType.NF4, torch.bfloat16))
+_NF4_FP16 = tl.constexpr(table_bits(WeightType.NF4, torch.float16))
+_FP4_BF16 = tl.constexpr(table_bits(WeightType.FP4, torch.bfloat16))
+_FP4_FP16 = tl.constexpr(table_bits(WeightType.FP4, torch.float16))
+_NF4_BF16_ASM = tl.constexpr(lookup_asm(_NF4_BF16.value))
+_NF4_FP16_ASM = tl.constexpr(lookup_asm(_NF4_FP16.value))
+_FP4_BF16_ASM = tl.constexpr(lookup_asm(_FP4_BF16.value))
+_FP4_FP16_ASM = tl.constexpr(lookup_asm(_FP4_FP16.value))
+
+
+@triton.jit
+def _compare(words, PLANE: tl.constexpr, TABLE: tl.constexpr):
+    """Plane PLANE by comparing each code with all 16, for the interpreter."""
+    codes = words >> (8 * PLANE)
+    low = tl.zeros_like(words)
+    high = tl.zeros_like(words)
+    for code in tl.static_range(16):
+        low = tl.where(codes & 15 == code, TABLE[code], low)
+        high = tl.where((codes >> 4) & 15 == code, TABLE[code], high)
+    return low | (high << 16)
+
+
+@triton.jit
+def _lookup(
+    words,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    TABLE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Values of columns `[SUB * STEP, SUB * STEP + STEP)` as DTYPE `[BLOCK_N, STEP]`."""
+    if INTERPRET:
+        first = _compare(words, 0, TABLE)
+        second = _compare(words, 1, TABLE)
+        third = _compare(words, 2, TABLE)
+        fourth = _compare(words, 3, TABLE)
+    else:
+        # Several steps repeat this call on the same words; being pure, it is emitted once.
+        first, second, third, fourth = tl.inline_asm_elementwise(
+            ASM,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    if STEP == 32:
+        if SUB == 0:
+            return halves(first, DTYPE)
+        elif SUB == 1:
+            return halves(second, DTYPE)
+        elif SUB == 2:
+            return halves(third, DTYPE)
+        else:
+            return halves(fourth, DTYPE)
+    elif STEP == 64:
+        if SUB == 0:
+            return halves(join_two(first, second), DTYPE)
+        else:
+            return halves(join_two(third, fourth), DTYPE)
+    else:
+        return halves(join_four(first, second, third, fourth), DTYPE)
+
+
+@triton.jit
+def decode_nf4(
+    words,
+    metadata,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """The NF4 entry of each code; metadata is the fp32 scale itself."""
+    if DTYPE == tl.bfloat16:
+        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _NF4_BF16, _NF4_BF16_ASM), metadata
+    else:
+        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _NF4_FP16, _NF4_FP16_ASM), metadata
+
+
+@triton.jit
+def decode_fp4(
+    words,
+    metadata,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """The FP4 entry of each code; metadata is the fp32 scale itself."""
+    if DTYPE == tl.bfloat16:
+        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _FP4_BF16, _FP4_BF16_ASM), metadata
+    else:
+        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _FP4_FP16, _FP4_FP16_ASM), metadata

@@ -1,0 +1,32 @@
+"""From planes of packed pairs to a tile in natural K order, without an instruction.
+
+A plane is int32 `[BLOCK_N, W]`: the values of rows 2w and 2w + 1 of the plane in the halves of word
+w. The joins, permutes and reshapes here only rename registers: Triton carries the layout of the dot
+operand back through them to the packed load. The decoders build on this.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def join_two(first, second):
+    """Words of both planes, one after the other: `[BLOCK_N, 2 W]`."""
+    planes = tl.permute(tl.join(first, second), (0, 2, 1))
+    return tl.reshape(planes, (first.shape[0], 2 * first.shape[1]))
+
+
+@triton.jit
+def join_four(first, second, third, fourth):
+    """Words of the four planes, one after the other: `[BLOCK_N, 4 W]`."""
+    planes = tl.join(tl.join(first, third), tl.join(second, fourth))
+    planes = tl.permute(planes, (0, 2, 3, 1))
+    return tl.reshape(planes, (first.shape[0], 4 * first.shape[1]))
+
+
+@triton.jit
+def halves(pairs, DTYPE: tl.constexpr):
+    """Both halves of each int32 reinterpreted as DTYPE: `[BLOCK_N, 2 W]`."""
+    low = (pairs & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return tl.reshape(tl.join(low, high), (pairs.shape[0], 2 * pairs.shape[1]))
