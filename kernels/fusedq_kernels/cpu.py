@@ -30,7 +30,11 @@ def wna16_isa(act_dtype: torch.dtype) -> str:
 
 
 def wna16_gemm(
-    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, isa: str
+    x: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    isa: str,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x @ dequantize(packed).T + bias` through `torch.ops._C.cpu_gemm_wna16`.
 
@@ -40,9 +44,10 @@ def wna16_gemm(
         packed: a weight in `Layout.CPU_WNA16`.
         bias: `[N]` in the dtype of `x`, or None.
         isa: "amx" (bf16 on a machine with AMX) or "vec"; see `wna16_isa`.
+        out: `[M, N]`, contiguous, dtype of `x`, to write into; None for a new tensor.
 
     Returns:
-        y: `[M, N]`, contiguous, dtype of `x`.
+        y: `[M, N]`, contiguous, dtype of `x`; `out` where given.
 
     Raises:
         ValueError: another layout, activations of another dtype than the scales, or a wrong isa.
@@ -67,13 +72,25 @@ def wna16_gemm(
         x = _widened(x, geometry.pad, geometry.k_padded)
     if bias is not None and n_padded != packed.n:
         bias = _widened(bias, 0, n_padded)
-    out = torch.empty((x.shape[0], n_padded), dtype=x.dtype)
+    wide = out
+    if out is None or n_padded != packed.n:
+        wide = torch.empty((x.shape[0], n_padded), dtype=x.dtype)
     optional = (packed.zeros, None, bias) if _takes_g_idx() else (packed.zeros, bias)
-    torch.ops._C.cpu_gemm_wna16(x, packed.qweight, out, packed.scales, *optional, _PACK_FACTOR, isa)
-    return out if n_padded == packed.n else out[:, : packed.n].contiguous()
+    torch.ops._C.cpu_gemm_wna16(
+        x, packed.qweight, wide, packed.scales, *optional, _PACK_FACTOR, isa
+    )
+    if n_padded == packed.n:
+        return wide
+    narrow = wide[:, : packed.n]
+    return narrow.contiguous() if out is None else out.copy_(narrow)
 
 
-def striped_gemm(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def striped_gemm(
+    x: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`x @ dequantize(packed).T + bias`, a few output features at a time, in fp32.
 
     Takes every group size and phase that a tiled layout packs and holds at most a few MB of
@@ -83,9 +100,10 @@ def striped_gemm(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | Non
         x: `[M, K]`, any floating dtype.
         packed: a weight in a tiled layout (P4, P8, PL4).
         bias: `[N]` or None.
+        out: `[M, N]` in the dtype of `x` to write into; None for a new tensor.
 
     Returns:
-        y: `[M, N]`, contiguous, dtype of `x`, rounded once.
+        y: `[M, N]`, contiguous, dtype of `x`, rounded once; `out` where given.
 
     Raises:
         ValueError: another layout.
@@ -107,7 +125,7 @@ def striped_gemm(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | Non
     weight_type, table = packed.spec.weight_type, None
     if weight_type.codebook is not None:
         table = torch.tensor(weight_type.codebook).to(x.dtype).to(torch.float32)
-    y = torch.empty((x.shape[0], packed.n), dtype=x.dtype)
+    y = torch.empty((x.shape[0], packed.n), dtype=x.dtype) if out is None else out
     for start in range(0, packed.n, stripe):
         stop = min(start + stripe, packed.n)
         scales, zeros = codec.read_groups(packed, start, stop)

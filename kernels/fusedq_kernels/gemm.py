@@ -193,7 +193,11 @@ def kernel_constants(
 
 
 def fused_gemm(
-    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, launch: Launch
+    x: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    launch: Launch,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply tokens by a packed weight: `y = x @ dequantize(packed).T + bias`.
 
@@ -202,9 +206,11 @@ def fused_gemm(
         packed: a weight in its tiled layout (P4, P8, PL4) on the device of `x`.
         bias: `[N]` in the dtype of `x`, or None.
         launch: a `KernelName.TRITON_GEMM` launch, as chosen by `heuristics.select`.
+        out: `[M, N]`, contiguous, dtype and device of `x`, to write into; None for a new tensor.
 
     Returns:
-        y: `[M, N]`, contiguous, dtype of `x`. On a GPU the device of `x` must be the current one.
+        y: `[M, N]`, contiguous, dtype of `x`; `out` where given. On a GPU the device of `x` must be
+            the current one.
 
     Raises:
         ValueError: wrong dtype, shape, stride, layout or tile; the message says found and expected.
@@ -212,7 +218,7 @@ def fused_gemm(
     tile = _checked_tile(packed, launch)
     _check_operands(x, packed, bias)
     m, n, k = x.shape[0], packed.n, packed.k
-    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device) if out is None else out
     if m == 0:
         return y
     stride_xm = x.stride(0) if m > 1 else k
@@ -220,9 +226,9 @@ def fused_gemm(
         x = x.contiguous() if not x.is_contiguous() else x.clone()
         stride_xm = k
 
-    out = y
+    target = y
     if tile.split_k > 1:
-        out = torch.empty((tile.split_k, m, n), dtype=torch.float32, device=x.device)
+        target = torch.empty((tile.split_k, m, n), dtype=torch.float32, device=x.device)
     groups = geometry.group_geometry(k, packed.spec.group_size, packed.phase)
     num_blocks, n_padded, _ = packed.qweight.shape
     grid = (triton.cdiv(m, tile.block_m), n_padded // tile.block_n, tile.split_k)
@@ -231,7 +237,7 @@ def fused_gemm(
         packed.qweight,
         packed.scales,
         bias,
-        out,
+        target,
         m,
         n,
         k,
@@ -249,7 +255,7 @@ def fused_gemm(
     )
     if tile.split_k > 1:
         _reduce_kernel[(triton.cdiv(m * n, _REDUCE_BLOCK),)](
-            out,
+            target,
             bias,
             y,
             m,

@@ -1,5 +1,6 @@
 """How each layout pads K and where the groups fall in it; the layout modules own the rest."""
 
+import functools
 from dataclasses import dataclass
 from math import gcd
 from typing import NamedTuple
@@ -66,6 +67,7 @@ def group_geometry(k: int, group_size: int, phase: int) -> GroupGeometry:
     return GroupGeometry(step, pad, phase - pad, num_groups, round_up(k + pad, BLOCK_K))
 
 
+@functools.cache
 def wna16_geometry(k: int, group_size: int, phase: int) -> Wna16Geometry:
     """Padding of the CPU_WNA16 layout.
 

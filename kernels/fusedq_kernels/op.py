@@ -3,11 +3,14 @@
 The kernel is an argument, because a plan names it; nothing here chooses or replaces one.
 `heuristics.py` chooses a kernel's tile, `cpu.py` and `gemm.py` do the work. Importing this module
 registers the operator and imports no Triton.
+
+`matmul_out` is the same operator writing into a tensor of the caller's: a compiled model reuses one
+buffer for many layers, where memory that is new in every call costs page faults.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,10 +27,14 @@ from fusedq_kernels.types import (
     layout_for,
 )
 
-_SCHEMA = (
-    "matmul(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? perm, "
-    "int n, int k, int in_features, int group_size, int phase, str weight_type, str scale_dtype, "
-    "str kernel) -> Tensor"
+_ARGUMENTS = (
+    "Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? perm, int n, "
+    "int k, int in_features, int group_size, int phase, str weight_type, str scale_dtype, "
+    "str kernel"
+)
+_SCHEMAS = (
+    f"matmul({_ARGUMENTS}) -> Tensor",
+    f"matmul_out(Tensor(a!) out, {_ARGUMENTS}) -> ()",
 )
 _SCALE_DTYPES = {
     "float16": torch.float16,
@@ -36,7 +43,8 @@ _SCALE_DTYPES = {
 }
 _SCALE_DTYPE_NAMES = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
 
-Runner = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None], torch.Tensor]
+# Tokens [M, K], weight, bias, out [M, N].
+Runner = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None, torch.Tensor], object]
 
 
 def matmul(
@@ -81,16 +89,20 @@ def matmul(
     )
 
 
-def _run_triton(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def _run_triton(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
     from fusedq_kernels.gemm import fused_gemm
     from fusedq_kernels.heuristics import select
 
     shape = GemmShape(x.shape[0], packed.n, packed.k)
-    return fused_gemm(x, packed, bias, select(shape, packed.spec, _gpu(x.device)))
+    fused_gemm(x, packed, bias, select(shape, packed.spec, _gpu(x.device)), out)
 
 
-def _run_wna16(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    return cpu.wna16_gemm(x, packed, bias, cpu.wna16_isa(x.dtype))
+def _run_wna16(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    cpu.wna16_gemm(x, packed, bias, cpu.wna16_isa(x.dtype), out)
 
 
 _RUNNERS: dict[KernelName, Runner] = {
@@ -109,7 +121,48 @@ def _gpu(device: torch.device) -> DeviceSpec:
     return device_by_name("sm_90") if device.type == "cpu" else current_device(device, False)
 
 
-def _matmul(
+def _matmul(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    call, packed, bias = _checked(x, *arguments)
+    out = x.new_empty((*x.shape[:-1], packed.n))
+    _multiply(x, packed, bias, call.run, out)
+    return out
+
+
+def _matmul_out(out: torch.Tensor, x: torch.Tensor, *arguments: Any) -> None:
+    call, packed, bias = _checked(x, *arguments)
+    _check_out(out, x, packed.n)
+    _multiply(x, packed, bias, call.run, out)
+
+
+def _matmul_fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    _, packed, _ = _checked(x, *arguments)
+    return x.new_empty((*x.shape[:-1], packed.n))
+
+
+def _matmul_out_fake(out: torch.Tensor, x: torch.Tensor, *arguments: Any) -> None:
+    _, packed, _ = _checked(x, *arguments)
+    _check_out(out, x, packed.n)
+
+
+def _multiply(
+    x: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    run: Runner,
+    out: torch.Tensor,
+) -> None:
+    if x.ndim != 2:
+        x, out = x.reshape(-1, packed.in_features), out.view(-1, packed.n)
+    if x.shape[0] == 0:
+        return
+    if packed.perm is not None:
+        x = x.index_select(1, packed.perm)
+    elif x.stride(1) != 1:
+        x = x.contiguous()
+    run(x, packed, bias, out)
+
+
+def _checked(
     x: torch.Tensor,
     qweight: torch.Tensor,
     scales: torch.Tensor,
@@ -124,46 +177,13 @@ def _matmul(
     weight_type: str,
     scale_dtype: str,
     kernel: str,
-) -> torch.Tensor:
+) -> tuple["_Call", PackedWeight, torch.Tensor | None]:
     call = _call(n, k, group_size, phase, weight_type, scale_dtype, kernel, x.dtype)
     packed = PackedWeight(
         qweight, scales, zeros, call.layout, call.spec, n, k, phase, perm, in_features
     )
     _check(x, packed, bias, call)
-    lead = x.shape[:-1]
-    tokens = x if x.ndim == 2 else x.reshape(-1, in_features)
-    if tokens.shape[0] == 0:
-        return x.new_empty((*lead, n))
-    if perm is not None:
-        tokens = tokens.index_select(1, perm)
-    elif tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
-    y = call.run(tokens, packed, bias)
-    return y if x.ndim == 2 else y.view(*lead, n)
-
-
-def _matmul_fake(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    perm: torch.Tensor | None,
-    n: int,
-    k: int,
-    in_features: int,
-    group_size: int,
-    phase: int,
-    weight_type: str,
-    scale_dtype: str,
-    kernel: str,
-) -> torch.Tensor:
-    call = _call(n, k, group_size, phase, weight_type, scale_dtype, kernel, x.dtype)
-    packed = PackedWeight(
-        qweight, scales, zeros, call.layout, call.spec, n, k, phase, perm, in_features
-    )
-    _check(x, packed, bias, call)
-    return x.new_empty((*x.shape[:-1], n))
+    return call, packed, bias
 
 
 class _Call(NamedTuple):
@@ -216,6 +236,17 @@ def _check(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, cal
         _check_tensor("bias", bias, call.bias, device)
 
 
+def _check_out(out: torch.Tensor, x: torch.Tensor, n: int) -> None:
+    if out.shape[-1:] != (n,) or out.shape[:-1] != x.shape[:-1] or out.dtype != x.dtype:
+        raise ValueError(
+            f"out must be {x.dtype} {[*x.shape[:-1], n]}, got {out.dtype} {list(out.shape)}"
+        )
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+    if out.device != x.device:
+        raise ValueError(f"out must be on {x.device} like x, got {out.device}")
+
+
 def _check_tensor(
     name: str, tensor: torch.Tensor | None, expected: TensorSpec | None, device: torch.device
 ) -> None:
@@ -238,7 +269,10 @@ def _check_tensor(
 if not hasattr(torch.ops.fusedq, "matmul"):
     # Held by the module: the operator goes away with its Library.
     _LIBRARY = torch.library.Library("fusedq", "FRAGMENT")
-    _LIBRARY.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl("matmul", _matmul, "CPU")
-    _LIBRARY.impl("matmul", _matmul, "CUDA")
+    for _schema in _SCHEMAS:
+        _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl("matmul", _matmul, _key)
+        _LIBRARY.impl("matmul_out", _matmul_out, _key)
     torch.library.register_fake("fusedq::matmul", _matmul_fake, lib=_LIBRARY)
+    torch.library.register_fake("fusedq::matmul_out", _matmul_out_fake, lib=_LIBRARY)

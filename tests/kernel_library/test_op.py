@@ -150,6 +150,42 @@ def test_shapes_and_strides_of_x(kernel: KernelName) -> None:
     assert fq.matmul(x[0], packed, bias, kernel).shape == (40,)
 
 
+def test_writes_into_the_given_tensor(kernel: KernelName) -> None:
+    problem, packed, bias = make_call(kernel, m=6)
+    x = problem.x.to(packed.qweight.device)
+    y = fq.matmul(x, packed, bias, kernel)
+    for shape in ((6, 96), (2, 3, 96), (0, 96), (96,)):
+        tokens = x[: 0 if 0 in shape else 6 if len(shape) > 1 else 1].view(shape)
+        out = torch.full((*shape[:-1], 40), torch.nan, dtype=HALF, device=x.device)
+        where = out.data_ptr()
+        assert torch.ops.fusedq.matmul_out(out, *flat_args(tokens, packed, bias, kernel)) is None
+        assert out.data_ptr() == where
+        assert torch.equal(out, y[: tokens.numel() // 96].view(out.shape))
+    out = torch.empty((6, 40), dtype=HALF, device=x.device)
+    args = flat_args(x, packed, bias, kernel)
+    torch.library.opcheck(torch.ops.fusedq.matmul_out.default, (out, *args))
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.ones(3, 39).half(), r"out must be torch.float16 \[3, 40\], got .* \[3, 39\]"),
+        (torch.ones(4, 40).half(), r"out must be torch.float16 \[3, 40\], got .* \[4, 40\]"),
+        (torch.ones(()).half(), r"out must be torch.float16 \[3, 40\], got .* \[\]"),
+        (torch.ones(3, 40), r"out must be torch.float16 .*, got torch.float32"),
+        (torch.ones(40, 3).half().t(), r"out must be contiguous, got strides \(1, 3\)"),
+        (torch.ones((3, 40), dtype=HALF, device="meta"), "out must be on cpu like x, got meta"),
+    ],
+)
+def test_wrong_output(out: torch.Tensor, message: str) -> None:
+    kernel = KernelName.CPU_STRIPED
+    problem, packed, bias = make_call(kernel)
+    args = flat_args(problem.x, packed, bias, kernel)
+    for write in (op._matmul_out, op._matmul_out_fake):
+        with pytest.raises(ValueError, match=message):
+            write(out, *args)
+
+
 def test_no_tokens(kernel: KernelName) -> None:
     _, packed, bias = make_call(kernel)
     for lead in ((0,), (2, 0), (0, 3)):

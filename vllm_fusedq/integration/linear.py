@@ -89,7 +89,9 @@ class FusedQLinearMethod(LinearMethodBase):
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return torch.ops.fusedq.matmul(
+        out = x.new_empty((*x.shape[:-1], self.op_constants[0]))
+        torch.ops.fusedq.matmul_out(
+            out,
             x,
             layer.fusedq_qweight,
             layer.fusedq_scales,
@@ -98,6 +100,7 @@ class FusedQLinearMethod(LinearMethodBase):
             layer.fusedq_perm,
             *self.op_constants,
         )
+        return out
 
     def _shard(
         self, layer: torch.nn.Module, k_local: int, n_local: list[int], input_size: int
