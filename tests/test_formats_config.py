@@ -54,7 +54,7 @@ def weights(**changes: Any) -> dict[str, Any]:
 
 
 REFUSED = {
-    "awq-bits": ("awq", {"bits": 8}, "bits 8; supported by awq: 4 bits; drop"),
+    "awq-bits": ("awq", {"bits": 8}, "bits 8; supported by awq: 4 bits, the one width"),
     "awq-group": ("awq", {"group_size": 12}, "group_size 12; .* -1 or a multiple of 8"),
     "awq-group-0": ("awq", {"group_size": 0}, "group_size 0;"),
     "awq-group-bool": ("awq", {"group_size": True}, "group_size True;"),
@@ -72,7 +72,8 @@ REFUSED = {
     "awq-zero-point": ("awq", {"zero_point": None}, "zero_point None; .*true or false"),
     "awq-dynamic": ("awq", {"dynamic": {"a": {}}}, "per-module overrides"),
     "awq-excluded": ("awq", {"modules_to_not_convert": "gate"}, "'gate'; .*a list of names"),
-    "gptq-bits": ("gptq-sym", {"bits": 3}, "bits 3; supported by gptq: 4 bits"),
+    "gptq-bits": ("gptq-sym", {"bits": 5}, "bits 5; supported by gptq: bits 2, 3, 4, 8"),
+    "gptq-bits-type": ("gptq-sym", {"bits": 4.0}, "bits 4.0;"),
     "gptq-group": ("gptq-sym", {"group_size": None}, "group_size None"),
     "gptq-marlin": ("gptq-sym", {"checkpoint_format": "marlin"}, "'marlin'; .*gptq or gptq_v2"),
     "gptq-is-marlin": ("gptq-sym", {"is_marlin_format": True}, "checkpoint_format 'marlin'"),
@@ -81,8 +82,8 @@ REFUSED = {
     "gptq-sym": ("gptq-sym", {"sym": "yes"}, "sym 'yes'"),
     "gptq-override-bits": (
         "gptq-sym",
-        {"dynamic": {"+:up": {"bits": 8}}},
-        r"bits 8 in the dynamic rule '\+:up'; .*4 bits",
+        {"dynamic": {"+:up": {"bits": 6}}},
+        r"bits 6 in the dynamic rule '\+:up'; .*bits 2, 3, 4, 8",
     ),
     "gptq-override-group": ("gptq-sym", {"dynamic": {"up": {"group_size": 12}}}, "group_size 12"),
     "gptq-override-sym": ("gptq-sym", {"dynamic": {"up": {"sym": 1}}}, "sym 1 in the dynamic rule"),
@@ -116,8 +117,12 @@ REFUSED = {
     ),
     "ct-outputs": ("ct-sym", groups(output_activations={"num_bits": 8}), "quantized activations"),
     "ct-format": ("ct-sym", {"format": "marlin-24"}, "format 'marlin-24' of group_0"),
-    "ct-group-format": ("ct-sym", groups(format="int-quantized"), "'int-quantized' of group_0"),
-    "ct-bits": ("ct-sym", weights(num_bits=8), "8-bit int weights in group_0; .*4-bit int"),
+    "ct-group-format": (
+        "ct-sym",
+        groups(format="float-quantized"),
+        "'float-quantized' of group_0; .*pack-quantized or int-quantized or naive-quantized",
+    ),
+    "ct-bits": ("ct-sym", weights(num_bits=1), "1-bit int weights in group_0; .*2- to 8-bit int"),
     "ct-float": ("ct-sym", weights(type="float"), "4-bit float weights"),
     "ct-dynamic": ("ct-sym", weights(dynamic=True), "dynamic weights"),
     "ct-symmetric": ("ct-sym", weights(symmetric="no"), "symmetric 'no'"),

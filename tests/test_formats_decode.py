@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from checkpoints import BUILDS, Truth, put, replace, write_checkpoint
+from builders.compressed_tensors import signed
+from checkpoints import (
+    ALL_BUILDS,
+    BUILDS,
+    WIDTH_BUILDS,
+    Truth,
+    put,
+    replace,
+    write_checkpoint,
+)
 from layers import MODULE, check, cut, describe
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import WeightLoadError
@@ -17,20 +26,21 @@ from vllm_fusedq.formats import Region, decode, format_for
 from vllm_fusedq.formats.unpacking import unpack_columns, unpack_rows
 
 
-@pytest.mark.parametrize("build", BUILDS)
-@settings(max_examples=120, deadline=None)
+@pytest.mark.parametrize("build", [*BUILDS, *WIDTH_BUILDS])
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_region(build: str, data: st.DataObject) -> None:
-    n, k = 8 * data.draw(st.integers(1, 6), "n/8"), 8 * data.draw(st.integers(1, 12), "k/8")
+    unit = 32 if build.startswith("gptq-3bit") else 16 if build in WIDTH_BUILDS else 8
+    n, k = unit * data.draw(st.integers(1, 6), "n"), unit * data.draw(st.integers(1, 12), "k")
     group_size = data.draw(st.sampled_from([-1, 8, 16, 24, 32, 128]), "group_size")
-    truth = BUILDS[build].truth(n, k, group_size, seed=data.draw(st.integers(0, 9), "seed"))
+    truth = ALL_BUILDS[build].truth(n, k, group_size, seed=data.draw(st.integers(0, 9), "seed"))
     layer, tensors = describe(build, truth, group_size)
     n0, k0 = data.draw(st.integers(0, n - 1), "n0"), data.draw(st.integers(0, k - 1), "k0")
     n1, k1 = data.draw(st.integers(n0 + 1, n), "n1"), data.draw(st.integers(k0 + 1, k), "k1")
     check(layer, tensors, Region(n0, n1, k0, k1), truth)
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("build", [*BUILDS, *WIDTH_BUILDS])
 def test_the_whole_layer_from_a_file(build: str, tmp_path: Path) -> None:
     truths = write_checkpoint(tmp_path, build)
     fmt = format_for(read_checkpoint(tmp_path))
@@ -51,7 +61,7 @@ def test_every_code_at_every_nibble(build: str, code: int) -> None:
         codes[index, 8 + index] = code
         zeros = truth.zeros
         if zeros is not None:
-            low, high = BUILDS[build].zero_range
+            low, high = BUILDS[build].zero_range or (0, 15)
             zeros = np.full((8, 2), low, dtype=np.uint8)
             zeros[index, 1] = min(max(code, low), high)
         one = Truth(codes, zeros, truth.scales, 8)
@@ -97,22 +107,25 @@ def test_unpacking_takes_any_strides(layout: str) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_agrees_with_the_compressed_tensors_package(symmetric: bool) -> None:
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_agrees_with_the_compressed_tensors_package(bits: int, symmetric: bool) -> None:
     from compressed_tensors.compressors.pack_quantized.helpers import (
         pack_to_int32,
         unpack_from_int32,
     )
 
-    build = "ct-sym" if symmetric else "ct-asym"
-    truth = BUILDS[build].truth(40, 96, 32)
-    values = torch.from_numpy(truth.codes.astype(np.int8) - 8)
+    kind = "sym" if symmetric else "asym"
+    # The package that comes with vLLM here packs as all did before version 0.18
+    build = f"ct-{kind}" if bits == 4 else f"ct-{bits}bit{'-padded' * (32 % bits > 0)}-{kind}"
+    truth = ALL_BUILDS[build].truth(40, 112, 32)
+    values = signed(truth.codes, truth)
     layer, tensors = describe(build, truth, 32)
-    assert torch.equal(pack_to_int32(values, 4), tensors["weight_packed"])
-    assert torch.equal(unpack_from_int32(tensors["weight_packed"], 4, (40, 96)), values)
-    tensors["weight_packed"] = pack_to_int32(values, 4)
+    assert torch.equal(pack_to_int32(values, bits), tensors["weight_packed"])
+    assert torch.equal(unpack_from_int32(tensors["weight_packed"], bits, (40, 112)), values)
+    tensors["weight_packed"] = pack_to_int32(values, bits)
     if truth.zeros is not None:
-        points = torch.from_numpy(truth.zeros.astype(np.int8) - 8)
-        tensors["weight_zero_point"] = pack_to_int32(points, 4, packed_dim=0).contiguous()
+        points = signed(truth.zeros, truth)
+        tensors["weight_zero_point"] = pack_to_int32(points, bits, packed_dim=0).contiguous()
     check(layer, tensors, layer.whole, truth)
 
 
@@ -217,7 +230,7 @@ def test_refuses_symmetric_zero_points_that_vary() -> None:
 def test_refuses_a_zero_point_of_16() -> None:
     layer, tensors = describe("gptq-asym", BUILDS["gptq-asym"].truth(16, 64, 32), 32)
     put("qzeros", (0, 1), nibbles(15))(tensors)
-    message = f"{MODULE}.qzeros: found a stored zero point 15, .* is 16, or 0 after an underflow"
+    message = f"{MODULE}.qzeros: found stored zero points 15 side by side, .* are 16, or 0 after an"
     with pytest.raises(WeightLoadError, match=message):
         decode(tensors, layer, layer.whole)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoints import AWQ_BUILDS, BUILDS, Truth, drop, write_checkpoint
+from checkpoints import AWQ_BUILDS, BUILDS, WIDTH_BUILDS, Truth, drop, write_checkpoint
 from fusedq_kernels.device import cpu_device, device_by_name
 from fusedq_kernels.layout import unpack
 from vllm_fusedq.checkpoint import Checkpoint, read_checkpoint
@@ -55,7 +55,7 @@ def assert_exact(loader: LayerLoader, truths: dict[str, Truth]) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("build", [*BUILDS, *AWQ_BUILDS])
+@pytest.mark.parametrize("build", [*BUILDS, *AWQ_BUILDS, *WIDTH_BUILDS])
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_every_rank_holds_exactly_its_slice(
     tmp_path: Path, build: str, tp_size: int, device: str

@@ -13,7 +13,7 @@ import torch
 from fusedq_kernels import layout
 from fusedq_kernels.types import LogicalWeight, PackedWeight, layout_for
 from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.formats import decode
+from vllm_fusedq.formats import Finding, decode, inspect
 from vllm_fusedq.formats.layer import LayerFormat, Region, TensorLayout, stored_slices
 from vllm_fusedq.plan import LayerPlan
 from vllm_fusedq.sharding import PartShard
@@ -30,6 +30,8 @@ class LayerLoader:
 
     plan: LayerPlan
     packed: PackedWeight
+    findings: dict[str, Finding] = field(default_factory=dict)
+    """By module: which convention its values prove (filled as the layer is packed)."""
     _slices: dict[tuple[PartShard, str], torch.Tensor] = field(default_factory=dict)
     _packed_once: bool = False
 
@@ -107,6 +109,7 @@ class LayerLoader:
 
     def _pack(self) -> None:
         codes = STRIPE_CODES[self.packed.qweight.device.type]
+        self._inspect()
         rows = min(codes // self.plan.rows, self.plan.n // MIN_STRIPES)
         rows = max(rows - rows % layout.ROW_ALIGNMENT, layout.ROW_ALIGNMENT)
         for start in range(0, self.plan.n, rows):
@@ -115,6 +118,12 @@ class LayerLoader:
             layout.pack_rows(self.packed, start, _stack(pieces))
         self._slices.clear()
         self._packed_once = True
+
+    def _inspect(self) -> None:
+        for part, fmt in self._all_parts():
+            tensors = {stored.name: self._slices[part, stored.name] for stored in fmt.tensors}
+            if finding := inspect(tensors, fmt, part.region):
+                self.findings[part.module] = finding
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[PartShard, LayerFormat, Region]]:
         """The parts' regions that make up rows `[start, stop)` of the fused layer."""

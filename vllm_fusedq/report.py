@@ -59,7 +59,7 @@ def log_plan(plans: Sequence[LayerPlan], unquantized: Sequence[str]) -> None:
 def _cells(plan: LayerPlan) -> tuple[str, ...]:
     k = str(plan.k) if plan.rows == plan.k else f"{plan.k} as {plan.rows}"
     return (
-        plan.formats[0].description,
+        " + ".join(dict.fromkeys(part.description for part in plan.formats)),
         f"{k} x {plan.n}",
         str(plan.phase),
         plan.kernel.value,

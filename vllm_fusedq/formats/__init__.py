@@ -10,6 +10,7 @@ from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.formats.awq import AwqFormat
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
 from vllm_fusedq.formats.compressed_tensors import CompressedTensorsFormat
+from vllm_fusedq.formats.findings import Finding, settle
 from vllm_fusedq.formats.gptq import GptqFormat
 from vllm_fusedq.formats.layer import (
     Dim,
@@ -23,11 +24,14 @@ __all__ = [
     "FORMATS",
     "CheckpointFormat",
     "Dim",
+    "Finding",
     "LayerFormat",
     "Region",
     "TensorLayout",
     "decode",
     "format_for",
+    "inspect",
+    "settle",
     "stored_slices",
 ]
 
@@ -60,3 +64,10 @@ def decode(
 ) -> LogicalWeight:
     """`CheckpointFormat.decode` of the layer's own format."""
     return FORMATS[layer.format].decode(tensors, layer, region)
+
+
+def inspect(
+    tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
+) -> Finding | None:
+    """`CheckpointFormat.inspect` of the layer's own format."""
+    return FORMATS[layer.format].inspect(tensors, layer, region)

@@ -53,7 +53,8 @@ class AwqFormat(CheckpointFormat):
     def check_config(self) -> None:
         bits = self._option("bits", "w_bit")
         if bits != 4:
-            raise self.refusal(f"bits {bits!r}", "4 bits")
+            # AutoAWQ packs nothing else, and others order the bytes of 8-bit words differently
+            raise self.refusal(f"bits {bits!r:.80}", "4 bits, the one width that AutoAWQ packs")
         self.group_size = self.check_group_size(self._option("group_size", "q_group_size"))
         version = self._option("version", "checkpoint_format", "format") or "gemm"
         self.version = str(version).lower()

@@ -15,6 +15,7 @@ import torch
 from fusedq_kernels.types import LogicalWeight
 from vllm_fusedq.checkpoint import Checkpoint
 from vllm_fusedq.errors import PreflightError, Problem, UnsupportedCheckpoint
+from vllm_fusedq.formats.findings import Finding
 from vllm_fusedq.formats.layer import (
     Dim,
     LayerFormat,
@@ -110,6 +111,19 @@ class CheckpointFormat(ABC):
         Raises:
             WeightLoadError: a tensor is missing, does not fit or holds values that cannot be right.
         """
+
+    @staticmethod
+    def inspect(
+        tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
+    ) -> Finding | None:
+        """Which of two conventions the stored values prove, where a config may name the wrong one.
+
+        Takes what `decode` takes, once per layer. None where the format has one convention only.
+
+        Raises:
+            WeightLoadError: as `decode` does, or the values contradict the config.
+        """
+        return None
 
     def modules(self) -> list[str]:
         """Modules of the checkpoint that are quantized, or that the config says are."""

@@ -1,19 +1,18 @@
-"""compressed-tensors checkpoints in the pack-quantized format (llm-compressor), 4-bit integers.
+"""compressed-tensors checkpoints (llm-compressor): which modules are quantized, and how.
 
-weight_packed int32 `[N, K / 8]` packs in_features, weight_zero_point int32 `[N / 8, G]` (asymmetric
-only) out_features, both in order from the lowest nibble and both stored plus 8; weight_scale
-`[N, G]`; weight_shape holds N and K; with actorder group, weight_g_idx int32 `[K]` is each
-in_feature's group, or -1 throughout. Source: `pack_to_int32` and `dequantize` of the
+`compressed_tensors_packing.py` has the tensors. With actorder group, weight_g_idx int32 `[K]` is
+each in_feature's group, or -1 throughout. Source: `QuantizationConfig` and `dequantize` of the
 compressed_tensors package.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 
-from fusedq_kernels.types import LogicalWeight, WeightType
-from vllm_fusedq.errors import PreflightError, Problem, WeightLoadError
+from fusedq_kernels.types import LogicalWeight
+from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.base import (
     CheckpointFormat,
     Dim,
@@ -23,19 +22,23 @@ from vllm_fusedq.formats.base import (
     TensorLayout,
     check_slices,
 )
-from vllm_fusedq.formats.layer import SCALE_DTYPES, with_all_groups
-from vllm_fusedq.formats.ordering import sort_rows
-from vllm_fusedq.formats.unpacking import NIBBLES, take, unpack_columns, unpack_rows
-
-LAYOUTS = (
-    TensorLayout("weight_packed", (Dim("n"), Dim("k", 8)), (torch.int32,)),
-    TensorLayout("weight_scale", (Dim("n"), Dim("g")), SCALE_DTYPES),
-    TensorLayout("weight_shape", (Dim(None, size=2),), (torch.int64, torch.int32)),
+from vllm_fusedq.formats.compressed_tensors_packing import (
+    DEFAULT_PACKING,
+    PACKINGS,
+    PADDED_PACKING,
+    SCALE,
+    VARIANTS,
+    Tensors,
 )
-G_IDX = TensorLayout("weight_g_idx", (Dim("k"),), (torch.int32, torch.int64))
-ZERO_POINT = TensorLayout("weight_zero_point", (Dim("n", 8), Dim("g")), (torch.int32,))
+from vllm_fusedq.formats.layer import with_all_groups
+from vllm_fusedq.formats.ordering import sort_rows
+from vllm_fusedq.formats.widening import resident_type, widen
 
-FORMAT = "pack-quantized"
+G_IDX = TensorLayout("weight_g_idx", (Dim("k"),), (torch.int32, torch.int64))
+
+BITS = range(2, 9)
+# 3-, 5-, 6- and 7-bit codes straddle words from this version of the package on
+FIRST_STREAMING_VERSION = (0, 18)
 LINEAR_CLASS = "Linear"
 # Both only change how the quantizer calibrates, not what it stores
 HARMLESS_ORDERS = (None, False, "static", "weight")
@@ -48,11 +51,13 @@ REFUSED_SECTIONS = {
 
 
 class CompressedTensorsFormat(CheckpointFormat):
-    """`quant_method: compressed-tensors`, format pack-quantized, weights only."""
+    """`quant_method: compressed-tensors`, the formats of `PACKINGS`, weights only."""
 
     name = "compressed-tensors"
     config_sources = ("compression_config",)
-    markers = frozenset({"weight_packed", "weight_zero_point", "weight_shape", "weight_g_idx"})
+    markers = frozenset(
+        {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"}
+    )
     exclusion = "ignore"
 
     def check_config(self) -> None:
@@ -84,39 +89,32 @@ class CompressedTensorsFormat(CheckpointFormat):
                 "set actorder to group in the config if this model was quantized with it",
             )
             raise PreflightError([problem])
-        layouts = LAYOUTS if group.symmetric else (*LAYOUTS, ZERO_POINT)
+        layouts = VARIANTS[group.packing].layouts(group.bits)
+        # The zero points come last
+        layouts = layouts[:-1] if group.symmetric else layouts
         if group.ordered:
-            shape = stored["weight_packed"].shape if "weight_packed" in stored else ()
-            k = NIBBLES * shape[-1] if shape else 0
+            weight = layouts[0]
+            shape = stored[weight.name].shape if weight.name in stored else ()
+            k = weight.dims[-1].logical(shape[-1]) if shape else 0
             layouts = (*with_all_groups(layouts, -(-k // group.group_size)), G_IDX)
         return Scheme(
-            WeightType.UINT4B8 if group.symmetric else WeightType.UINT4,
+            resident_type(group.bits, group.symmetric),
             group.group_size,
             layouts,
-            scales="weight_scale",
+            scales=SCALE.name,
             ordered=group.ordered,
+            variant="" if group.packing == DEFAULT_PACKING else group.packing,
+            bits=group.bits,
         )
 
     @staticmethod
-    def decode(
-        tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
-    ) -> LogicalWeight:
-        check_slices(tensors, layer, region, "weight_scale")
-        shape = tensors["weight_shape"].tolist()
-        if shape != [layer.n, layer.k]:
-            raise WeightLoadError(
-                f"{layer.module}.weight_shape: found {shape}, expected {[layer.n, layer.k]} after "
-                "the shape of weight_packed; supported are in_features that are a multiple of 8: "
-                "quantize the model again"
-            )
-        zeros = None
-        if layer.spec.has_zero_points:
-            zeros = unpack_rows(tensors["weight_zero_point"])
-            zeros = take(zeros, 0, region.n_start, region.n)
-        codes = take(unpack_columns(tensors["weight_packed"]), 1, region.k_start, region.k)
-        scales = tensors["weight_scale"].contiguous()
+    def decode(tensors: Tensors, layer: LayerFormat, region: Region) -> LogicalWeight:
+        check_slices(tensors, layer, region, SCALE.name)
+        codes, zeros = VARIANTS[layer.variant or DEFAULT_PACKING].unpack(tensors, layer, region)
+        codes = widen(codes, layer)
+        scales = tensors[SCALE.name].contiguous()
         if layer.ordered:
-            g_idx = _explicit_order(tensors["weight_g_idx"], layer, region)
+            g_idx = _explicit_order(tensors[G_IDX.name], layer, region)
             return sort_rows(codes, scales, zeros, g_idx, G_IDX.name, layer, region)
         phase = region.k_start % layer.spec.group_size
         return LogicalWeight(codes, scales, zeros, layer.spec, phase)
@@ -130,13 +128,17 @@ class CompressedTensorsFormat(CheckpointFormat):
                 raise self.refusal(
                     f"quantized activations ({name}.{key})", "quantized weights only"
                 )
-        file_format = group.get("format") or self.config.get("format")
-        if file_format != FORMAT:
-            raise self.refusal(f"format {file_format!r} of {name}", f"format {FORMAT}")
+        packing = group.get("format") or self.config.get("format")
+        if packing not in list(PACKINGS):
+            raise self.refusal(
+                f"format {packing!r:.80} of {name}", f"format {' or '.join(PACKINGS)}"
+            )
         weights = group["weights"]
-        if weights.get("num_bits") != 4 or weights.get("type", "int") != "int":
-            found = f"{weights.get('num_bits')!r}-bit {weights.get('type')} weights in {name}"
-            raise self.refusal(found, "4-bit int weights")
+        bits = weights.get("num_bits")
+        known_bits = type(bits) is int and bits in BITS
+        if not known_bits or weights.get("type", "int") != "int":
+            found = f"{bits!r:.80}-bit {weights.get('type')} weights in {name}"
+            raise self.refusal(found, f"{BITS[0]}- to {BITS[-1]}-bit int weights")
         if weights.get("dynamic"):
             raise self.refusal(f"dynamic weights in {name}", "static weights")
         order = weights.get("actorder")
@@ -148,7 +150,22 @@ class CompressedTensorsFormat(CheckpointFormat):
             raise self.refusal(f"symmetric {symmetric!r:.80} in {name}", "symmetric true or false")
         group_size = self._group_size(name, weights)
         ordered = order in STORED_ORDERS and group_size != -1
-        return _Group(self.check_names("targets", group), symmetric, group_size, ordered)
+        if packing == DEFAULT_PACKING and 32 % bits and not self._streams(bits, name):
+            packing = PADDED_PACKING
+        targets = self.check_names("targets", group)
+        return _Group(targets, packing, bits, symmetric, group_size, ordered)
+
+    def _streams(self, bits: int, name: str) -> bool:
+        """Whether codes straddle words, by the version of the package that packed them."""
+        version = self.config.get("version")
+        match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+        if match is None:
+            raise self.refusal(
+                f"{bits}-bit weights in {name} and version {version!r:.80} of compressed-tensors",
+                "a version in the config, because their packing changed with version 0.18",
+                "add the version of compressed-tensors that packed the model",
+            )
+        return tuple(int(part) for part in match.groups()) >= FIRST_STREAMING_VERSION
 
     def _group_size(self, name: str, weights: dict[str, Any]) -> int:
         strategy, group_size = weights.get("strategy"), weights.get("group_size")
@@ -178,6 +195,8 @@ class _Group(NamedTuple):
     """`ordered`: weight_g_idx may say anything (activation reordering)."""
 
     targets: list[str]
+    packing: str
+    bits: int
     symmetric: bool
     group_size: int
     ordered: bool

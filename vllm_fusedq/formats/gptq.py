@@ -1,9 +1,11 @@
-"""GPTQ checkpoints as AutoGPTQ and GPTQModel store them, 4-bit.
+"""GPTQ checkpoints as AutoGPTQ and GPTQModel store them, 2, 3, 4 or 8 bits.
 
-qweight int32 `[K / 8, N]` packs in_features and qzeros int32 `[G, N / 8]` out_features, both in
-order from the lowest nibble; scales `[G, N]`; g_idx int32 `[K]` is each in_feature's group, any
-group with activation reordering (desc_act), else `k // group_size` and often missing.
-checkpoint_format "gptq" (v1) stores zero points minus one, "gptq_v2" as they are.
+qweight int32 packs in_features, `[K / 32 * bits, N]`, and qzeros int32 `[G, N / 32 * bits]`
+out_features, both in order from the lowest bits; 3-bit codes straddle words. scales `[G, N]`; g_idx
+int32 `[K]` is each in_feature's group, any group with activation reordering (desc_act), else
+`k // group_size` and often missing. checkpoint_format "gptq" (v1) stores zero points minus one,
+"gptq_v2" as they are. Source: `pack_original` and `convert_gptq_v2_to_v1_format_module` of
+GPTQModel.
 """
 
 import re
@@ -12,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedq_kernels.types import LogicalWeight, WeightType
+from fusedq_kernels.types import LogicalWeight
 from vllm_fusedq.errors import WeightLoadError
+from vllm_fusedq.formats import gptq_zeros
 from vllm_fusedq.formats.base import (
     CheckpointFormat,
     Dim,
@@ -23,23 +26,18 @@ from vllm_fusedq.formats.base import (
     TensorLayout,
     check_slices,
 )
-from vllm_fusedq.formats.layer import SCALE_DTYPES, with_all_groups
+from vllm_fusedq.formats.findings import Finding
+from vllm_fusedq.formats.gptq_zeros import ZERO_OFFSETS
+from vllm_fusedq.formats.layer import SCALE_DTYPES, Axis, with_all_groups
 from vllm_fusedq.formats.ordering import sort_rows
-from vllm_fusedq.formats.unpacking import NIBBLES, take, unpack_columns, unpack_rows
+from vllm_fusedq.formats.widening import resident_type, widen
 
-LAYOUTS = (
-    TensorLayout("qweight", (Dim("k", 8), Dim("n")), (torch.int32,)),
-    TensorLayout("qzeros", (Dim("g"), Dim("n", 8)), (torch.int32,)),
-    TensorLayout("scales", (Dim("g"), Dim("n")), SCALE_DTYPES),
-)
+BITS = (2, 3, 4, 8)
 G_IDX = TensorLayout("g_idx", (Dim("k"),), (torch.int32, torch.int64))
 
 STORED_OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act", "pack_dtype"})
 # The others only change how the quantizer calibrates, not what it stores
 OVERRIDES = STORED_OVERRIDES | {"act_group_aware", "damp_auto_increment", "damp_percent", "mse"}
-
-ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
-SYMMETRIC_ZERO = 8
 
 
 class GptqFormat(CheckpointFormat):
@@ -75,18 +73,19 @@ class GptqFormat(CheckpointFormat):
         options = self._options_of(module)
         assert options is not None
         stored = self.checkpoint.modules()[module]
-        layouts = LAYOUTS
+        layouts = _layouts(options.bits)
         if options.ordered and "qweight" in stored:
-            k = NIBBLES * next(iter(stored["qweight"].shape), 0)
-            layouts = with_all_groups(LAYOUTS, -(-k // options.group_size))
+            k = layouts[0].dims[0].logical(next(iter(stored["qweight"].shape), 0))
+            layouts = with_all_groups(layouts, -(-k // options.group_size))
         with_g_idx = options.ordered or "g_idx" in stored
         return Scheme(
-            WeightType.UINT4B8 if options.symmetric else WeightType.UINT4,
+            resident_type(options.bits, options.symmetric),
             options.group_size,
             (*layouts, G_IDX) if with_g_idx else layouts,
             scales="scales",
             zero_offset=self.zero_offset,
             ordered=options.ordered,
+            bits=options.bits,
         )
 
     @staticmethod
@@ -94,9 +93,9 @@ class GptqFormat(CheckpointFormat):
         tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
     ) -> LogicalWeight:
         check_slices(tensors, layer, region, "scales")
-        stored = take(unpack_rows(tensors["qzeros"].T), 0, region.n_start, region.n)
-        zeros = _zeros(stored, layer)
-        codes = take(unpack_columns(tensors["qweight"].T), 1, region.k_start, region.k)
+        zeros = gptq_zeros.zero_points(tensors["qzeros"], layer, region)
+        codes = gptq_zeros.unpack(tensors["qweight"].T, layer.bits, region.k_start, region.k)
+        codes = widen(codes, layer)
         scales = tensors["scales"].T.contiguous()
         if layer.ordered:
             return sort_rows(codes, scales, zeros, tensors["g_idx"], "g_idx", layer, region)
@@ -105,10 +104,24 @@ class GptqFormat(CheckpointFormat):
         phase = region.k_start % layer.spec.group_size
         return LogicalWeight(codes, scales, zeros, layer.spec, phase)
 
+    @staticmethod
+    def inspect(
+        tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
+    ) -> Finding | None:
+        check_slices(tensors, layer, region, "scales")
+        if layer.ordered:
+            groups = tensors["g_idx"].long()
+        else:
+            rows = torch.arange(region.k_start, region.k_stop)
+            groups = (rows // layer.spec.group_size).to(tensors["qzeros"].device)
+            groups -= region.k_start // layer.spec.group_size
+        return gptq_zeros.judge(tensors["qweight"], tensors["qzeros"], groups, layer, region)
+
     def _read_options(self, config: Mapping[str, Any], where: str = "") -> "_Options":
         """What the config, or the config with one module's overrides, says of a module."""
-        if config.get("bits") != 4:
-            raise self.refusal(f"bits {config.get('bits')!r}{where}", "4 bits")
+        bits = config.get("bits")
+        if type(bits) is not int or bits not in BITS:
+            raise self.refusal(f"bits {bits!r:.80}{where}", f"bits {', '.join(map(str, BITS))}")
         group_size = self.check_group_size(config.get("group_size"))
         if config.get("pack_dtype", "int32") != "int32":
             raise self.refusal(f"pack_dtype {config['pack_dtype']!r}{where}", "pack_dtype int32")
@@ -117,7 +130,7 @@ class GptqFormat(CheckpointFormat):
             raise self.refusal(f"sym {symmetric!r}{where}", "sym true or false")
         # One group has no order, and static groups are stored in the order of in_features
         plain = group_size == -1 or bool(config.get("static_groups"))
-        return _Options(group_size, symmetric, bool(config.get("desc_act")) and not plain)
+        return _Options(bits, group_size, symmetric, bool(config.get("desc_act")) and not plain)
 
     def _inclusions(self, blocks: object) -> list[str]:
         """transformers' `modules_in_block_to_quantize`: a list of names, or of lists of names."""
@@ -161,32 +174,23 @@ class GptqFormat(CheckpointFormat):
 class _Options(NamedTuple):
     """`ordered`: g_idx may say anything (activation reordering)."""
 
+    bits: int
     group_size: int
     symmetric: bool
     ordered: bool
 
 
-def _zeros(stored: torch.Tensor, layer: LayerFormat) -> torch.Tensor | None:
-    low, high = (int(bound) for bound in stored.aminmax())
-    if not layer.spec.has_zero_points:
-        # sym leaves no other zero point than 8, so a checkpoint that names the wrong one of the
-        # two formats (they exist, with either error) is still read without doubt
-        if low == high and low + 1 in (SYMMETRIC_ZERO, SYMMETRIC_ZERO + 1):
-            return None
-        found = f"{low}" if low == high else f"{low} to {high}"
-        raise WeightLoadError(
-            f"{layer.module}.qzeros: found stored zero points {found} although the config says "
-            f"sym true, expected {SYMMETRIC_ZERO - layer.zero_offset} everywhere (zero point "
-            f"{SYMMETRIC_ZERO}); set sym to false in the config if this model has zero points"
-        )
-    if high + layer.zero_offset > 15:
-        raise WeightLoadError(
-            f"{layer.module}.qzeros: found a stored zero point {high}, which in "
-            "checkpoint_format gptq is 16, or 0 after an underflow; supported are zero points that "
-            "fit 4 bits; set checkpoint_format to gptq_v2 in the config if they are stored as they "
-            "are, or quantize again"
-        )
-    return stored + layer.zero_offset
+def _layouts(bits: int) -> tuple[TensorLayout, ...]:
+    def packed(axis: Axis) -> Dim:
+        if bits == gptq_zeros.STRADDLING:
+            return Dim(axis, 32, words=bits, multiple=32)
+        return Dim(axis, 32 // bits)
+
+    return (
+        TensorLayout("qweight", (packed("k"), Dim("n")), (torch.int32,)),
+        TensorLayout("qzeros", (Dim("g"), packed("n")), (torch.int32,)),
+        TensorLayout("scales", (Dim("g"), Dim("n")), SCALE_DTYPES),
+    )
 
 
 def _check_order(g_idx: torch.Tensor, layer: LayerFormat, region: Region) -> None:

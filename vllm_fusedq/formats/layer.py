@@ -36,17 +36,24 @@ _REDO = "download the checkpoint again or quantize the model again"
 
 @dataclass(frozen=True, slots=True)
 class Dim:
-    """One stored dimension: the logical axis it runs along and `pack` logical indices per element.
+    """One stored dimension: the logical axis it runs along, `pack` indices in `words` elements.
 
     `axis` is "n" (out_features), "k" (in_features), "g" (groups along K) or None for a dimension of
     fixed `size` that every rank keeps whole. Where only whole blocks of logical indices mean
-    something, `block` is their size, a multiple of `pack`.
+    something, `block` is their size, a multiple of `pack`. Where the last element may be padded,
+    the logical size is the last `multiple` that the elements hold.
     """
 
     axis: Axis | None
     pack: int = 1
     size: int = 0
     block: int = 1
+    words: int = 1
+    multiple: int = 1
+
+    def logical(self, stored: int) -> int:
+        """Logical indices of a dimension of `stored` elements."""
+        return stored * self.pack // self.words // self.multiple * self.multiple
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +101,9 @@ class LayerFormat:
     `tensors` lists the tensors that this module really has, the packed weight first. `zero_offset`
     is what has to be added to a stored zero point to get the zero point. `ordered`: which group an
     in_feature belongs to is stored (activation reordering), so its rows are sorted at load
-    (`ordering.py`). `variant` is the format's own name for one of several packings. Picklable.
+    (`ordering.py`). `variant` is the format's own name for one of several packings. `bits` of a
+    stored code may be fewer than those of the weight type (`widening.py`); 0 means as many.
+    Picklable.
     """
 
     format: str
@@ -106,6 +115,7 @@ class LayerFormat:
     zero_offset: int = 0
     ordered: bool = False
     variant: str = ""
+    bits: int = 0
 
     @property
     def whole(self) -> Region:
@@ -113,12 +123,15 @@ class LayerFormat:
 
     @property
     def description(self) -> str:
-        """Like "awq 4-bit g128, zero points"."""
+        """Like "awq 4-bit g128, zero points" or "gptq 3-bit g32, symmetric, resident as 4-bit"."""
         group = "per channel" if self.spec.group_size == self.k else f"g{self.spec.group_size}"
         zeros = "zero points" if self.spec.has_zero_points else "symmetric"
         order = ", act-order" if self.ordered else ""
         name = f"{self.format} {self.variant}".rstrip()
-        return f"{name} {self.spec.weight_type.bits}-bit {group}, {zeros}{order}"
+        resident = self.spec.weight_type.bits
+        bits = self.bits or resident
+        widened = f", resident as {resident}-bit" if bits != resident else ""
+        return f"{name} {bits}-bit {group}, {zeros}{order}{widened}"
 
     def tensor(self, name: str) -> TensorLayout | None:
         return next((layout for layout in self.tensors if layout.name == name), None)
@@ -134,6 +147,7 @@ class Scheme:
     """What a format's config says of one module; sizes and dtypes come from the headers.
 
     `layouts[0]` is the packed weight, whose dims give N and K. `group_size` may be -1: all of K.
+    The others are those of `LayerFormat`.
     """
 
     weight_type: WeightType
@@ -143,6 +157,7 @@ class Scheme:
     zero_offset: int = 0
     ordered: bool = False
     variant: str = ""
+    bits: int = 0
 
 
 def stored_slices(layout: TensorLayout, region: Region, group_size: int) -> tuple[slice, ...]:
@@ -156,9 +171,9 @@ def stored_slices(layout: TensorLayout, region: Region, group_size: int) -> tupl
     slices = []
     for dim in layout.dims:
         start, stop = bounds[dim.axis] if dim.axis else (0, dim.size)
-        block = max(dim.pack, dim.block)
-        per_block = block // dim.pack
-        slices.append(slice(start // block * per_block, -(-stop // block) * per_block))
+        first = start // max(dim.pack, dim.block) * max(dim.pack, dim.block)
+        stop = -(-stop // dim.block) * dim.block
+        slices.append(slice(first * dim.words // dim.pack, -(-stop * dim.words // dim.pack)))
     return tuple(slices)
 
 
@@ -219,14 +234,16 @@ def describe_layer(
     weight = scheme.layouts[0]
     problems = _name_problems(module, stored, scheme.layouts)
     info = stored.get(weight.name)
-    if info is None or len(info.shape) != len(weight.dims) or 0 in info.shape:
-        if info is not None:
-            found = f"{weight.name} of shape {list(info.shape)}"
-            supported = f"{len(weight.dims)} dimensions, none of them empty"
-            problems.append(Problem(module, found, supported, _REDO))
+    if info is None:
         raise PreflightError(problems)
-    sizes = {dim.axis: size * dim.pack for dim, size in zip(weight.dims, info.shape, strict=True)}
-    n, k = sizes["n"], sizes["k"]
+    sizes = {
+        dim.axis: dim.logical(size) for dim, size in zip(weight.dims, info.shape, strict=False)
+    }
+    n, k = sizes.get("n", 0), sizes.get("k", 0)
+    if len(info.shape) != len(weight.dims) or not n * k:
+        found = f"{weight.name} of shape {list(info.shape)}"
+        supported = f"{len(weight.dims)} dimensions, none of them empty"
+        raise PreflightError([*problems, Problem(module, found, supported, _REDO)])
     group_size = k if scheme.group_size == -1 else scheme.group_size
     scale_dtype = TORCH_DTYPES.get(stored[scheme.scales].dtype) if scheme.scales in stored else None
     layer = LayerFormat(
@@ -239,6 +256,7 @@ def describe_layer(
         zero_offset=scheme.zero_offset,
         ordered=scheme.ordered,
         variant=scheme.variant,
+        bits=scheme.bits,
     )
     problems += _tensor_problems(layer, stored)
     if problems:

@@ -1,7 +1,10 @@
-"""Unpacks integer words of 4-bit codes into uint8 codes.
+"""Unpacks integer words of 2- to 8-bit codes into uint8 codes.
 
-Nibble i is bits `[4 * i, 4 * i + 4)` of a word. Works on bytes (little-endian, like every platform
-torch runs on) because wider intermediates cost up to 8 times the memory traffic of the codes.
+Code i of a word is its bits `[bits * i, bits * (i + 1))`. Widths that divide no word are stored in
+two ways: `32 // bits` whole codes per word with the highest bits unused, or straddling, as one
+stream of bits in which 32 codes take `bits` words. 4 and 8 bits work on bytes (little-endian, like
+every platform torch runs on) because wider intermediates cost up to 8 times the memory traffic of
+the codes.
 """
 
 from collections.abc import Sequence
@@ -12,12 +15,19 @@ NIBBLES = 8
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 
 
-def unpack_columns(words: torch.Tensor) -> torch.Tensor:
-    """int32 `[R, W]`, column `8 * w + i` in nibble i -> contiguous uint8 `[R, 8 * W]`.
+def unpack_columns(words: torch.Tensor, bits: int = 4, straddling: bool = False) -> torch.Tensor:
+    """int32 `[R, W]`, column `P * w + i` in code i -> contiguous uint8 `[R, P * W]`.
 
-    Words of another integer dtype hold two codes per byte in the same way.
+    P is `32 // bits`; of straddling words, `bits` hold 32 columns and the last may be missing.
+    4-bit words of another integer dtype hold two codes per byte in the same way.
     """
     rows, width = words.shape
+    if straddling:
+        return _straddling(words, bits)
+    if bits == 8:
+        return _bytes(words).view(rows, 4 * width)
+    if bits != 4:
+        return _fields(words, bits, 32 // bits).view(rows, 32 // bits * width)
     nibbles = 2 * words.dtype.itemsize
     pairs = _bytes(words).to(torch.int16)
     # One byte to two: 0x00BA becomes 0x0B0A, whose bytes are the low nibble, then the high one
@@ -46,6 +56,31 @@ def take(
 ) -> torch.Tensor:
     """Cut whole words or blocks down to `length` logical indices, from logical index `start` on."""
     return codes.narrow(dim, start % block, length).contiguous()
+
+
+def _fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """uint8 `[R, W, count]`: the lowest `count` fields of `bits` bits in each word."""
+    codes = torch.empty(*words.shape, count, dtype=torch.uint8, device=words.device)
+    mask = (1 << bits) - 1
+    for index in range(count):
+        codes[..., index] = (words >> (bits * index)) & mask
+    return codes
+
+
+def _straddling(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 `[R, 32 * B]` of int32 `[R, bits * B]`, each row one stream of bits."""
+    if missing := -words.shape[1] % bits:
+        words = torch.nn.functional.pad(words, (0, missing))
+    blocks = words.reshape(len(words), -1, bits)
+    codes = torch.empty(*blocks.shape[:2], 32, dtype=torch.uint8, device=words.device)
+    for index in range(32):
+        word, shift = divmod(index * bits, 32)
+        field = blocks[..., word] >> shift
+        if (here := 32 - shift) < bits:
+            # The shift repeats the sign, where the next word's bits belong
+            field = (field & ((1 << here) - 1)) | (blocks[..., word + 1] << here)
+        codes[..., index] = field & ((1 << bits) - 1)
+    return codes.view(len(words), -1)
 
 
 def _bytes(words: torch.Tensor) -> torch.Tensor:

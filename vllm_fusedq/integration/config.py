@@ -20,9 +20,10 @@ from fusedq_kernels.heuristics import kernels_for
 from fusedq_kernels.types import DeviceSpec, KernelName
 from vllm_fusedq.checkpoint import Checkpoint, read_checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
-from vllm_fusedq.formats import format_for
+from vllm_fusedq.formats import Finding, format_for, settle
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.integration.last_words import open_message_file, speaking_last
+from vllm_fusedq.load import LayerLoader
 from vllm_fusedq.plan import LayerPlan, Target
 from vllm_fusedq.preflight import plan_model
 from vllm_fusedq.settings import Settings, parse_settings
@@ -157,12 +158,23 @@ class WorkerState:
         self.message_file = message_file
         self.plans: list[LayerPlan] = []
         self.unquantized: tuple[str, ...] = ()
+        self._findings: dict[str, Finding] = {}
         self._loaded = 0
 
-    def layer_loaded(self, rank: int) -> None:
-        """Count a finished layer; with the last one, rank 0 logs the plan of the whole model."""
+    def layer_loaded(self, loader: LayerLoader, rank: int) -> None:
+        """Count a finished layer; with the last one, rank 0 logs the plan of the whole model.
+
+        Raises:
+            WeightLoadError: the layers contradict each other about how they were stored.
+        """
+        self._findings |= loader.findings
         self._loaded += 1
-        if self._loaded == len(self.plans) and rank == 0:
+        if self._loaded != len(self.plans):
+            return
+        note = settle(self._findings)
+        if rank == 0:
+            if note:
+                logger.warning(note)
             # Tables cost every vLLM process 30 ms of import; only one engine prints one.
             from vllm_fusedq.report import log_plan
 

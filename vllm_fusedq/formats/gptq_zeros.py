@@ -1,0 +1,133 @@
+"""Words of GPTQ checkpoints, and the zero points in them: as they are, or stored minus one.
+
+Configs name the wrong one of the two (with either error), so the values are asked as well.
+"""
+
+import torch
+
+from vllm_fusedq.errors import WeightLoadError
+from vllm_fusedq.formats.findings import Finding
+from vllm_fusedq.formats.layer import LayerFormat, Region
+from vllm_fusedq.formats.unpacking import take, unpack_columns
+from vllm_fusedq.formats.widening import symmetric_zero
+
+STRADDLING = 3
+"""The number of bits whose codes straddle words."""
+
+ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+"""One in every field of a word."""
+
+# Codes whose mean tells the two formats apart: weights average to nearly nothing, so that codes
+# average to their zero points, which one of the two readings misses by a whole code.
+JUDGED_CODES = 1 << 16
+JUDGED_BITS = 4
+CLOSE = 0.25
+
+
+def unpack(words: torch.Tensor, bits: int, start: int, length: int) -> torch.Tensor:
+    """Codes uint8 `[R, length]` of words int32 `[R, W]` that begin at or before index `start`."""
+    straddling = bits == STRADDLING
+    codes = unpack_columns(words, bits, straddling)
+    return take(codes, 1, start, length, 32 if straddling else 32 // bits)
+
+
+def _stored_zeros(qzeros: torch.Tensor, layer: LayerFormat, region: Region) -> torch.Tensor:
+    """uint8 `[n, G]`, as they are in the file."""
+    return unpack(qzeros, layer.bits, region.n_start, region.n).T
+
+
+def zero_points(qzeros: torch.Tensor, layer: LayerFormat, region: Region) -> torch.Tensor | None:
+    """Zero points uint8 `[n, G]` of words int32 `[G, W]`, None where sym leaves only one.
+
+    GPTQModel makes v1 by subtracting one from every field of a word at once, so that a zero point
+    of 0 borrows from the next field; adding it back in the same way is exact. 3-bit fields are
+    taken one by one there.
+    """
+    stored = _stored_zeros(qzeros, layer, region)
+    low, high = (int(bound) for bound in stored.aminmax())
+    zero, top = symmetric_zero(layer.bits), (1 << layer.bits) - 1
+    if not layer.spec.has_zero_points:
+        # sym leaves no other zero point, so a checkpoint that names the wrong one of the two
+        # formats (they exist, with either error) is still read without doubt
+        if low == high and low + 1 in (zero, zero + 1):
+            return None
+        found = f"{low}" if low == high else f"{low} to {high}"
+        raise WeightLoadError(
+            f"{layer.module}.qzeros: found stored zero points {found} although the config says "
+            f"sym true, expected {zero - layer.zero_offset} everywhere (zero point "
+            f"{zero}); set sym to false in the config if this model has zero points"
+        )
+    if layer.zero_offset == 0:
+        return stored.contiguous()
+    if high < top:
+        return (stored + 1).contiguous()
+    if layer.bits == STRADDLING:
+        return ((stored + 1) & top).contiguous()
+    _check_underflow(qzeros, layer)
+    return _stored_zeros(qzeros + ONES[layer.bits], layer, region).contiguous()
+
+
+def _check_underflow(qzeros: torch.Tensor, layer: LayerFormat) -> None:
+    """Refuse words whose two highest fields are full, which a borrow does not explain.
+
+    AutoGPTQ fills all fields above a zero point of 0 that it stores minus one, and destroys them.
+    Below 4 bits full fields are too common to tell.
+    """
+    if layer.bits < 4:
+        return
+    full = (1 << layer.bits) - 1
+    if bool((qzeros >> (32 - 2 * layer.bits) == -1).any()):
+        raise WeightLoadError(
+            f"{layer.module}.qzeros: found stored zero points {full} side by side, which in "
+            f"checkpoint_format gptq are {full + 1}, or 0 after an underflow that destroyed its "
+            f"neighbours; supported are zero points that fit {layer.bits} bits; set "
+            "checkpoint_format to gptq_v2 in the config if they are stored as they are, or "
+            "quantize again"
+        )
+
+
+def judge(
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    groups: torch.Tensor,
+    layer: LayerFormat,
+    region: Region,
+) -> Finding:
+    """Which convention a region was stored in, by its own values.
+
+    Args:
+        qweight, qzeros: the words of the region, as stored.
+        groups: int64 `[region.k]`, the column of qzeros that each in_feature uses.
+
+    Raises:
+        WeightLoadError: the values contradict what the config names.
+    """
+    said = next(name for name, offset in ZERO_OFFSETS.items() if offset == layer.zero_offset)
+    stored = _stored_zeros(qzeros, layer, region)
+    if not layer.spec.has_zero_points:
+        zero = int(stored[0, 0])
+        found = _named(symmetric_zero(layer.bits) - zero, 0)
+        return Finding(said, found, f"sym is true and every stored zero point {zero}")
+    rows = min(region.n, -(-JUDGED_CODES // region.k))
+    if layer.bits > JUDGED_BITS or rows * region.k < JUDGED_CODES:
+        return Finding(said, None, "")
+    codes = unpack(qweight[:, :rows].T, layer.bits, region.k_start, region.k)
+    counts = torch.bincount(groups, minlength=stored.shape[1])
+    excess = codes.sum().item() - (stored[:rows].long() * counts).sum().item()
+    excess /= codes.numel()
+    found = _named(excess, CLOSE)
+    if found not in (None, said):
+        raise WeightLoadError(
+            f"{layer.module}.qzeros: found codes that average {excess:.2f} above the stored zero "
+            f"points, where weights around zero average {layer.zero_offset} in checkpoint_format "
+            f"{said} and {ZERO_OFFSETS[found]} in {found}; set checkpoint_format to {found} in the "
+            "config"
+        )
+    return Finding(said, found, f"codes average {excess:.2f} above the stored zero points")
+
+
+def _named(offset: float, tolerance: float) -> str | None:
+    return next(
+        (name for name, known in ZERO_OFFSETS.items() if abs(offset - known) <= tolerance), None
+    )
