@@ -15,7 +15,7 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize("name", tiny_models.CHECKPOINTS)
+@pytest.mark.parametrize("name", [*tiny_models.CHECKPOINTS, *tiny_models.MIXED])
 def test_every_layer_equals_its_producers_decoding(name: str) -> None:
     path = tiny_models.asset(name)
     expected = tiny_models.reference(name)["layers"]
@@ -27,15 +27,20 @@ def test_every_layer_equals_its_producers_decoding(name: str) -> None:
         assert layer is not None
         stored = {t.name: tensors[f"{module}.{t.name}"] for t in layer.tensors}
         weight = decode(stored, layer, layer.whole)
-        zeros = weight.zeros
+        codes, zeros = weight.codes, weight.zeros
+        if weight.perm is not None:
+            # References list in_features in the order of the file
+            codes = codes[:, weight.perm.argsort()]
         if zeros is None:
-            # References list the constant zero point of a symmetric weight
-            zeros = torch.full(weight.scales.shape, layer.spec.weight_type.bias, dtype=torch.uint8)
+            # References list codes as stored, and the constant zero point of a symmetric weight
+            bits = layer.bits or layer.spec.weight_type.bits
+            codes = codes - (layer.spec.weight_type.bias - 2 ** (bits - 1))
+            zeros = torch.full(weight.scales.shape, 2 ** (bits - 1), dtype=torch.uint8)
         assert {
             "N": layer.n,
             "K": layer.k,
             "group_size": layer.spec.group_size,
-            "codes_sha256": digest(weight.codes),
+            "codes_sha256": digest(codes),
             "zeros_sha256": digest(zeros),
             "scales_sha256": digest(weight.scales),
             "scales_dtype": str(weight.scales.dtype).removeprefix("torch."),

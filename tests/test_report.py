@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import write_checkpoint
+from checkpoints import add, gptq_tensors, random_truth, write_checkpoint
 from fusedq_kernels.device import cpu_device
+from tiny_models import asset
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.plan import Target
 from vllm_fusedq.preflight import plan_model
@@ -24,6 +25,48 @@ def test_equal_layers_are_one_row_with_the_kernel_named(tmp_path: Path) -> None:
     assert summary(plan.layers, plan.unquantized) == (
         "fused: 12 (12 x cpu-wna16); unquantized by the checkpoint: 2; fallbacks: 0"
     )
+
+
+def test_a_mixed_model_names_widths_and_kernels_layer_by_layer() -> None:
+    target = Target(cpu_device(fused_op=True), torch.bfloat16)
+    plan = plan_model(read_checkpoint(asset("tiny-llama-gptq-mixed")), target)
+    found = {
+        layer.prefix.removeprefix("model.layers."): (
+            layer.formats[0].description,
+            layer.kernel.value,
+            layer.weight_bytes,
+        )
+        for layer in plan.layers
+    }
+    eight = ("gptq 8-bit g128, symmetric", "cpu-striped")
+    four = ("gptq 4-bit g32, zero points, act-order", "cpu-wna16")
+    three = ("gptq 3-bit g32, symmetric, resident as 4-bit", "cpu-wna16")
+    two = ("gptq 2-bit g32, zero points, resident as 4-bit", "cpu-wna16")
+    assert found == {
+        "0.self_attn.qkv_proj": (*eight, 512 * 256),
+        "0.self_attn.o_proj": (*eight, 256 * 256),
+        "0.mlp.gate_up_proj": (*four, 512 * 256 // 2),
+        "0.mlp.down_proj": (*four, 256 * 256 // 2),
+        "1.self_attn.qkv_proj": (*three, 512 * 256 // 2),
+        "1.self_attn.o_proj": (*three, 256 * 256 // 2),
+        "1.mlp.gate_up_proj": (*two, 512 * 256 // 2),
+        "1.mlp.down_proj": (*two, 256 * 256 // 2),
+    }
+    assert "6 x cpu-wna16, 2 x cpu-striped" in summary(plan.layers, plan.unquantized)
+
+
+def test_parts_stored_in_different_widths_are_all_shown(tmp_path: Path) -> None:
+    """3- and 4-bit parts of a fused layer are resident alike, and run as one."""
+    truth = random_truth(96, 64, 32, zero_range=None, bits=3)
+    edits = [
+        add(f"model.layers.0.mlp.up_proj.{name}", tensor)
+        for name, tensor in gptq_tensors(truth).items()
+    ]
+    dynamic = {r"+:.*up_proj": {"bits": 3}}
+    write_checkpoint(tmp_path, "gptq-sym", config={"dynamic": dynamic}, edits=edits)
+    plan = plan_model(read_checkpoint(tmp_path), Target(cpu_device(fused_op=True), torch.bfloat16))
+    text = " ".join(render(plan_table(plan.layers), width=300).split())
+    assert "gptq 4-bit g32, symmetric + gptq 3-bit g32, symmetric, resident as 4-bit" in text
 
 
 def test_rows_that_an_activation_order_adds_are_shown(tmp_path: Path) -> None:

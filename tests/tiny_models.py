@@ -12,6 +12,8 @@ CHECKPOINTS = (
     "tiny-llama-ct-sym-g128",
     "tiny-llama-ct-asym-g32",
 )
+MIXED = ("tiny-llama-gptq-mixed", "tiny-llama-ct-mixed")
+"""Every other number of bits, several schemes in one checkpoint."""
 
 
 def asset(name: str) -> Path:

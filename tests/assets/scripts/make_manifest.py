@@ -11,6 +11,11 @@ import common
 
 ASSETS = Path(__file__).resolve().parents[1]
 CALIBRATION = "Calibrated on 64 windows of 256 tokens of held-in text; one thread, CPU only."
+GPTQMODEL = (
+    "Made by GPTQModel's front door: GPTQModel.load, quantize, save; desc_act false. The "
+    "quant_log.csv it also writes (timings) was left out.",
+    "Installed with --no-deps against an older torch than the package's metadata asks for.",
+)
 SAME_TOKENIZER = (
     "Tokenizer files and generation_config.json are the base model's, copied over the tool's "
     "rewritten ones. In the tool's JSON files only paths were dropped and torch_dtype was renamed "
@@ -87,15 +92,47 @@ CHECKPOINTS: dict[str, dict] = {
         "tool": "gptqmodel",
         "requirements": "requirements-gptq.txt",
         "command": "python scripts/quantize_gptq.py --model tiny-llama-bf16 "
-        "--out tiny-llama-gptq-g128",
+        "--out tiny-llama-gptq-g128 --variant g128",
         "format": "gptq (v1)",
         "bits": 4,
         "group_size": 128,
         "symmetric": True,
         "notes": [
-            "Made by GPTQModel's front door: GPTQModel.load, quantize, save; desc_act false. The "
-            "quant_log.csv it also writes (timings) was left out.",
-            "Installed with --no-deps against an older torch than the package's metadata asks for.",
+            *GPTQMODEL,
+            CALIBRATION,
+            SAME_TOKENIZER,
+        ],
+    },
+    "tiny-llama-gptq-mixed": {
+        "tool": "gptqmodel",
+        "requirements": "requirements-gptq.txt",
+        "command": "python scripts/quantize_gptq.py --model tiny-llama-bf16 "
+        "--out tiny-llama-gptq-mixed --variant mixed",
+        "format": "gptq (v1)",
+        "bits": [8, 4, 3, 2],
+        "group_size": [128, 32, 32, 32],
+        "symmetric": [True, False, True, False],
+        "notes": [
+            *GPTQMODEL,
+            "Per-module overrides (dynamic): 8 bits in layer 0's attention, 4 with activation "
+            "order (desc_act) in its MLP, 3 in layer 1's attention, 2 in its MLP.",
+            CALIBRATION,
+            SAME_TOKENIZER,
+        ],
+    },
+    "tiny-llama-ct-mixed": {
+        "tool": "llmcompressor",
+        "requirements": "requirements-llmcompressor.txt",
+        "command": "python scripts/quantize_llmcompressor.py --model tiny-llama-bf16 "
+        "--out tiny-llama-ct-mixed --variant mixed",
+        "format": "compressed-tensors mixed-precision",
+        "bits": [8, 8, 3, 5],
+        "group_size": [None, 128, 32, 64],
+        "symmetric": [True, False, True, True],
+        "notes": [
+            "Made by llm-compressor's front door: oneshot with GPTQModifier and four groups: "
+            "int-quantized per channel in layer 0's attention, the others pack-quantized in its "
+            "MLP, layer 1's attention and its MLP; lm_head ignored.",
             CALIBRATION,
             SAME_TOKENIZER,
         ],

@@ -24,25 +24,29 @@ GREEDY_TOKENS = 16
 
 @dataclass
 class QuantizedLinear:
-    """One decoded layer: `weight` [N, K] fp32, `codes` [N, K], `zeros` and `scales` [N, G]."""
+    """One decoded layer: `weight` [N, K] fp32, `codes` [N, K], `zeros` and `scales` [N, G].
+
+    `g_idx` [K] is the group of each input feature, None where groups are runs of them.
+    """
 
     weight: torch.Tensor
     codes: torch.Tensor
     zeros: torch.Tensor
     scales: torch.Tensor
     group_size: int
+    bits: int = 4
+    g_idx: torch.Tensor | None = None
 
     def check(self) -> None:
         """Compare the library's weights with (code - zero) * scale from the parts hashed here."""
-        codes, zeros = self.codes.float(), self.zeros.float()
-        scales = self.scales.float()
-        expected = (codes - zeros.repeat_interleave(self.group_size, dim=1)) * (
-            scales.repeat_interleave(self.group_size, dim=1)
-        )
+        groups = torch.arange(self.codes.shape[1]) // self.group_size
+        groups = groups if self.g_idx is None else self.g_idx.long()
+        zeros, scales = self.zeros.float()[:, groups], self.scales.float()[:, groups]
+        expected = (self.codes.float() - zeros) * scales
         if not torch.equal(expected, self.weight):
             raise ValueError("the library's weights differ from (code - zero) * scale")
-        if self.codes.min() < 0 or self.codes.max() > 15:
-            raise ValueError("a code does not fit four bits")
+        if self.codes.min() < 0 or self.codes.max() >= 2**self.bits:
+            raise ValueError(f"a code does not fit {self.bits} bits")
 
     def describe(self) -> dict:
         n, k = self.codes.shape
@@ -62,29 +66,41 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def decode_compressed_tensors(parts: dict, settings: dict) -> QuantizedLinear:
-    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+def decode_compressed_tensors(parts: dict, settings: dict, module: str) -> QuantizedLinear:
+    from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.utils.match import is_match
 
-    (group,) = settings["config_groups"].values()
-    scheme = QuantizationScheme.model_validate(group)
-    scales = parts["weight_scale"]
-    shape = torch.Size(parts["weight_shape"].tolist())
+    linear = torch.nn.Linear(1, 1)
+    schemes = [QuantizationScheme.model_validate(g) for g in settings["config_groups"].values()]
+    scheme = next(s for s in schemes if is_match(module, linear, s.targets))
+    scales, bits = parts["weight_scale"], scheme.weights.num_bits
     # With fp32 scales the library computes in fp32.
-    state = dict(parts, weight_scale=scales.float(), weight_shape=shape)
-    decoded = PackedQuantizationCompressor.decompress(state, scheme)
-    offset = 8  # the library's codes and zero points are signed
-    codes = unpack_from_int32(parts["weight_packed"], 4, shape).to(torch.int32) + offset
+    state = dict(parts, weight_scale=scales.float())
+    offset = 2 ** (bits - 1)  # the library's codes and zero points are signed
+    if "weight_packed" in parts:
+        shape = torch.Size(parts["weight_shape"].tolist())
+        state["weight_shape"] = shape
+        codes = unpack_from_int32(parts["weight_packed"], bits, shape)
+    else:
+        codes = parts["weight"]
+    compressor = BaseCompressor.get_value_from_registry(scheme.format or settings["format"])
+    decoded = compressor.decompress(state, scheme)
     zeros = torch.full(scales.shape, offset, dtype=torch.int32)
     if not scheme.weights.symmetric:
         zeros = decoded["weight_zero_point"].to(torch.int32) + offset
     return QuantizedLinear(
-        decoded["weight"].float(), codes, zeros, scales, scheme.weights.group_size
+        decoded["weight"].float(),
+        codes.to(torch.int32) + offset,
+        zeros,
+        scales,
+        scheme.weights.group_size or codes.shape[1],
+        bits,
     )
 
 
-def decode_awq(parts: dict, settings: dict) -> QuantizedLinear:
+def decode_awq(parts: dict, settings: dict, module: str) -> QuantizedLinear:
     from awq.utils.packing_utils import dequantize_gemm, reverse_awq_order, unpack_awq
 
     group_size, bits = settings["group_size"], settings["bits"]
@@ -94,10 +110,15 @@ def decode_awq(parts: dict, settings: dict) -> QuantizedLinear:
     return QuantizedLinear(weight.t(), codes.t() & 15, zeros.t() & 15, scales.t(), group_size)
 
 
-def decode_gptq(parts: dict, settings: dict) -> QuantizedLinear:
+def decode_gptq(parts: dict, settings: dict, module: str) -> QuantizedLinear:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.quantization.config import dynamic_get
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
+    settings = {
+        key: dynamic_get(settings.get("dynamic"), module, key, settings[key])
+        for key in ("bits", "group_size", "sym", "desc_act")
+    }
     scales = parts["scales"]
     in_features, out_features = parts["g_idx"].shape[0], scales.shape[1]
     layer = TorchLinear(
@@ -122,18 +143,22 @@ def decode_gptq(parts: dict, settings: dict) -> QuantizedLinear:
     codes = layer.dequantize_weight().clone()
     layer.qweight, layer.qzeros = torch.zeros_like(stored[0]), stored[1]
     layer.clear_weight_cache()
-    zeros = -layer.dequantize_weight()[:: settings["group_size"]].clone()
+    # One input feature of each group
+    firsts = parts["g_idx"].argsort(stable=True)[:: settings["group_size"]]
+    zeros = -layer.dequantize_weight()[firsts].clone()
     return QuantizedLinear(
         weight.t(),
         codes.t().to(torch.int32),
         zeros.t().to(torch.int32),
         scales.t(),
         settings["group_size"],
+        settings["bits"],
+        parts["g_idx"],
     )
 
 
 DECODERS = {
-    "compressed-tensors": (decode_compressed_tensors, "weight_packed"),
+    "compressed-tensors": (decode_compressed_tensors, "weight_scale"),
     "awq": (decode_awq, "qweight"),
     "gptq": (decode_gptq, "qweight"),
 }
@@ -153,7 +178,7 @@ def decode_checkpoint(directory: Path) -> tuple[dict[str, torch.Tensor], dict[st
         prefix = layer + "."
         names = [name for name in tensors if name.startswith(prefix)]
         parts = {name.removeprefix(prefix): tensors.pop(name) for name in names}
-        linear = decode(parts, settings)
+        linear = decode(parts, settings, layer)
         linear.check()
         state[prefix + "weight"] = linear.weight.contiguous()
         described[layer] = linear.describe()

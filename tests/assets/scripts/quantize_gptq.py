@@ -15,16 +15,37 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")
 
 from gptqmodel import GPTQModel, QuantizeConfig
 
+VARIANTS = {
+    "g128": {"bits": 4, "group_size": 128, "sym": True},
+    # One decoder block of each kind, so that a small file has every width that GPTQ packs
+    "mixed": {
+        "bits": 8,
+        "group_size": 128,
+        "sym": True,
+        "dynamic": {
+            r"+:.*\.layers\.0\.mlp\..*": {
+                "bits": 4,
+                "group_size": 32,
+                "sym": False,
+                "desc_act": True,
+            },
+            r"+:.*\.layers\.1\.self_attn\..*": {"bits": 3, "group_size": 32},
+            r"+:.*\.layers\.1\.mlp\..*": {"bits": 2, "group_size": 32, "sym": False},
+        },
+    },
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--variant", choices=VARIANTS, required=True)
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = QuantizeConfig(bits=4, group_size=128, sym=True, desc_act=False, device="cpu")
+    config = QuantizeConfig(**{"desc_act": False, "device": "cpu", **VARIANTS[args.variant]})
     model = GPTQModel.load(str(args.model), config, dtype=torch.float16)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = common.calibration_windows(tokenizer)

@@ -19,25 +19,44 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
+def group(targets: str, bits: int, group_size: int | None = None, **options) -> QuantizationScheme:
+    """Integer weights of the modules that match; per channel without a group size."""
+    strategy = QuantizationStrategy.GROUP if group_size else QuantizationStrategy.CHANNEL
+    file_format = options.pop("format", None)
+    weights = QuantizationArgs(
+        num_bits=bits,
+        type=QuantizationType.INT,
+        strategy=strategy,
+        group_size=group_size,
+        **options,
+    )
+    return QuantizationScheme(targets=[targets], weights=weights, format=file_format)
+
+
+SCHEMES = {
+    "asym-g32": [group("Linear", 4, 32, symmetric=False)],
+    # One part of a decoder block of each kind, so that a small file has many schemes
+    "mixed": [
+        group(r"re:.*\.layers\.0\.self_attn\..*", 8, format="int-quantized"),
+        group(r"re:.*\.layers\.0\.mlp\..*", 8, 128, symmetric=False),
+        group(r"re:.*\.layers\.1\.self_attn\..*", 3, 32),
+        group(r"re:.*\.layers\.1\.mlp\..*", 5, 64),
+    ],
+}
+
+
 def recipe(variant: str) -> GPTQModifier:
     if variant == "sym-g128":
         return GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W4A16")
-    weights = QuantizationArgs(
-        num_bits=4,
-        type=QuantizationType.INT,
-        strategy=QuantizationStrategy.GROUP,
-        group_size=32,
-        symmetric=False,
-    )
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    return GPTQModifier(ignore=["lm_head"], config_groups={"group_0": scheme})
+    groups = {f"group_{index}": scheme for index, scheme in enumerate(SCHEMES[variant])}
+    return GPTQModifier(ignore=["lm_head"], config_groups=groups)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--variant", choices=["sym-g128", "asym-g32"], required=True)
+    parser.add_argument("--variant", choices=["sym-g128", *SCHEMES], required=True)
     args = parser.parse_args()
 
     torch.set_num_threads(1)
