@@ -141,7 +141,7 @@ def test_a_quantization_section_that_is_no_object(model: Path) -> None:
 
 @pytest.mark.parametrize("name", ["org/model", "config.json"])
 def test_not_a_directory(name: str, model: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a local directory; download"):
+    with pytest.raises(CheckpointError, match="not a local directory, and not the id"):
         read_checkpoint(model / name)
 
 

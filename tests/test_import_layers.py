@@ -20,6 +20,7 @@ ORDER = [
     "sharding",
     "formats",
     "checkpoint",
+    "hub",
     "safetensors_header",
     "errors",
 ]

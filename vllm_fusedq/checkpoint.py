@@ -1,17 +1,18 @@
-"""A checkpoint directory as plain data: its config and what its safetensors headers list.
+"""A checkpoint as plain data: its config and what its safetensors headers list.
 
 Reads no weights, imports neither torch nor vllm. What the quantization config means is the formats'
 business.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vllm_fusedq.errors import CheckpointError, UnsupportedCheckpoint
+from vllm_fusedq.hub import REPOSITORY_ID, HubFiles, Progress
 from vllm_fusedq.safetensors_header import TensorInfo, read_header
 
 CONFIG_FILE = "config.json"
@@ -51,36 +52,96 @@ class Checkpoint:
         return found
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the config and the safetensors headers of a local checkpoint directory.
+class CheckpointFiles(Protocol):
+    """Where a checkpoint lies; `label` is what messages call a file of it."""
+
+    name: str
+
+    def names(self) -> list[str]: ...
+
+    def label(self, name: str) -> str: ...
+
+    def read(self, name: str) -> bytes: ...
+
+    def headers(self, names: list[str]) -> Iterable[dict[str, TensorInfo]]: ...
+
+
+class LocalFiles:
+    """The files of a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.name = str(root)
+        self.root = root
+
+    def names(self) -> list[str]:
+        return [path.name for path in self.root.iterdir()]
+
+    def label(self, name: str) -> str:
+        return str(self.root / name)
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.root / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.label(name)}: cannot be read: {error.strerror or error}"
+            ) from error
+
+    def headers(self, names: list[str]) -> Iterable[dict[str, TensorInfo]]:
+        return (read_header(self.root / name) for name in names)
+
+
+def read_checkpoint(
+    model: str | Path, revision: str | None = None, progress: Progress | None = None
+) -> Checkpoint:
+    """Read the config and the safetensors headers of a checkpoint.
+
+    Args:
+        model: a local directory, or the id of a repository on the Hugging Face hub ("owner/name"),
+            of which no weight is downloaded.
+        revision: a branch, tag or commit of the repository; means nothing to a directory.
+        progress: told how many headers have come from the hub.
 
     Raises:
-        CheckpointError: a file is missing, damaged, contradicts another one or is unsafe to read.
+        CheckpointError: a file is missing, damaged, contradicts another one or is unsafe to read,
+            or (RepositoryError) the repository cannot be read.
         UnsupportedCheckpoint: the checkpoint says nothing about quantization.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise CheckpointError(
-            f"{root}: not a local directory; download the model first, for example with "
-            "`hf download`, and name the directory"
-        )
-    config = _read_json(root / CONFIG_FILE)
-    source, quant_config = _quant_config(root, config)
+    files = _files(model, revision, progress)
+    config = _read_json(files, CONFIG_FILE)
+    names = files.names()
+    source, quant_config = _quant_config(files, names, config)
+    weight_map = _weight_map(files, names) if INDEX_FILE in names else {}
     tensors: dict[str, TensorInfo] = {}
-    weight_map = _weight_map(root) if (root / INDEX_FILE).exists() else {}
-    for file in _weight_files(root, weight_map):
-        for name, info in read_header(file).items():
+    for header in files.headers(_weight_files(files, names, weight_map)):
+        for name, info in header.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{root}: tensor {name} is in {tensors[name].file} and in {info.file}; "
+                    f"{files.name}: tensor {name} is in {tensors[name].file} and in {info.file}; "
                     "remove the file that does not belong to this checkpoint"
                 )
             tensors[name] = info
-    _check_index(root, weight_map, tensors)
-    return Checkpoint(str(root), config, quant_config, source, tensors)
+    _check_index(files, weight_map, tensors)
+    return Checkpoint(files.name, config, quant_config, source, tensors)
 
 
-def _quant_config(root: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _files(
+    model: str | Path, revision: str | None, progress: Progress | None
+) -> CheckpointFiles:
+    root = Path(model)
+    if root.is_dir():
+        return LocalFiles(root)
+    if isinstance(model, str) and REPOSITORY_ID.fullmatch(model) and not root.exists():
+        return HubFiles(model, revision, progress)
+    raise CheckpointError(
+        f"{root}: not a local directory, and not the id of a repository on the hub (owner/name); "
+        "download the model, for example with `hf download`, and name the directory"
+    )
+
+
+def _quant_config(
+    files: CheckpointFiles, names: Sequence[str], config: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
     text_config = config.get("text_config")
     sections = [config, text_config if isinstance(text_config, dict) else {}]
     for key in ("quantization_config", "compression_config"):
@@ -90,40 +151,42 @@ def _quant_config(root: Path, config: dict[str, Any]) -> tuple[str, dict[str, An
                 continue
             if not isinstance(found, dict) or not found:
                 raise CheckpointError(
-                    f"{root / CONFIG_FILE}: {key} is {found!r:.80}, expected a JSON object that "
+                    f"{files.label(CONFIG_FILE)}: {key} is {found!r:.80}, expected a JSON object that "
                     "describes the quantization"
                 )
             return key, found
     for name in QUANT_CONFIG_FILES:
-        if (root / name).exists():
-            return name, _read_json(root / name)
+        if name in names:
+            return name, _read_json(files, name)
     raise UnsupportedCheckpoint(
-        f"{root}: no quantization_config in {CONFIG_FILE} and no {' or '.join(QUANT_CONFIG_FILES)}:"
+        f"{files.name}: no quantization_config in {CONFIG_FILE} and no {' or '.join(QUANT_CONFIG_FILES)}:"
         " this checkpoint is not quantized; serve it without `--quantization fusedq`"
     )
 
 
-def _weight_files(root: Path, weight_map: Mapping[str, str]) -> list[Path]:
+def _weight_files(
+    files: CheckpointFiles, names: Sequence[str], weight_map: Mapping[str, str]
+) -> list[str]:
     if weight_map:
-        return [root / name for name in sorted(set(weight_map.values()))]
-    files = sorted(root.glob("*.safetensors"))
-    if any(file.name.startswith("model") for file in files):
+        return sorted(set(weight_map.values()))
+    found = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    if any(name.startswith("model") for name in found):
         # Mistral repositories hold the same weights a second time, under other names
-        files = [file for file in files if not file.name.startswith("consolidated")]
-    if files:
-        return files
-    pickled = sorted(file.name for file in root.iterdir() if file.suffix in PICKLE_SUFFIXES)
+        found = [name for name in found if not name.startswith("consolidated")]
+    if found:
+        return found
+    pickled = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
     if pickled:
         raise CheckpointError(
-            f"{root}: found only pickled weights ({', '.join(pickled[:3])}), which can run code "
+            f"{files.name}: found only pickled weights ({', '.join(pickled[:3])}), which can run code "
             "when they are read; convert the checkpoint to safetensors"
         )
-    raise CheckpointError(f"{root}: no *.safetensors file; download the checkpoint again")
+    raise CheckpointError(f"{files.name}: no *.safetensors file; download the checkpoint again")
 
 
-def _weight_map(root: Path) -> dict[str, str]:
-    path = root / INDEX_FILE
-    weight_map = _read_json(path).get("weight_map")
+def _weight_map(files: CheckpointFiles, names: Sequence[str]) -> dict[str, str]:
+    path = files.label(INDEX_FILE)
+    weight_map = _read_json(files, INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is missing or is not a filled JSON object")
     for tensor, name in weight_map.items():
@@ -137,7 +200,7 @@ def _weight_map(root: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{path}: tensor {tensor} is mapped to {name}, expected a .safetensors file"
             )
-    missing = sorted(name for name in set(weight_map.values()) if not (root / name).exists())
+    missing = sorted(set(weight_map.values()) - set(names))
     if missing:
         raise CheckpointError(
             f"{path}: names {len(missing)} missing file{'s' * (len(missing) != 1)}: "
@@ -147,25 +210,24 @@ def _weight_map(root: Path) -> dict[str, str]:
 
 
 def _check_index(
-    root: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]
+    files: CheckpointFiles, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]
 ) -> None:
     for name, file in weight_map.items():
         found = tensors.get(name)
         if found is None or found.file != file:
             where = f"it is in {found.file}" if found else "no file holds it"
             raise CheckpointError(
-                f"{root / INDEX_FILE}: says that tensor {name} is in {file}, but {where}; "
+                f"{files.label(INDEX_FILE)}: says that tensor {name} is in {file}, but {where}; "
                 "download the checkpoint again"
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(files: CheckpointFiles, name: str) -> dict[str, Any]:
+    label = files.label(name)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        value = json.loads(files.read(name).decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
+        raise CheckpointError(f"{label}: not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+        raise CheckpointError(f"{label}: holds a JSON {type(value).__name__}, expected an object")
     return value

@@ -2,6 +2,7 @@
 
 FusedQError
 ├── CheckpointError          a file is missing, unreadable, damaged or unsafe
+│   └── RepositoryError      a repository on the hub is out of reach, unknown or closed
 ├── UnsupportedCheckpoint    the checkpoint as a whole uses something that is not supported
 ├── PreflightError           one or more layers cannot run fused (`.problems`, one per layer)
 ├── WeightLoadError          a tensor does not fit its layer, is missing, or holds bad values
@@ -21,6 +22,10 @@ class FusedQError(RuntimeError):
 
 class CheckpointError(FusedQError):
     """A checkpoint file is missing, unreadable, damaged or unsafe to read."""
+
+
+class RepositoryError(CheckpointError):
+    """A repository on the Hugging Face hub is out of reach, does not exist or is closed."""
 
 
 class UnsupportedCheckpoint(FusedQError):

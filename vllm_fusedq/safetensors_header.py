@@ -62,82 +62,100 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: the file cannot be read, is truncated or breaks the format's rules.
     """
+    label = str(path)
     try:
         with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                _fail(path, f"{file_bytes} bytes, too short for the 8-byte header length")
-            header_bytes = int.from_bytes(prefix, "little")
-            if header_bytes > MAX_HEADER_BYTES:
-                _fail(path, f"header length {header_bytes}, more than {MAX_HEADER_BYTES} bytes")
-            if header_bytes > file_bytes - 8:
-                _fail(path, f"header length {header_bytes} in a file of {file_bytes} bytes")
-            raw = file.read(header_bytes)
+            raw = file.read(header_bytes(label, file.read(8), file_bytes))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    entries = _parse(path, raw)
-    data_bytes = file_bytes - 8 - header_bytes
+    return parse_header(label, path.name, raw, file_bytes)
+
+
+def header_bytes(label: str, prefix: bytes, file_bytes: int) -> int:
+    """How many bytes of JSON follow the 8 bytes `prefix` of a file of `file_bytes`.
+
+    Raises:
+        CheckpointError: the file cannot hold them; `label` is its name in the message.
+    """
+    if len(prefix) < 8:
+        _fail(label, f"{file_bytes} bytes, too short for the 8-byte header length")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        _fail(label, f"header length {length}, more than {MAX_HEADER_BYTES} bytes")
+    if length > file_bytes - 8:
+        _fail(label, f"header length {length} in a file of {file_bytes} bytes")
+    return length
+
+
+def parse_header(label: str, name: str, raw: bytes, file_bytes: int) -> dict[str, TensorInfo]:
+    """The tensors of the file `name` by its header `raw`, JSON alone, in the order of their bytes.
+
+    Raises:
+        CheckpointError: the header breaks the format's rules or is not of a file of this size.
+    """
+    entries = _parse(label, raw)
+    data_bytes = file_bytes - 8 - len(raw)
     spans = sorted(
-        (_check_entry(path, name, entry) for name, entry in entries.items()),
+        (_check_entry(label, name, tensor, entry) for tensor, entry in entries.items()),
         key=lambda span: (span[0], span[1]),
     )
     end = 0
     for start, stop, info in spans:
         if start != end:
             kind = "overlaps the bytes before it" if start < end else "leaves a hole before it"
-            _fail(path, f"tensor {info.name} at offsets [{start}, {stop}] {kind} (expected {end})")
+            _fail(label, f"tensor {info.name} at offsets [{start}, {stop}] {kind} (expected {end})")
         if stop > data_bytes:
             _fail(
-                path,
+                label,
                 f"tensor {info.name} ends at byte {stop} of a data section of {data_bytes} bytes: "
                 "the file is truncated, download it again",
             )
         end = stop
     if end != data_bytes:
-        _fail(path, f"{data_bytes - end} bytes after the last tensor that no tensor owns")
+        _fail(label, f"{data_bytes - end} bytes after the last tensor that no tensor owns")
     return {info.name: info for _, _, info in spans}
 
 
-def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+def _parse(label: str, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names: dict[str, Any] = {}
         for name, value in pairs:
             if name in names:
-                _fail(path, f"the header holds {name!r} twice")
+                _fail(label, f"the header holds {name!r} twice")
             names[name] = value
         return names
 
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: the header is not UTF-8: {error}") from error
+        raise CheckpointError(f"{label}: the header is not UTF-8: {error}") from error
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not JSON: {error}") from error
+        raise CheckpointError(f"{label}: the header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        _fail(path, f"the header is a JSON {type(header).__name__}, not an object")
+        _fail(label, f"the header is a JSON {type(header).__name__}, not an object")
     header.pop("__metadata__", None)
     return header
 
 
-def _check_entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorInfo]:
+def _check_entry(label: str, file: str, name: str, entry: Any) -> tuple[int, int, TensorInfo]:
     """Start and stop in the data section, and the tensor."""
     if not isinstance(entry, dict):
-        _fail(path, f"tensor {name}: its entry is {entry!r:.80}, not an object")
+        _fail(label, f"tensor {name}: its entry is {entry!r:.80}, not an object")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        _fail(path, f"tensor {name}: unknown dtype {dtype!r:.80}")
+        _fail(label, f"tensor {name}: unknown dtype {dtype!r:.80}")
     if not _naturals(shape):
-        _fail(path, f"tensor {name}: shape {shape!r:.80} is not a list of sizes")
+        _fail(label, f"tensor {name}: shape {shape!r:.80} is not a list of sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        _fail(path, f"tensor {name}: data_offsets {offsets!r:.80} are not [start, stop]")
+        _fail(label, f"tensor {name}: data_offsets {offsets!r:.80} are not [start, stop]")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     found = offsets[1] - offsets[0]
     if bits != found * 8:
-        _fail(path, f"tensor {name}: {found} bytes for {dtype} {shape}, expected {bits / 8:g}")
-    return offsets[0], offsets[1], TensorInfo(name, dtype, tuple(shape), path.name)
+        _fail(label, f"tensor {name}: {found} bytes for {dtype} {shape}, expected {bits / 8:g}")
+    return offsets[0], offsets[1], TensorInfo(name, dtype, tuple(shape), file)
 
 
 def _naturals(value: Any) -> bool:
@@ -145,5 +163,5 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
 
 
-def _fail(path: Path, fact: str) -> Never:
-    raise CheckpointError(f"{path}: not a usable safetensors file: {fact}")
+def _fail(label: str, fact: str) -> Never:
+    raise CheckpointError(f"{label}: not a usable safetensors file: {fact}")

@@ -1,0 +1,187 @@
+"""Checkpoints of published models without their weights: config, index, headers of sparse files.
+
+Sizes are those of the models' published config.json files.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from builders.awq import awq_config
+from builders.compressed_tensors import compressed_tensors_config
+from builders.gptq import gptq_config
+
+DTYPE_BYTES = {"I32": 4, "I64": 8, "F16": 2, "BF16": 2}
+Stored = dict[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder's published sizes; `bias` on q, k and v; `tied` embeddings have no lm_head."""
+
+    architecture: str
+    model_type: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    head_dim: int = 128
+    max_positions: int = 32768
+    bias: bool = False
+    tied: bool = False
+    qk_norm: bool = False
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Module suffix -> (out_features, in_features)."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (q, self.hidden),
+            "self_attn.k_proj": (kv, self.hidden),
+            "self_attn.v_proj": (kv, self.hidden),
+            "self_attn.o_proj": (self.hidden, q),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
+
+MODELS = {
+    "Qwen2.5-0.5B": Model(
+        *("Qwen2ForCausalLM", "qwen2", 896, 4864, 24, 14, 2, 151936),
+        head_dim=64,
+        bias=True,
+        tied=True,
+    ),
+    "Qwen2.5-7B": Model(
+        *("Qwen2ForCausalLM", "qwen2", 3584, 18944, 28, 28, 4, 152064), bias=True
+    ),
+    "Qwen2.5-32B": Model(
+        *("Qwen2ForCausalLM", "qwen2", 5120, 27648, 64, 40, 8, 152064), bias=True
+    ),
+    "Qwen2-72B": Model(*("Qwen2ForCausalLM", "qwen2", 8192, 29568, 80, 64, 8, 152064), bias=True),
+    "Qwen2.5-72B": Model(*("Qwen2ForCausalLM", "qwen2", 8192, 29696, 80, 64, 8, 152064), bias=True),
+    "Qwen3-8B": Model(
+        *("Qwen3ForCausalLM", "qwen3", 4096, 12288, 36, 32, 8, 151936),
+        max_positions=40960,
+        qk_norm=True,
+    ),
+    "Qwen3-32B": Model(
+        *("Qwen3ForCausalLM", "qwen3", 5120, 25600, 64, 64, 8, 151936),
+        max_positions=40960,
+        qk_norm=True,
+    ),
+    "Mistral-7B": Model(*("MistralForCausalLM", "mistral", 4096, 14336, 32, 32, 8, 32768)),
+    "Llama-3.1-8B": Model(
+        *("LlamaForCausalLM", "llama", 4096, 14336, 32, 32, 8, 128256), max_positions=131072
+    ),
+    "Llama-3.3-70B": Model(
+        *("LlamaForCausalLM", "llama", 8192, 28672, 80, 64, 8, 128256), max_positions=131072
+    ),
+    "Llama-3.1-405B": Model(
+        *("LlamaForCausalLM", "llama", 16384, 53248, 126, 128, 8, 128256), max_positions=131072
+    ),
+}
+
+
+def _gptq(n: int, k: int, group: int) -> Stored:
+    return {
+        "qweight": ("I32", (k // 8, n)),
+        "qzeros": ("I32", (k // group, n // 8)),
+        "scales": ("F16", (k // group, n)),
+        "g_idx": ("I32", (k,)),
+    }
+
+
+def _awq(n: int, k: int, group: int) -> Stored:
+    return {
+        "qweight": ("I32", (k, n // 8)),
+        "qzeros": ("I32", (k // group, n // 8)),
+        "scales": ("F16", (k // group, n)),
+    }
+
+
+def _compressed_tensors(n: int, k: int, group: int) -> Stored:
+    return {
+        "weight_packed": ("I32", (n, k // 8)),
+        "weight_scale": ("BF16", (n, k // group)),
+        "weight_shape": ("I64", (2,)),
+    }
+
+
+FORMATS = {
+    "gptq": (_gptq, gptq_config),
+    "gptq-order": (_gptq, lambda group: gptq_config(group, desc_act=True)),
+    "awq": (_awq, awq_config),
+    "compressed-tensors": (_compressed_tensors, compressed_tensors_config),
+}
+
+
+def config_of(model: Model, fmt: str, group_size: int = 128) -> dict[str, Any]:
+    return {
+        "architectures": [model.architecture],
+        "model_type": model.model_type,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.intermediate,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab,
+        "max_position_embeddings": model.max_positions,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": model.tied,
+        "torch_dtype": "bfloat16",
+        "quantization_config": FORMATS[fmt][1](group_size),
+    }
+
+
+def tensors_of(model: Model, fmt: str, group_size: int = 128) -> Stored:
+    """Every tensor of the checkpoint: name -> (dtype, shape)."""
+    stored: Stored = {"model.embed_tokens.weight": ("BF16", (model.vocab, model.hidden))}
+    for layer in range(model.layers):
+        prefix = f"model.layers.{layer}"
+        for name, (n, k) in model.linears().items():
+            for suffix, tensor in FORMATS[fmt][0](n, k, group_size).items():
+                stored[f"{prefix}.{name}.{suffix}"] = tensor
+            if model.bias and name[-6:] in ("q_proj", "k_proj", "v_proj"):
+                stored[f"{prefix}.{name}.bias"] = ("BF16", (n,))
+        norms = {"input_layernorm": model.hidden, "post_attention_layernorm": model.hidden}
+        if model.qk_norm:
+            norms |= {"self_attn.q_norm": model.head_dim, "self_attn.k_norm": model.head_dim}
+        stored |= {f"{prefix}.{name}.weight": ("BF16", (size,)) for name, size in norms.items()}
+    stored["model.norm.weight"] = ("BF16", (model.hidden,))
+    if not model.tied:
+        stored["lm_head.weight"] = ("BF16", (model.vocab, model.hidden))
+    return stored
+
+
+def write_headers(
+    path: Path, model: Model, fmt: str = "gptq", group_size: int = 128, shards: int = 1
+) -> None:
+    """Write the checkpoint; its weights are holes in sparse files, which take no room."""
+    path.mkdir(parents=True, exist_ok=True)
+    stored = list(tensors_of(model, fmt, group_size).items())
+    weight_map: dict[str, str] = {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = stored[shard * len(stored) // shards : (shard + 1) * len(stored) // shards]
+        _write_sparse(path / name, part)
+        weight_map |= {tensor: name for tensor, _ in part}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (path / "config.json").write_text(json.dumps(config_of(model, fmt, group_size)))
+
+
+def _write_sparse(path: Path, part: list[tuple[str, tuple[str, tuple[int, ...]]]]) -> None:
+    header, offset = {}, 0
+    for name, (dtype, shape) in part:
+        size = prod(shape) * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    raw = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + offset)
