@@ -56,12 +56,8 @@ MODELS = {
         bias=True,
         tied=True,
     ),
-    "Qwen2.5-7B": Model(
-        *("Qwen2ForCausalLM", "qwen2", 3584, 18944, 28, 28, 4, 152064), bias=True
-    ),
-    "Qwen2.5-32B": Model(
-        *("Qwen2ForCausalLM", "qwen2", 5120, 27648, 64, 40, 8, 152064), bias=True
-    ),
+    "Qwen2.5-7B": Model(*("Qwen2ForCausalLM", "qwen2", 3584, 18944, 28, 28, 4, 152064), bias=True),
+    "Qwen2.5-32B": Model(*("Qwen2ForCausalLM", "qwen2", 5120, 27648, 64, 40, 8, 152064), bias=True),
     "Qwen2-72B": Model(*("Qwen2ForCausalLM", "qwen2", 8192, 29568, 80, 64, 8, 152064), bias=True),
     "Qwen2.5-72B": Model(*("Qwen2ForCausalLM", "qwen2", 8192, 29696, 80, 64, 8, 152064), bias=True),
     "Qwen3-8B": Model(

@@ -1,18 +1,35 @@
 """`fusedq check` prints the engine's verdict."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 from typer.testing import CliRunner, Result
 
-from checkpoints import drop, write_checkpoint
+from checkpoints import drop, make_plain, write_checkpoint
+from hub_server import Hub, serving_hub
+from published import MODELS, write_headers
 from tiny_models import CHECKPOINTS, asset
 from vllm_fusedq import __version__
 from vllm_fusedq.cli import app
 
+SCHEMAS = Path(__file__).resolve().parent.parent / "docs" / "schemas"
+
 
 def fusedq(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
+
+
+def document(*arguments: str) -> dict:
+    """What `fusedq check --json` prints, checked against the published schema."""
+    result = fusedq("check", "--json", *arguments)
+    found = json.loads(result.stdout)
+    jsonschema.validate(found, json.loads((SCHEMAS / "check.v1.json").read_text()))
+    return found
 
 
 def test_version() -> None:
@@ -32,21 +49,31 @@ def test_check_names_a_kernel_for_every_layer(name: str, device: str, kernel: st
 def test_check_refuses_with_every_problem_and_exit_code_1(tmp_path: Path) -> None:
     module = "model.layers.0.mlp"
     write_checkpoint(
-        tmp_path, edits=[drop(f"{module}.up_proj.scales"), drop(f"{module}.down_proj.qzeros")]
+        tmp_path,
+        layers=2,
+        edits=[drop(f"{module}.up_proj.scales"), drop(f"{module}.down_proj.qzeros")],
     )
     result = fusedq("check", str(tmp_path))
     assert result.exit_code == 1
-    assert "2 problems" in result.output
-    assert f"{module}.up_proj" in result.output
-    assert f"{module}.down_proj" in result.output
+    assert "2 problems" in result.stderr
+    assert f"{module}.up_proj: found" in result.stderr
+    assert f"{module}.down_proj: found" in result.stderr
+    lines = [line.split() for line in result.stdout.splitlines() if line.strip()]
+    rows = {words[0]: words[-1] for words in lines}
+    assert rows[f"{module}.up_proj"] == rows[f"{module}.down_proj"] == "refused"
+    assert rows["model.layers.1.mlp.gate_up_proj"] == "fused"
+    # Half of a fused layer is no layer
+    assert f"{module}.gate_up_proj" not in rows
 
 
 def test_check_of_one_bad_size_among_good_ones(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, intermediate=96)
-    result = fusedq("check", str(tmp_path), "-tp", "1,8")
-    assert result.exit_code == 1
-    assert "fallbacks: 0" in result.output
-    assert "tensor-parallel sizes that work" in result.output
+    found = document(str(tmp_path), "-tp", "1,8")
+    good, bad = found["results"]
+    assert (good["verdict"], bad["verdict"]) == ("fused", "refused")
+    assert good["problems"] == []
+    assert all("sizes that work for the whole model: 1, 2" in p["fix"] for p in bad["problems"])
+    assert fusedq("check", str(tmp_path), "-tp", "1,8").exit_code == 1
 
 
 @pytest.mark.parametrize(
@@ -55,7 +82,10 @@ def test_check_of_one_bad_size_among_good_ones(tmp_path: Path) -> None:
         (("--device", "tpu"), "known devices"),
         (("-tp", "two"), "is not a list of numbers"),
         (("-tp", "0"), "start at 1"),
-        (("--dtype", "float32"), "choose bfloat16 or float16"),
+        (("--dtype", "float32"), "'float32' is not one of"),
+        (("-pp", "0"), "pipeline-parallel-size"),
+        (("--kv-cache-dtype", "int3"), "'int3' is not one of"),
+        (("--gpu-memory-utilization", "1.5"), "gpu-memory-utilization"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(
@@ -63,10 +93,130 @@ def test_wrong_usage_is_exit_code_2(
 ) -> None:
     result = fusedq("check", str(tmp_path), *arguments)
     assert result.exit_code == 2
-    assert message in result.output
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_more_stages_than_layers_is_wrong_usage(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, layers=2)
+    result = fusedq("check", str(tmp_path), "-pp", "3")
+    assert result.exit_code == 2
+    assert "3 pipeline stages for 2 layers" in result.output
 
 
 def test_a_missing_directory_is_refused() -> None:
     result = fusedq("check", "no/such/model")
     assert result.exit_code == 1
     assert "not a local directory" in result.output
+    error = document("no/such/model")["error"]
+    assert error["type"] == "CheckpointError"
+    assert error["problems"] == []
+
+
+def test_amd_is_refused_by_name(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    result = fusedq("check", str(tmp_path), "--device", "mi300x")
+    assert result.exit_code == 1
+    assert "device mi300x: found AMD gfx942; supported: NVIDIA GPUs" in result.output
+    (problem,) = document(str(tmp_path), "--device", "mi300x")["error"]["problems"]
+    assert problem["layer"] == "device mi300x"
+
+
+def test_expert_parallel_says_that_experts_are_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    result = fusedq("check", str(tmp_path), "--expert-parallel")
+    assert result.exit_code == 0
+    assert "quantized MoE experts are refused" in result.output
+
+
+def test_dtype_is_the_checkpoints_unless_given(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)  # says float16
+    assert document(str(tmp_path))["dtype"] == "float16"
+    assert document(str(tmp_path), "--dtype", "bfloat16")["dtype"] == "bfloat16"
+
+
+def test_strict_refuses_what_is_otherwise_a_warning(tmp_path: Path) -> None:
+    module = "model.layers.0.self_attn.o_proj"
+    write_checkpoint(
+        tmp_path,
+        edits=[make_plain(module, 64, 64)],
+        config={"modules_to_not_convert": ["o_proj"]},
+    )
+    arguments = ("check", str(tmp_path), "--dtype", "float16")
+    lax, strict = fusedq(*arguments), fusedq(*arguments, "--strict")
+    assert (lax.exit_code, strict.exit_code) == (0, 1)
+    text = f"{module}: a linear layer that the checkpoint leaves unquantized"
+    assert f"warning: {text}" in lax.output
+    assert f"refused (--strict): {text}" in strict.output
+    (warned,) = document(str(tmp_path), "--dtype", "float16")["results"][0]["warnings"]
+    assert warned["layer"] == module
+
+
+def test_json_has_every_number_of_the_table(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gptq-sym-order", layers=3)
+    (result,) = document(str(tmp_path), "--device", "h200", "-tp", "2")["results"]
+    down = next(row for row in result["layers"] if "down_proj" in row["layers"])
+    assert down["layers"] == "model.layers.0-2.mlp.down_proj x3"
+    assert (down["count"], down["bits"], down["symmetric"]) == (3, 4, True)
+    assert (down["group_size"], down["act_order"], down["phase"]) == (32, True, 0)
+    # 48 of 96 in_features may touch all 3 groups, each padded to 32
+    assert (down["in_features"], down["resident_rows"], down["out_features"]) == (48, 96, 64)
+    assert down["kernel"] == down["decode"]["kernel"] == "triton-gemm"
+    assert down["decode"]["tile"]["block_m"] == 8
+    # The layout pads N to 128 and K to a whole block of 128
+    assert down["bytes"]["qweight"] == 3 * 128 * 128 // 2
+    assert down["bytes"]["perm"] == 3 * 96 * 4
+    assert result["counts"] == {"fused": 12, "unquantized": 2, "fallbacks": 0}
+
+
+def test_json_goes_to_stdout_alone_and_a_pipe_gets_no_colours(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    command = [sys.executable, "-c", "from vllm_fusedq.cli import app; app()", "check"]
+    env = {**os.environ, "FORCE_COLOR": "", "TERM": "xterm-256color"}
+    env.pop("FORCE_COLOR")
+    done = subprocess.run(
+        [*command, str(tmp_path), "-tp", "3"], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 1
+    assert "refused" in done.stdout
+    assert "refused" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_a_repository_through_hf_endpoint(tmp_path: Path) -> None:
+    """The whole way: another process, the hub client's own setting, no weight downloaded."""
+    write_checkpoint(tmp_path / "served", "ct-sym")
+    with serving_hub(Hub(tmp_path / "served")) as hub:
+        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        code = "from vllm_fusedq.cli import app; app()"
+        done = subprocess.run(
+            [sys.executable, "-c", code, "check", hub.repository, "--json"],
+            capture_output=True,
+            text=True,
+            env=env,
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["results"][0]["counts"]["fused"] == 4
+    assert {name for name, _ in hub.sent} == {"config.json", "model.safetensors"}
+
+
+def test_the_largest_models_fit_a_laptop(tmp_path: Path) -> None:
+    """405 billion parameters in 191 files: what planning adds to a process that has torch."""
+    write_headers(tmp_path, MODELS["Llama-3.1-405B"], "gptq", shards=191)
+    code = """
+import json, resource, sys
+import torch, typer.testing
+from vllm_fusedq.cli import app
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+arguments = ["check", sys.argv[1], "-tp", "8,16", "-pp", "2", "--device", "h200", "--json"]
+result = typer.testing.CliRunner().invoke(app, arguments)
+print(json.dumps([result.exit_code, peak() - before, json.loads(result.stdout)["results"]]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    exit_code, megabytes, results = json.loads(done.stdout)
+    assert exit_code == 0
+    assert megabytes < 200
+    assert [sum(row["count"] for row in each["layers"]) for each in results] == [504, 504]

@@ -113,7 +113,7 @@ def test_an_answer_that_is_cut_short(hub: Hub, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_configuration_file_of_absurd_size(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_reader, "MAX_SMALL_FILE", 10)
-    with pytest.raises(RepositoryError, match="config.json: .* bytes, more than the 10 that any"):
+    with pytest.raises(RepositoryError, match=r"config.json: .* bytes, more than the 10 that any"):
         read_checkpoint(MODEL)
 
 

@@ -39,6 +39,14 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         return name in self.tensors
 
+    def number(self, *keys: str) -> int | None:
+        """The first of the model config's sizes that is given, as a positive integer."""
+        for key in keys:
+            for section in config_sections(self.config):
+                if type(value := section.get(key)) is int and value > 0:
+                    return value
+        return None
+
     def modules(self) -> Mapping[str, Mapping[str, TensorInfo]]:
         """Module prefix -> {tensor suffix: TensorInfo}, in the order of the files."""
         return self._modules
@@ -50,6 +58,12 @@ class Checkpoint:
             module, _, suffix = name.rpartition(".")
             found.setdefault(module, {})[suffix] = info
         return found
+
+
+def config_sections(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The model's config and, where it has one, that of its language model."""
+    text_config = config.get("text_config")
+    return [config, text_config] if isinstance(text_config, dict) else [config]
 
 
 class CheckpointFiles(Protocol):
@@ -125,9 +139,7 @@ def read_checkpoint(
     return Checkpoint(files.name, config, quant_config, source, tensors)
 
 
-def _files(
-    model: str | Path, revision: str | None, progress: Progress | None
-) -> CheckpointFiles:
+def _files(model: str | Path, revision: str | None, progress: Progress | None) -> CheckpointFiles:
     root = Path(model)
     if root.is_dir():
         return LocalFiles(root)
@@ -142,25 +154,24 @@ def _files(
 def _quant_config(
     files: CheckpointFiles, names: Sequence[str], config: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    text_config = config.get("text_config")
-    sections = [config, text_config if isinstance(text_config, dict) else {}]
     for key in ("quantization_config", "compression_config"):
-        for section in sections:
+        for section in config_sections(config):
             found = section.get(key)
             if found is None:
                 continue
             if not isinstance(found, dict) or not found:
                 raise CheckpointError(
-                    f"{files.label(CONFIG_FILE)}: {key} is {found!r:.80}, expected a JSON object that "
-                    "describes the quantization"
+                    f"{files.label(CONFIG_FILE)}: {key} is {found!r:.80}, expected a JSON object "
+                    "that describes the quantization"
                 )
             return key, found
     for name in QUANT_CONFIG_FILES:
         if name in names:
             return name, _read_json(files, name)
     raise UnsupportedCheckpoint(
-        f"{files.name}: no quantization_config in {CONFIG_FILE} and no {' or '.join(QUANT_CONFIG_FILES)}:"
-        " this checkpoint is not quantized; serve it without `--quantization fusedq`"
+        f"{files.name}: no quantization_config in {CONFIG_FILE} and no "
+        f"{' or '.join(QUANT_CONFIG_FILES)}: this checkpoint is not quantized; serve it without "
+        "`--quantization fusedq`"
     )
 
 
@@ -178,8 +189,8 @@ def _weight_files(
     pickled = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
     if pickled:
         raise CheckpointError(
-            f"{files.name}: found only pickled weights ({', '.join(pickled[:3])}), which can run code "
-            "when they are read; convert the checkpoint to safetensors"
+            f"{files.name}: found only pickled weights ({', '.join(pickled[:3])}), which can run "
+            "code when they are read; convert the checkpoint to safetensors"
         )
     raise CheckpointError(f"{files.name}: no *.safetensors file; download the checkpoint again")
 

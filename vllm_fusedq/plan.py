@@ -4,8 +4,11 @@
 method (real partition sizes), so the pre-flight verdict is the runtime verdict.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -47,7 +50,8 @@ class LayerPlan:
     """How one rank runs one vLLM linear layer.
 
     `spec`, `phase` and `rows` (along K) are those of the resident weight. Where `ordered`, the
-    activation is gathered into `rows` features once before the kernel.
+    activation is gathered into `rows` features once before the kernel. `resident` is the bytes of
+    each tensor that stays in memory, by `PackedWeight` field name.
     """
 
     shard: LayerShard
@@ -59,8 +63,7 @@ class LayerPlan:
     kernel: KernelName
     decode: Launch
     prefill: Launch
-    weight_bytes: int
-    metadata_bytes: int
+    resident: tuple[tuple[str, int], ...]
 
     @property
     def prefix(self) -> str:
@@ -73,6 +76,20 @@ class LayerPlan:
     @property
     def k(self) -> int:
         return self.shard.k
+
+    @property
+    def weight_bytes(self) -> int:
+        return dict(self.resident)["qweight"]
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Scales, zero points and activation order."""
+        return sum(size for _, size in self.resident) - self.weight_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Resident bits, padding and metadata included, per weight of this rank's shard."""
+        return 8 * sum(size for _, size in self.resident) / (self.n * self.k)
 
 
 def plan_layer(
@@ -94,25 +111,18 @@ def plan_layer(
         rows, spec, phase = resident_rows(first, region), resident_spec(first, region), 0
     else:
         rows, spec, phase = shard.k, first.spec, region.k_start % first.spec.group_size
-    reasons = heuristics.unsupported_reasons(
-        shard.n, rows, spec, phase, target.device, target.act_dtype
-    )
-    if reasons:
+    choice = _choose(shard.n, rows, spec, phase, target.device, target.act_dtype)
+    if choice.reasons:
         full = " + ".join(f"[{layer.n}, {layer.k}]" for layer in layer_formats)
         where = f"{full} full, [{shard.n}, {shard.k}] per rank at tensor_parallel_size "
         where += str(shard.tp_size)
         layer = f"{shard.prefix} (out_features x in_features {where})"
-        raise PreflightError([_problem(layer, reason) for reason in reasons])
+        raise PreflightError([_problem(layer, reason) for reason in choice.reasons])
     _check_insisted(shard, spec, target.insisted)
-    decode, prefill = (
-        heuristics.select(GemmShape(m, shard.n, rows), spec, target.device)
-        for m in (DECODE_TOKENS, PREFILL_TOKENS)
-    )
-    weight_bytes, metadata_bytes = _resident_bytes(
-        (shard.n, rows), spec, phase, decode.kernel, target.act_dtype
-    )
+    decode, prefill = choice.launches
+    resident = choice.resident
     if first.ordered:
-        metadata_bytes += rows * layout.PERM_DTYPE.itemsize
+        resident = (*resident, ("perm", rows * layout.PERM_DTYPE.itemsize))
     return LayerPlan(
         shard=shard,
         formats=layer_formats,
@@ -123,9 +133,34 @@ def plan_layer(
         kernel=decode.kernel,
         decode=decode,
         prefill=prefill,
-        weight_bytes=weight_bytes,
-        metadata_bytes=metadata_bytes,
+        resident=resident,
     )
+
+
+class _Choice(NamedTuple):
+    reasons: tuple[Reason, ...]
+    launches: tuple[Launch, ...] = ()
+    resident: tuple[tuple[str, int], ...] = ()
+
+
+# A model has a handful of shapes, repeated in every block and on every rank.
+@functools.lru_cache(maxsize=1024)
+def _choose(
+    n: int, rows: int, spec: QuantSpec, phase: int, device: DeviceSpec, act_dtype: torch.dtype
+) -> _Choice:
+    """What stands against a shard, else its launches for decode and prefill and its bytes."""
+    if reasons := heuristics.unsupported_reasons(n, rows, spec, phase, device, act_dtype):
+        return _Choice(reasons)
+    launches = tuple(
+        heuristics.select(GemmShape(m, n, rows), spec, device)
+        for m in (DECODE_TOKENS, PREFILL_TOKENS)
+    )
+    form = layout_for(launches[0].kernel, spec.weight_type)
+    shapes = layout.packed_shapes(form, n, rows, spec, phase, act_dtype)
+    resident = tuple(
+        (name, prod(shape) * dtype.itemsize) for name, (shape, dtype) in shapes.items()
+    )
+    return _Choice((), launches, resident)
 
 
 def _problem(layer: str, reason: Reason) -> Problem:
@@ -171,23 +206,6 @@ def _of_one_scheme(
             ]
         )
     return tuple(layer for _, layer in found if layer is not None)
-
-
-def _resident_bytes(
-    size: tuple[int, int],
-    spec: QuantSpec,
-    phase: int,
-    kernel: KernelName,
-    act_dtype: torch.dtype,
-) -> tuple[int, int]:
-    shapes = layout.packed_shapes(
-        layout_for(kernel, spec.weight_type), *size, spec, phase, act_dtype
-    )
-    sizes = {
-        name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in shapes.items()
-    }
-    weights = sizes.pop("qweight")
-    return weights, sum(sizes.values())
 
 
 def merge_problems(errors: Sequence[PreflightError]) -> PreflightError:

@@ -22,6 +22,8 @@ from vllm_fusedq.sharding import (
     style_of,
 )
 
+_FUSED_NAMES = {name: (fused, sid) for fused, parts in FUSED_LAYERS.items() for name, sid in parts}
+
 TP_CANDIDATES = (1, 2, 4, 8, 16)
 
 
@@ -34,32 +36,61 @@ class ModelPlan:
     unquantized: tuple[str, ...]
 
 
-def plan_model(
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A ModelPlan as far as it goes: the layers of one rank that run fused, and what stands
+    against the others. Without problems it is the plan."""
+
+    plan: ModelPlan
+    problems: tuple[Problem, ...]
+
+
+def survey_model(
     checkpoint: Checkpoint, target: Target, tp_size: int = 1, ranks: Iterable[int] | None = None
-) -> ModelPlan:
-    """Plan every quantized layer for `tp_size` ranks.
+) -> Survey:
+    """Plan every quantized layer for `tp_size` ranks, and name every reason against one.
 
     Args:
         checkpoint: headers and config, from `read_checkpoint`.
         target: device and activation dtype.
         tp_size: number of tensor-parallel ranks.
-        ranks: the ranks to check; all of them by default. The returned plan is the first's.
+        ranks: the ranks to check; all of them by default. The plan is the first's.
+
+    Raises:
+        UnsupportedCheckpoint: the checkpoint as a whole is not supported.
+    """
+    fmt = format_for(checkpoint)
+    layers, unquantized, errors = _read_layers(checkpoint, fmt)
+    problems = merge_problems(errors).problems
+    if problems:
+        # What is left of a fused layer whose other part is refused is no layer
+        refused = {_vllm_layer(problem.layer)[0] for problem in problems}
+        layers = {name: fmt for name, fmt in layers.items() if _vllm_layer(name)[0] not in refused}
+    plans: list[LayerPlan] = []
+    for rank in ranks if ranks is not None else range(tp_size):
+        rank_plans, rank_errors = _plan_rank(checkpoint, layers, target, tp_size, rank)
+        plans = plans or rank_plans
+        if rank_errors and not problems:
+            error = _with_way_out(rank_errors, checkpoint, layers, target, tp_size)
+            return Survey(ModelPlan(tp_size, tuple(plans), tuple(unquantized)), error.problems)
+    return Survey(
+        ModelPlan(tp_size, tuple(plans), tuple(unquantized)), tuple(fold_problems(problems))
+    )
+
+
+def plan_model(
+    checkpoint: Checkpoint, target: Target, tp_size: int = 1, ranks: Iterable[int] | None = None
+) -> ModelPlan:
+    """`survey_model` where nothing less than the whole model will do.
 
     Raises:
         UnsupportedCheckpoint: the checkpoint as a whole is not supported.
         PreflightError: every problem of every layer, with the tensor-parallel sizes that work.
     """
-    fmt = format_for(checkpoint)
-    layers, unquantized, errors = _read_layers(checkpoint, fmt)
-    if errors:
-        raise PreflightError(fold_problems(merge_problems(errors).problems))
-    plans: list[LayerPlan] = []
-    for rank in ranks if ranks is not None else range(tp_size):
-        rank_plans, rank_errors = _plan_rank(checkpoint, layers, target, tp_size, rank)
-        if rank_errors:
-            raise _with_way_out(rank_errors, checkpoint, layers, target, tp_size)
-        plans = plans or rank_plans
-    return ModelPlan(tp_size, tuple(plans), tuple(unquantized))
+    survey = survey_model(checkpoint, target, tp_size, ranks)
+    if survey.problems:
+        raise PreflightError(survey.problems)
+    return survey.plan
 
 
 def working_tp_sizes(checkpoint: Checkpoint, target: Target) -> tuple[int, ...]:
@@ -112,13 +143,12 @@ def _shards(
     rank: int,
 ) -> tuple[list[LayerShard], list[PreflightError]]:
     """vLLM's layers from the checkpoint's modules: siblings fused, each part cut for the rank."""
-    kv_heads = _kv_heads(checkpoint)
-    fused_name = {name: (fused, sid) for fused, ps in FUSED_LAYERS.items() for name, sid in ps}
+    # vLLM replicates them where ranks outnumber them
+    kv_heads = checkpoint.number("num_key_value_heads", "num_attention_heads")
     groups: dict[str, list[tuple[str, str | int | None]]] = defaultdict(list)
     for module in modules:
-        parent, _, name = module.rpartition(".")
-        fused, shard_id = fused_name.get(name, (name, None))
-        groups[f"{parent}.{fused}" if parent else fused].append((module, shard_id))
+        prefix, shard_id = _vllm_layer(module)
+        groups[prefix].append((module, shard_id))
     shards, errors = [], []
     for prefix, members in groups.items():
         style = style_of(members[0][0])
@@ -142,20 +172,16 @@ def _shards(
     return shards, errors
 
 
+def _vllm_layer(module: str) -> tuple[str, str | int | None]:
+    """The vLLM layer that a checkpoint module is loaded into, and which part of it."""
+    parent, _, name = module.rpartition(".")
+    fused, shard_id = _FUSED_NAMES.get(name, (name, None))
+    return f"{parent}.{fused}" if parent else fused, shard_id
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key under which layer 2 comes before layer 10; files list tensors in any order."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _kv_heads(checkpoint: Checkpoint) -> int | None:
-    """Key/value heads by the model's config; vLLM replicates them where ranks outnumber them."""
-    text_config = checkpoint.config.get("text_config")
-    sections = [checkpoint.config, text_config if isinstance(text_config, dict) else {}]
-    for key in ("num_key_value_heads", "num_attention_heads"):
-        for section in sections:
-            if isinstance(heads := section.get(key), int) and heads > 0:
-                return heads
-    return None
 
 
 def _in_fused_order(
@@ -169,6 +195,15 @@ def _plan_rank(
     checkpoint: Checkpoint, layers: dict[str, LayerFormat], target: Target, tp: int, rank: int
 ) -> tuple[list[LayerPlan], list[PreflightError]]:
     shards, errors = _shards(checkpoint, layers, layers, tp, rank)
+    heads = checkpoint.number("num_attention_heads")
+    if heads and heads % tp:
+        problem = Problem(
+            layer=checkpoint.path,
+            found=f"{heads} attention heads at tensor_parallel_size {tp}",
+            supported="tensor-parallel sizes that divide the attention heads, as vLLM demands",
+            fix="choose another --tensor-parallel-size",
+        )
+        errors.append(PreflightError([problem]))
     plans = []
     for shard in shards:
         try:

@@ -5,31 +5,65 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fusedq_kernels.types import Launch
+from vllm_fusedq.errors import Problem
 from vllm_fusedq.plan import LayerPlan
 from vllm_fusedq.preflight import index_ranges
 
 logger = logging.getLogger("vllm.fusedq")
 
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
-COLUMNS = ("layers", "format", "K x N per rank", "phase", "kernel", "decode", "prefill", "MB")
+_NUMBERS = ("weights MB", "scales MB", "bits/weight")
+COLUMNS = (
+    *("layers", "format", "K x N per rank", "phase", "kernel", "decode", "prefill"),
+    *(*_NUMBERS, "verdict"),
+)
+LOG_WIDTH = 220
 
 
-def plan_table(plans: Sequence[LayerPlan]) -> Table:
-    """One row per kind of layer, with the kernel named."""
-    rows: dict[tuple[str, ...], list[LayerPlan]] = defaultdict(list)
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """Layers that differ in their number alone; `plan` is the first of them."""
+
+    name: str
+    plan: LayerPlan
+    count: int
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """Bytes of all these layers, by tensor."""
+        return {name: size * self.count for name, size in self.plan.resident}
+
+
+def plan_rows(plans: Sequence[LayerPlan]) -> list[PlanRow]:
+    """One row per kind of layer, in the order of the model."""
+    rows: dict[tuple[object, ...], list[LayerPlan]] = defaultdict(list)
     for plan in plans:
-        rows[(_LAYER_INDEX.sub(".{}.", plan.prefix, count=1), *_cells(plan))].append(plan)
+        formats = tuple(fmt.description for fmt in plan.formats)
+        shape = (plan.n, plan.k, plan.rows, plan.phase, plan.decode, plan.prefill, plan.resident)
+        rows[(_LAYER_INDEX.sub(".{}.", plan.prefix, count=1), formats, *shape)].append(plan)
+    return [
+        PlanRow(_folded_name(str(pattern), members), members[0], len(members))
+        for (pattern, *_), members in rows.items()
+    ]
+
+
+def plan_table(plans: Sequence[LayerPlan], problems: Sequence[Problem] = ()) -> Table:
+    """One row per kind of layer, with the kernel named; refused ones last."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in COLUMNS:
-        table.add_column(column, overflow="fold", justify="right" if column == "MB" else "left")
-    for (pattern, *cells), members in rows.items():
-        size = sum(plan.weight_bytes + plan.metadata_bytes for plan in members) / 1e6
-        table.add_row(_folded_name(pattern, members), *cells, f"{size:.2f}")
+        table.add_column(column, overflow="fold", justify="right" if column in _NUMBERS else "left")
+    for row in plan_rows(plans):
+        table.add_row(*_cells(row))
+    for problem in problems:
+        name = problem.layer.partition(" (out_features")[0]
+        table.add_row(name, *[""] * (len(COLUMNS) - 2), "refused", style="red")
     return table
 
 
@@ -37,13 +71,14 @@ def summary(plans: Sequence[LayerPlan], unquantized: Sequence[str]) -> str:
     """One line with the counts that matter."""
     kernels = Counter(plan.kernel.value for plan in plans)
     named = ", ".join(f"{count} x {kernel}" for kernel, count in kernels.items())
+    of_which = f" ({named})" if named else ""
     return (
-        f"fused: {len(plans)} ({named}); unquantized by the checkpoint: {len(unquantized)}; "
+        f"fused: {len(plans)}{of_which}; unquantized by the checkpoint: {len(unquantized)}; "
         "fallbacks: 0"
     )
 
 
-def render(table: Table, width: int = 160) -> str:
+def render(table: Table, width: int = LOG_WIDTH) -> str:
     """The table as plain text, for logs."""
     out = io.StringIO()
     Console(file=out, width=width, color_system=None).print(table)
@@ -56,15 +91,29 @@ def log_plan(plans: Sequence[LayerPlan], unquantized: Sequence[str]) -> None:
     logger.info("fusedq kernel plan\n%s%s", table, summary(plans, unquantized))
 
 
-def _cells(plan: LayerPlan) -> tuple[str, ...]:
+def describe_launch(launch: Launch) -> str:
+    """Like "rule: m<=8, 8x128, split 4"; a measured row's tile stands before its source."""
+    if launch.tile is None or launch.source.startswith("rule"):
+        return launch.source
+    split = f", split {launch.tile.split_k}" if launch.tile.split_k > 1 else ""
+    return f"{launch.tile.block_m}x{launch.tile.block_n}{split}, {launch.source}"
+
+
+def _cells(row: PlanRow) -> tuple[str, ...]:
+    plan = row.plan
     k = str(plan.k) if plan.rows == plan.k else f"{plan.k} as {plan.rows}"
     return (
+        row.name,
         " + ".join(dict.fromkeys(part.description for part in plan.formats)),
         f"{k} x {plan.n}",
         str(plan.phase),
         plan.kernel.value,
-        plan.decode.source,
-        plan.prefill.source,
+        describe_launch(plan.decode),
+        describe_launch(plan.prefill),
+        f"{plan.weight_bytes * row.count / 1e6:.2f}",
+        f"{plan.metadata_bytes * row.count / 1e6:.2f}",
+        f"{plan.bits_per_weight:.2f}",
+        "fused",
     )
 
 

@@ -44,6 +44,27 @@ KNOWN_DEVICES: dict[str, DeviceSpec] = {
 }
 
 
+_MIB = 1 << 20
+MEMORY_BYTES = {
+    "a100": 81920 * _MIB,
+    "a10": 23028 * _MIB,
+    "rtx3090": 24576 * _MIB,
+    "l40s": 46068 * _MIB,
+    "l4": 23034 * _MIB,
+    "rtx4090": 24564 * _MIB,
+    "h100": 81559 * _MIB,
+    "h200": 143771 * _MIB,
+    "b200": 183359 * _MIB,
+    "rtx5090": 32607 * _MIB,
+}
+"""Memory of the known devices as `nvidia-smi` reports it; of an A100 the 80 GB board's."""
+
+UNSUPPORTED_DEVICES = {
+    "mi300x": ("AMD gfx942", "NVIDIA GPUs of compute capability 8.0 and newer, and CPUs"),
+}
+"""Devices that are refused by name: what they are, what is supported."""
+
+
 def device_by_name(name: str) -> DeviceSpec:
     """A known device by name ("h200") or architecture ("sm_90", sized as its first known device).
 

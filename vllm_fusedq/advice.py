@@ -1,0 +1,79 @@
+"""What runs fused but is worth a word before serving; `fusedq check --strict` refuses it."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from fusedq_kernels.types import KernelName
+from vllm_fusedq.capacity import Capacity
+from vllm_fusedq.checkpoint import Checkpoint
+from vllm_fusedq.errors import Problem
+from vllm_fusedq.formats import format_for
+from vllm_fusedq.preflight import ModelPlan, fold_problems
+
+SLOW_KERNELS = {
+    KernelName.CPU_STRIPED: "decodes a few output features at a time, several times slower than "
+    "cpu-wna16"
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Layers, and what to know of them."""
+
+    layer: str
+    message: str
+
+
+def warnings_for(
+    checkpoint: Checkpoint, plan: ModelPlan, act_dtype: torch.dtype, capacity: Capacity
+) -> list[Warned]:
+    """Everything worth a word, equal words for numbered layers folded."""
+    found: dict[str, list[str]] = defaultdict(list)
+    fmt = format_for(checkpoint)
+    for module in plan.unquantized:
+        if fmt.block_of(module) in fmt.quantized_blocks:
+            found["a linear layer that the checkpoint leaves unquantized"].append(module)
+    for layer in plan.layers:
+        if layer.kernel in SLOW_KERNELS:
+            found[f"{layer.kernel.value} {SLOW_KERNELS[layer.kernel]}"].append(layer.prefix)
+        if layer.kernel is KernelName.CPU_WNA16 and layer.spec.scale_dtype != act_dtype:
+            rounded = f"{_name(layer.spec.scale_dtype)} scales are rounded to {_name(act_dtype)}"
+            found[f"{rounded}, as cpu-wna16 demands"].append(layer.prefix)
+        if layer.rows > layer.k:
+            padded = f"its activation order takes {layer.rows / layer.k:.2f} times its share of the"
+            found[f"{padded} weight at tensor_parallel_size {plan.tp_size}"].append(layer.prefix)
+    warned = [
+        Warned(problem.layer, message)
+        for message, layers in found.items()
+        for problem in fold_problems(Problem(layer, message, "", "") for layer in layers)
+    ]
+    return warned + _of_memory(checkpoint, capacity)
+
+
+def memory_problem(checkpoint: Checkpoint, capacity: Capacity) -> Problem | None:
+    """The refusal where weights alone are larger than the memory that the server may use."""
+    held = capacity.weights + capacity.metadata + capacity.unquantized
+    if capacity.budget is None or held <= capacity.budget:
+        return None
+    return Problem(
+        layer=checkpoint.path,
+        found=f"{held / 1e9:.2f} GB of weights on a rank",
+        supported=f"at most {capacity.budget / 1e9:.2f} GB, the part of the device that "
+        "--gpu-memory-utilization allows",
+        fix="use more ranks (--tensor-parallel-size, --pipeline-parallel-size) or a larger device",
+    )
+
+
+def _of_memory(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
+    if capacity.remains is None or capacity.remains >= 0:
+        return []
+    fits = f"the KV cache holds {capacity.kv_tokens} tokens"
+    asked = f"{capacity.sequences} x {capacity.max_model_len}"
+    advice = "lower --max-model-len or --max-num-seqs, or use more ranks"
+    return [Warned(checkpoint.path, f"{fits}, fewer than the {asked} asked for; {advice}")]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,262 @@
+"""`fusedq check`: the engine's own verdict on a checkpoint, from its headers alone."""
+
+import json
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from vllm_fusedq.cli.output import ExitCode, console, progress_bar
+from vllm_fusedq.errors import FusedQError, Problem
+
+if TYPE_CHECKING:
+    from fusedq_kernels.types import DeviceSpec
+    from vllm_fusedq.advice import Warned
+    from vllm_fusedq.capacity import Capacity, Demand
+    from vllm_fusedq.checkpoint import Checkpoint
+    from vllm_fusedq.plan import Target
+    from vllm_fusedq.preflight import ModelPlan
+
+
+class Dtype(StrEnum):
+    """Activation dtypes; `auto` is the checkpoint's, as in vLLM."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class KvCacheDtype(StrEnum):
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FP8 = "fp8"
+    FP8_E4M3 = "fp8_e4m3"
+    FP8_E5M2 = "fp8_e5m2"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The verdict at one tensor-parallel size."""
+
+    plan: "ModelPlan"
+    problems: tuple[Problem, ...]
+    warnings: tuple["Warned", ...]
+    capacity: "Capacity"
+    strict: bool
+
+    @property
+    def refused(self) -> bool:
+        return bool(self.problems) or (self.strict and bool(self.warnings))
+
+
+def check(
+    model: Annotated[
+        str, typer.Argument(help="a checkpoint directory, or a repository of the hub: owner/name")
+    ],
+    tensor_parallel_size: Annotated[
+        str, typer.Option("--tensor-parallel-size", "-tp", help="one size, or several: 1,2,4,8")
+    ] = "1",
+    pipeline_parallel_size: Annotated[
+        int, typer.Option("--pipeline-parallel-size", "-pp", min=1, help="pipeline stages")
+    ] = 1,
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="quantized MoE experts are refused so far")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, a GPU by name (h200, rtx4090, ...) or sm_XX")
+    ] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="activation dtype")] = Dtype.AUTO,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="tokens of a sequence; the model's own by default")
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="sequences of that length that the KV cache is to hold")
+    ] = 1,
+    kv_cache_dtype: Annotated[KvCacheDtype, typer.Option()] = KvCacheDtype.AUTO,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="part of the device that vLLM may use")
+    ] = 0.92,
+    revision: Annotated[
+        str | None, typer.Option(help="branch, tag or commit of a repository")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    strict: Annotated[bool, typer.Option(help="refuse what would only be warned of")] = False,
+) -> None:
+    """Say which kernel every quantized layer would run, or every reason why it cannot."""
+    from vllm_fusedq.capacity import Demand
+    from vllm_fusedq.checkpoint import read_checkpoint
+    from vllm_fusedq.plan import Target
+    from vllm_fusedq.report_json import device_json, document, error_json
+
+    sizes = _sizes(tensor_parallel_size)
+    spec, memory = _device(device)
+    demand = Demand(
+        max_model_len,
+        max_num_seqs,
+        kv_cache_dtype.value,
+        gpu_memory_utilization,
+        pipeline_parallel_size,
+    )
+    content: dict[str, Any] = {"model": model, "device": device_json(spec, memory)}
+    try:
+        _refuse_unsupported(device)
+        with progress_bar("reading headers") as progress:
+            checkpoint = read_checkpoint(model, revision, progress)
+        target = Target(spec, _act_dtype(dtype, checkpoint))
+        results = [_result(checkpoint, target, size, demand, memory, strict) for size in sizes]
+    except FusedQError as error:
+        _refuse(error, document("check", **content, error=error_json(error)) if as_json else None)
+    if as_json:
+        content["dtype"] = str(target.act_dtype).removeprefix("torch.")
+        content["results"] = [_result_json(result, demand) for result in results]
+        print(json.dumps(document("check", **content), indent=2))
+    else:
+        _print_results(results, spec, demand)
+        if expert_parallel:
+            console(stderr=True).print(
+                "--expert-parallel changes nothing: quantized MoE experts are refused, and dense "
+                "layers are cut by --tensor-parallel-size alone"
+            )
+    refused = any(result.refused for result in results)
+    raise typer.Exit(ExitCode.REFUSED if refused else ExitCode.FUSED)
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers") from None
+    if min(sizes) < 1:
+        raise typer.BadParameter("tensor-parallel sizes start at 1")
+    return sizes
+
+
+def _device(name: str) -> tuple["DeviceSpec", int | None]:
+    """A device and its memory in bytes; what is refused by name stands as a device of no kind."""
+    import torch
+
+    from fusedq_kernels.device import (
+        MEMORY_BYTES,
+        UNSUPPORTED_DEVICES,
+        cpu_device,
+        current_device,
+        device_by_name,
+    )
+    from fusedq_kernels.types import DeviceSpec
+
+    if name in UNSUPPORTED_DEVICES:
+        return DeviceSpec(name, "unsupported"), None
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return cpu_device(fused_op=True), None
+    if name == "auto":
+        gpu = torch.device("cuda")
+        return current_device(gpu, False), torch.cuda.get_device_properties(gpu).total_memory
+    try:
+        return device_by_name(name), MEMORY_BYTES.get(name)
+    except ValueError as error:
+        known = f"{error}, auto, cpu, {', '.join(UNSUPPORTED_DEVICES)} (refused)"
+        raise typer.BadParameter(known) from None
+
+
+def _refuse_unsupported(name: str) -> None:
+    from fusedq_kernels.device import UNSUPPORTED_DEVICES
+    from vllm_fusedq.errors import PreflightError
+
+    if name in UNSUPPORTED_DEVICES:
+        found, supported = UNSUPPORTED_DEVICES[name]
+        fix = "use another device, or vLLM's own support without --quantization fusedq"
+        raise PreflightError([Problem(f"device {name}", found, supported, fix)])
+
+
+def _act_dtype(dtype: Dtype, checkpoint: "Checkpoint") -> Any:
+    """vLLM's rule: the config's dtype where it is a 16-bit one, bfloat16 in place of float32."""
+    import torch
+
+    from vllm_fusedq.checkpoint import config_sections
+
+    name = dtype.value
+    if dtype is Dtype.AUTO:
+        sections = config_sections(checkpoint.config)
+        stated = [s.get(key) for s in sections for key in ("dtype", "torch_dtype") if s.get(key)]
+        name = "float16" if stated[:1] == ["float16"] else "bfloat16"
+    return getattr(torch, name)
+
+
+def _result(
+    checkpoint: "Checkpoint",
+    target: "Target",
+    tp_size: int,
+    demand: "Demand",
+    memory: int | None,
+    strict: bool,
+) -> Result:
+    from vllm_fusedq.advice import memory_problem, warnings_for
+    from vllm_fusedq.capacity import block_count, capacity_of
+    from vllm_fusedq.preflight import survey_model
+
+    blocks = block_count(checkpoint)
+    if demand.pipeline_parallel_size > blocks:
+        raise typer.BadParameter(
+            f"{demand.pipeline_parallel_size} pipeline stages for {blocks} layers"
+        )
+    survey = survey_model(checkpoint, target, tp_size)
+    capacity = capacity_of(checkpoint, survey.plan, target.act_dtype, demand, memory)
+    warnings = tuple(warnings_for(checkpoint, survey.plan, target.act_dtype, capacity))
+    problems = survey.problems
+    if not problems and (too_large := memory_problem(checkpoint, capacity)):
+        problems = (too_large,)
+    return Result(survey.plan, problems, warnings, capacity, strict)
+
+
+def _refuse(error: FusedQError, as_json: dict[str, Any] | None) -> None:
+    if as_json is not None:
+        print(json.dumps(as_json, indent=2))
+    else:
+        _print_refusal(str(error))
+    raise typer.Exit(ExitCode.REFUSED) from error
+
+
+def _print_refusal(message: str) -> None:
+    console(stderr=True).print(
+        f"[red]refused: {escape(message)}[/]", highlight=False, soft_wrap=True
+    )
+
+
+def _print_results(results: list[Result], device: "DeviceSpec", demand: "Demand") -> None:
+    from vllm_fusedq.capacity_report import capacity_table
+    from vllm_fusedq.errors import PreflightError
+    from vllm_fusedq.report import plan_table, summary
+
+    out = console()
+    for result in results:
+        plan = result.plan
+        out.print(f"tensor_parallel_size {plan.tp_size} on {device.name}")
+        out.print(plan_table(plan.layers, result.problems))
+        out.print(summary(plan.layers, plan.unquantized), highlight=False)
+        if not result.problems:
+            out.print(capacity_table(result.capacity, demand))
+        word = "refused (--strict)" if result.strict else "warning"
+        for warned in result.warnings:
+            out.print(f"{word}: {warned.layer}: {warned.message}", markup=False, highlight=False)
+        if result.problems:
+            _print_refusal(str(PreflightError(result.problems)))
+
+
+def _result_json(result: Result, demand: "Demand") -> dict[str, Any]:
+    from vllm_fusedq.report_json import capacity_json, counts_json, layers_json, problems_json
+
+    plan = result.plan
+    return {
+        "tensor_parallel_size": plan.tp_size,
+        "pipeline_parallel_size": demand.pipeline_parallel_size,
+        "verdict": "refused" if result.refused else "fused",
+        "layers": layers_json(plan.layers),
+        "unquantized": list(plan.unquantized),
+        "counts": counts_json(plan.layers, plan.unquantized),
+        "problems": problems_json(result.problems),
+        "warnings": [asdict(warned) for warned in result.warnings],
+        "capacity": None if result.problems else capacity_json(result.capacity),
+    }
