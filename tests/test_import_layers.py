@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     "integration",
     "cli",
+    "live",
+    "warmup",
     "load",
     "report_json",
     "advice",

@@ -1,5 +1,7 @@
 """`--additional-config '{"fusedq": {...}}'` is validated."""
 
+from pathlib import Path
+
 import pytest
 
 from fusedq_kernels.device import cpu_device, device_by_name
@@ -18,13 +20,33 @@ def test_default_is_the_rule() -> None:
     ("section", "message"),
     [
         ([], 'additional-config "fusedq": found list; supported: an object'),
-        ({"kernels": "auto"}, "unknown key 'kernels'; supported: kernel"),
+        ({"kernels": "auto"}, "unknown key 'kernels'; supported: kernel, report"),
         ({"kernel": "marlin"}, "kernel 'marlin' does not exist; supported: auto, triton-gemm"),
     ],
 )
 def test_wrong_settings_are_refused(section: object, message: str) -> None:
     with pytest.raises(SettingsError) as error:
         parse_settings(section)
+    assert message in str(error.value)
+
+
+def test_a_report_goes_where_it_can_be_written(tmp_path: Path) -> None:
+    report = str(tmp_path / "plan.json")
+    assert parse_settings({"report": report}) == Settings(report=report)
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        (3, "report is 3; supported: the name of a file"),
+        ("", "report is ''; supported: the name of a file"),
+        ("/no/such/folder/plan.json", "cannot be written; supported: a file in a directory that"),
+        ("/", "report '/' cannot be written"),
+    ],
+)
+def test_wrong_reports_are_refused(report: object, message: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        parse_settings({"report": report})
     assert message in str(error.value)
 
 

@@ -5,6 +5,7 @@ there, the layer is decoded and packed in stripes of rows and the slices are dro
 holds the packed model plus the layers in flight.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -26,10 +27,16 @@ MIN_STRIPES = 8
 
 @dataclass(slots=True)
 class LayerLoader:
-    """Fills one layer's `PackedWeight` from the checkpoint tensors of its parts."""
+    """Fills one layer's `PackedWeight` from the checkpoint tensors of its parts.
+
+    `stored_bytes` counts what the rank took from the checkpoint, `pack_seconds` the time that
+    decoding and packing took.
+    """
 
     plan: LayerPlan
     packed: PackedWeight
+    stored_bytes: int = 0
+    pack_seconds: float = 0.0
     findings: dict[str, Finding] = field(default_factory=dict)
     """By module: which convention its values prove (filled as the layer is packed)."""
     _slices: dict[tuple[PartShard, str], torch.Tensor] = field(default_factory=dict)
@@ -65,8 +72,11 @@ class LayerLoader:
             self._slices[part, name] = torch.empty_like(
                 cut, device=self.packed.qweight.device, memory_format=torch.contiguous_format
             ).copy_(cut)
+            self.stored_bytes += cut.nbytes
         if not self.missing():
+            start = time.perf_counter()
             self._pack()
+            self.pack_seconds += time.perf_counter() - start
 
     def missing(self) -> list[str]:
         """Full names of the tensors that have not arrived; empty once the layer is packed."""

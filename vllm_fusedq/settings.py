@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from fusedq_kernels.device import device_by_name
@@ -13,9 +14,11 @@ from vllm_fusedq.errors import SettingsError
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`kernel`: "auto", or one kernel's name to insist on for every layer."""
+    """`kernel`: "auto", or one kernel's name to insist on for every layer. `report`: the file that
+    the live report is written to, None for none."""
 
     kernel: str = "auto"
+    report: str | None = None
 
     @property
     def insisted(self) -> KernelName | None:
@@ -68,4 +71,21 @@ def parse_settings(section: Any) -> Settings:
             f'additional-config "fusedq": kernel {settings.kernel!r} does not exist; '
             f"supported: {', '.join(allowed)}"
         )
+    _check_report(settings.report)
     return settings
+
+
+def _check_report(report: Any) -> None:
+    """Before the model is loaded: a file in a directory that can be written."""
+    if report is None:
+        return
+    if not isinstance(report, str) or not report:
+        raise SettingsError(
+            f'additional-config "fusedq": report is {report!r:.80}; supported: the name of a file'
+        )
+    folder = Path(report).parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)) or Path(report).is_dir():
+        raise SettingsError(
+            f'additional-config "fusedq": report {report!r} cannot be written; supported: a file '
+            "in a directory that exists and is writable where the workers run"
+        )

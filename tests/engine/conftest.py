@@ -1,5 +1,6 @@
 """Real engines and servers, shared per module because each takes half a minute to start."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ def served(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[tuple[s
     log = tmp_path_factory.mktemp(name) / "server.log"
     arguments = ["--quantization", "fusedq", "--served-model-name", "tiny"]
     arguments += ["--max-model-len", "512", *compile_arguments()]
-    with serving(asset(name), log, arguments) as server:
+    settings = {"fusedq": {"report": str(log.with_name("plan.json"))}}
+    arguments += ["--additional-config", json.dumps(settings)]
+    with serving(asset(name), log, arguments, VLLM_PLUGINS="fusedq") as server:
         yield name, server
 
 

@@ -8,6 +8,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from openai import OpenAI
@@ -15,10 +16,13 @@ from openai import OpenAI
 from engines import mean_error
 from local_server import Server, compile_arguments
 from tiny_models import asset, reference
+from vllm_fusedq.checkpoint import read_checkpoint
+from vllm_fusedq.formats import format_for
 
 pytestmark = pytest.mark.engine
 
 Served = tuple[str, Server]
+PLAN_SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "schemas" / "plan.v1.json"
 FUSED_LAYERS = 8  # qkv_proj, o_proj, gate_up_proj and down_proj in each of two blocks
 
 
@@ -110,3 +114,46 @@ def test_check_and_engine_say_the_same(served: Served) -> None:
     logged = [line.split("] ", 1)[-1].split() for line in server.log.splitlines()]
     assert len(rows) == 4
     assert all(row in logged for row in rows)
+
+
+def get(server: Server, path: str) -> bytes:
+    with urllib.request.urlopen(f"{server.url}{path}", timeout=60) as response:
+        return response.read()
+
+
+def test_the_live_plan_over_http_and_in_the_report_file(served: Served) -> None:
+    name, server = served
+    (rank,) = json.loads(get(server, "/fusedq/plan"))["ranks"]
+    jsonschema.validate(rank, json.loads(PLAN_SCHEMA.read_text()))
+    assert json.loads(server.log_file.with_name("plan.json").read_text()) == rank
+    assert rank["model"] == str(asset(name))
+    assert sum(row["count"] for row in rank["layers"]) == rank["counts"]["fused"] == FUSED_LAYERS
+    assert rank["counts"]["fallbacks"] == 0
+    stored = read_checkpoint(asset(name))
+    markers = format_for(stored).markers
+    quantized = [each for each in stored.modules().values() if markers & each.keys()]
+    packed = sum(t.nbytes for each in quantized for n, t in each.items() if n != "bias")
+    assert rank["loading"]["bytes"] == packed
+    resident = sum(size for row in rank["layers"] for size in row["bytes"].values())
+    assert rank["repacking"]["bytes"] == resident
+    assert rank["warm_up"]["launches"] > 0
+    log = server.log
+    assert log.count("fusedq loading: ") == 1
+    assert f"{rank['warm_up']['launches']} launches" in log
+
+
+def test_health_and_metrics_of_the_live_plan(served: Served) -> None:
+    _, server = served
+    assert json.loads(get(server, "/fusedq/health")) == {
+        "status": "healthy",
+        "ranks": [{"fused": FUSED_LAYERS, "unquantized": 1, "fallbacks": 0}],
+    }
+    (rank,) = json.loads(get(server, "/fusedq/plan"))["ranks"]
+    metrics = dict(
+        line.rsplit(" ", 1) for line in get(server, "/metrics").decode().splitlines() if line
+    )
+    kernel = rank["layers"][0]["kernel"]
+    assert float(metrics[f'fusedq_layers{{kernel="{kernel}"}}']) == FUSED_LAYERS
+    size = sum(row["bytes"]["qweight"] for row in rank["layers"])
+    assert float(metrics['fusedq_weight_bytes{kind="qweight"}']) == size
+    assert float(metrics["fusedq_fallbacks_total"]) == 0

@@ -1,12 +1,18 @@
 """`--quantization fusedq`: vLLM's configuration hooks, each delegating to the planner."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 import vllm._custom_ops  # noqa: F401  (registers the CPU operators that planning looks for)
+from vllm import __version__ as VLLM_VERSION
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -23,6 +29,8 @@ from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.formats import Finding, format_for, settle
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.integration.last_words import open_message_file, speaking_last
+from vllm_fusedq.integration.worker_methods import install_worker_methods
+from vllm_fusedq.live import LiveReport, WorkerRank
 from vllm_fusedq.load import LayerLoader
 from vllm_fusedq.plan import LayerPlan, Target
 from vllm_fusedq.preflight import plan_model
@@ -77,13 +85,15 @@ class FusedQConfig(QuantizationConfig):
 
         return WeightsMapper()
 
-    def maybe_update_config(self, model_name: str, *_: Any, **__: Any) -> None:
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None, **_: Any
+    ) -> None:
         """Runs in the API process while vLLM builds its configuration: refuse here, first.
 
         The tensor-parallel size is not known yet; what depends on it is refused by the workers
         before they read a weight.
         """
-        self.checkpoint = read_checkpoint(model_name)
+        self.checkpoint = read_checkpoint(model_name, revision)
         self.format = format_for(self.checkpoint)
         plan_model(self.checkpoint, Target(_announced_device(), torch.bfloat16))
         self.message_file = open_message_file()
@@ -120,6 +130,12 @@ class FusedQConfig(QuantizationConfig):
         found = tuple(self.renamed_modules.get(part, part) for part in stacked)
         return found if own not in modules and any(m in modules for m in found) else (own,)
 
+    def worker_document(self) -> dict[str, Any]:
+        """The live report of this process, for `collective_rpc`."""
+        if self._worker is None:
+            raise UnsupportedCheckpoint("this process has built no fused layer")
+        return self._worker.document()
+
     def _loaded_format(self) -> CheckpointFormat:
         if self.format is None:
             raise UnsupportedCheckpoint(
@@ -141,7 +157,13 @@ class FusedQConfig(QuantizationConfig):
                     "cpu-striped, which is several times slower."
                 )
             target = Target(device, vllm_config.model_config.dtype, settings.insisted)
-            self._worker = WorkerState(target, settings, self.message_file)
+            install_worker_methods()
+            self._worker = WorkerState(
+                *(target, settings, self.message_file),
+                model=self._loaded_format().checkpoint.path,
+                rank=_worker_rank(vllm_config),
+                max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            )
             plan = plan_model(
                 self._loaded_format().checkpoint, target, get_tensor_model_parallel_world_size()
             )
@@ -152,33 +174,61 @@ class FusedQConfig(QuantizationConfig):
 class WorkerState:
     """What one worker process knows: its target, and the layers as they are created and loaded."""
 
-    def __init__(self, target: Target, settings: Settings, message_file: str | None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        settings: Settings,
+        message_file: str | None,
+        model: str = "",
+        rank: WorkerRank | None = None,
+        max_tokens: int = 1,
+    ) -> None:
         self.target = target
         self.settings = settings
         self.message_file = message_file
         self.plans: list[LayerPlan] = []
         self.unquantized: tuple[str, ...] = ()
         self._findings: dict[str, Finding] = {}
-        self._loaded = 0
+        self.live = LiveReport(target, model, rank or WorkerRank(), max_tokens)
 
-    def layer_loaded(self, loader: LayerLoader, rank: int) -> None:
-        """Count a finished layer; with the last one, rank 0 logs the plan of the whole model.
+    def layer_loaded(self, loader: LayerLoader, has_bias: bool) -> None:
+        """Take note of a finished layer; after the last one, warm up and report.
 
         Raises:
             WeightLoadError: the layers contradict each other about how they were stored.
         """
+        if self.live.warmed is not None:
+            return  # A weight update: nothing new to compile or to tell
         self._findings |= loader.findings
-        self._loaded += 1
-        if self._loaded != len(self.plans):
+        self.live.add(loader, has_bias)
+        if len(self.live.loaders) < len(self.plans):
             return
         note = settle(self._findings)
-        if rank == 0:
+        self.live.finish()
+        if self.live.rank.reports:
             if note:
                 logger.warning(note)
-            # Tables cost every vLLM process 30 ms of import; only one engine prints one.
-            from vllm_fusedq.report import log_plan
+            self.live.log(self.plans, self.unquantized)
+            if self.settings.report is not None:
+                # Tables cost every vLLM process 30 ms of import; only one engine prints one.
+                from vllm_fusedq.report_json import write_document
 
-            log_plan(self.plans, self.unquantized)
+                path = self.live.rank.report_file(Path(self.settings.report))
+                write_document(path, self.document())
+
+    def document(self) -> dict[str, Any]:
+        return self.live.document(self.plans, self.unquantized, VLLM_VERSION)
+
+
+def _worker_rank(vllm_config: Any) -> WorkerRank:
+    parallel = vllm_config.parallel_config
+    return WorkerRank(
+        tensor=get_tensor_model_parallel_rank(),
+        tensor_size=get_tensor_model_parallel_world_size(),
+        pipeline=get_pp_group().rank_in_group,
+        pipeline_size=parallel.pipeline_parallel_size,
+        data=parallel.data_parallel_rank,
+    )
 
 
 def _announced_device() -> DeviceSpec:

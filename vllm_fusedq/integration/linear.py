@@ -84,7 +84,8 @@ class FusedQLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         with speaking_last(self.state.message_file):
             layer.fusedq_loader.check_complete()
-            self.state.layer_loaded(layer.fusedq_loader, getattr(layer, "tp_rank", 0))
+            has_bias = isinstance(getattr(layer, "bias", None), torch.Tensor)
+            self.state.layer_loaded(layer.fusedq_loader, has_bias)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None

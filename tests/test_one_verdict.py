@@ -1,0 +1,129 @@
+"""`fusedq check` and the engine plan alike: headers on one side, vLLM's own layers on the other."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fusedq_kernels.device import cpu_device, device_by_name
+from published import FORMATS, Model, write_headers
+from vllm_fusedq.checkpoint import Checkpoint, read_checkpoint
+from vllm_fusedq.errors import PreflightError
+from vllm_fusedq.formats import format_for
+from vllm_fusedq.plan import LayerPlan, Target
+from vllm_fusedq.preflight import plan_model
+from vllm_fusedq.settings import Settings
+
+# At TP 2 and 4 a rank of "straddle" begins inside a group of 128; "grouped" replicates key and
+# value heads at TP 4.
+SHAPES = {
+    "even": Model("LlamaForCausalLM", "llama", 256, 512, 2, 8, 8, 64, head_dim=32),
+    "straddle": Model("LlamaForCausalLM", "llama", 256, 896, 1, 8, 4, 64, head_dim=32),
+    "grouped": Model("LlamaForCausalLM", "llama", 512, 1024, 1, 8, 2, 64, head_dim=64),
+}
+GROUPS = {"even": 32, "straddle": 128, "grouped": 64}
+DEVICES = {
+    "cpu": cpu_device(fused_op=True),
+    "cpu-striped": cpu_device(fused_op=False),
+    **{name: device_by_name(name) for name in ("a100", "l40s", "h200", "b200", "rtx5090")},
+}
+
+
+@pytest.fixture
+def rank_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Makes vLLM's layers believe that they are one rank of many."""
+    from vllm.distributed import parallel_state
+
+    def become(rank: int, size: int) -> None:
+        group = SimpleNamespace(rank_in_group=rank, world_size=size)
+        monkeypatch.setattr(parallel_state, "_TP", group)
+
+    return become
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()), torch.device("meta"):
+        yield
+
+
+def engine_plans(checkpoint: Checkpoint, model: Model, target: Target) -> list[LayerPlan]:
+    """The plans that vLLM's layers make when they are created on the current rank."""
+    from vllm.model_executor.layers.linear import (
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        RowParallelLinear,
+    )
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    from vllm_fusedq.integration.config import FusedQConfig, WorkerState
+
+    config = FusedQConfig()
+    config.checkpoint, config.format = checkpoint, format_for(checkpoint)
+    config.packed_modules_mapping = LlamaForCausalLM.packed_modules_mapping
+    state = config._worker = WorkerState(target, Settings(), None)
+    common = {"bias": False, "quant_config": config, "params_dtype": target.act_dtype}
+    for index in range(model.layers):
+        block = f"model.layers.{index}"
+        QKVParallelLinear(
+            *(model.hidden, model.head_dim, model.heads, model.kv_heads),
+            prefix=f"{block}.self_attn.qkv_proj",
+            **common,
+        )
+        features = model.heads * model.head_dim
+        RowParallelLinear(features, model.hidden, prefix=f"{block}.self_attn.o_proj", **common)
+        pair = [model.intermediate] * 2
+        gate_up = f"{block}.mlp.gate_up_proj"
+        MergedColumnParallelLinear(model.hidden, pair, prefix=gate_up, **common)
+        down = f"{block}.mlp.down_proj"
+        RowParallelLinear(model.intermediate, model.hidden, prefix=down, **common)
+    return state.plans
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_headers_and_layers_give_equal_plans(
+    tmp_path: Path, rank_of: Callable[[int, int], None], fmt: str, shape: str
+) -> None:
+    model = SHAPES[shape]
+    write_headers(tmp_path, model, fmt, GROUPS[shape])
+    checkpoint = read_checkpoint(tmp_path)
+    compared = 0
+    with building():
+        for device in DEVICES.values():
+            target = Target(device, torch.bfloat16)
+            for tp in (1, 2, 4):
+                for rank in range(tp):
+                    rank_of(rank, tp)
+                    here = plan_model(checkpoint, target, tp, ranks=[rank]).layers
+                    there = engine_plans(checkpoint, model, target)
+                    assert {plan.prefix: plan for plan in here} == {
+                        plan.prefix: plan for plan in there
+                    }
+                    compared += len(there)
+    assert compared == len(DEVICES) * 7 * 4 * model.layers
+
+
+@pytest.mark.parametrize("device", ["cpu", "h200"])
+def test_headers_and_layers_refuse_alike(
+    tmp_path: Path, rank_of: Callable[[int, int], None], device: str
+) -> None:
+    """96 in_features at TP 4 are 24 per rank: no kernel takes them."""
+    model = Model("LlamaForCausalLM", "llama", 64, 96, 1, 4, 4, 64, head_dim=16)
+    write_headers(tmp_path, model, "gptq", 32)
+    checkpoint = read_checkpoint(tmp_path)
+    target = Target(DEVICES[device], torch.bfloat16)
+    rank_of(3, 4)
+    with pytest.raises(PreflightError) as here:
+        plan_model(checkpoint, target, 4)
+    with building(), pytest.raises(PreflightError) as there:
+        engine_plans(checkpoint, model, target)
+    said = [(problem.found, problem.supported) for problem in there.value.problems]
+    assert said == [("24 in_features per rank", "multiples of 16")]
+    assert [(p.found, p.supported) for p in here.value.problems] == said
+    assert [p.layer for p in here.value.problems] == [p.layer for p in there.value.problems]
