@@ -19,7 +19,7 @@ from vllm_fusedq.preflight import index_ranges
 logger = logging.getLogger("vllm.fusedq")
 
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
-_NUMBERS = ("weights MB", "scales MB", "bits/weight")
+_NUMBERS = ("MB", "meta MB", "bits/w")
 COLUMNS = (
     *("layers", "format", "K x N per rank", "phase", "kernel", "decode", "prefill"),
     *(*_NUMBERS, "verdict"),
