@@ -54,9 +54,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path.startswith("/api/models/"):
             code = "RevisionNotFound" if "/revision/" in self.path else "RepoNotFound"
             self._answer(404, b"", {"X-Error-Code": code})
-        elif self.path.startswith(f"/{hub.repository}/resolve/{COMMIT}/"):
+        elif self.path.startswith(
+            (f"/{hub.repository}/resolve/{COMMIT}/", f"/{hub.repository}/resolve/main/")
+        ):
             name = self.path.rsplit("/", 1)[1]
-            if name.endswith(".safetensors"):
+            if not (hub.root / name).exists():
+                self._answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            elif name.endswith(".safetensors"):
                 # The hub sends weights from elsewhere
                 self._answer(302, b"", {"Location": f"{hub.url}/cdn/{name}"})
             else:
@@ -66,16 +70,19 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
 
+    do_HEAD = do_GET
+
     def _file(self, name: str) -> None:
         body = (self.hub.root / name).read_bytes()
-        headers = {}
+        headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
         status = 200
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if match and self.hub.ranges:
             start, stop = int(match.group(1)), min(int(match.group(2)) + 1, len(body))
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(body)}"
             status, body = 206, body[start : stop - self.hub.cut]
-        self.hub.sent.append((name, len(body)))
+        if self.command == "GET":
+            self.hub.sent.append((name, len(body)))
         self._answer(status, body, headers)
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
@@ -83,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
+        if self.command == "HEAD":
+            return
         try:
             self.wfile.write(body)
         except (BrokenPipeError, ConnectionResetError):
