@@ -51,6 +51,17 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path.name} for path in sorted(hub.root.iterdir())]
             answer = {"id": hub.repository, "sha": COMMIT, "siblings": siblings}
             self._answer(200, json.dumps(answer).encode())
+        elif self.path.startswith(
+            (
+                f"/api/models/{hub.repository}/tree/main",
+                f"/api/models/{hub.repository}/tree/{COMMIT}",
+            )
+        ):
+            files = [
+                {"type": "file", "oid": COMMIT, "path": path.name, "size": path.stat().st_size}
+                for path in sorted(hub.root.iterdir())
+            ]
+            self._answer(200, json.dumps(files).encode())
         elif self.path.startswith("/api/models/"):
             code = "RevisionNotFound" if "/revision/" in self.path else "RepoNotFound"
             self._answer(404, b"", {"X-Error-Code": code})
