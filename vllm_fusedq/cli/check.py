@@ -83,7 +83,9 @@ def check(
         str | None, typer.Option(help="branch, tag or commit of a repository")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
-    strict: Annotated[bool, typer.Option(help="refuse what would only be warned of")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="refuse what would only be warned of")
+    ] = False,
 ) -> None:
     """Say which kernel every quantized layer would run, or every reason why it cannot."""
     from vllm_fusedq.capacity import Demand
