@@ -22,12 +22,12 @@ def unpack_columns(words: torch.Tensor, bits: int = 4, straddling: bool = False)
     4-bit words of another integer dtype hold two codes per byte in the same way.
     """
     rows, width = words.shape
-    if straddling:
-        return _straddling(words, bits)
     if bits == 8:
         return _bytes(words).view(rows, 4 * width)
+    if straddling or bits == 2:
+        return _spread(words, bits)
     if bits != 4:
-        return _fields(words, bits, 32 // bits).view(rows, 32 // bits * width)
+        return _fields(words, bits)
     nibbles = 2 * words.dtype.itemsize
     pairs = _bytes(words).to(torch.int16)
     # One byte to two: 0x00BA becomes 0x0B0A, whose bytes are the low nibble, then the high one
@@ -58,29 +58,35 @@ def take(
     return codes.narrow(dim, start % block, length).contiguous()
 
 
-def _fields(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """uint8 `[R, W, count]`: the lowest `count` fields of `bits` bits in each word."""
+def _fields(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 `[R, P * W]`, the P whole codes of each word."""
+    count, mask = 32 // bits, (1 << bits) - 1
     codes = torch.empty(*words.shape, count, dtype=torch.uint8, device=words.device)
-    mask = (1 << bits) - 1
     for index in range(count):
         codes[..., index] = (words >> (bits * index)) & mask
-    return codes
+    return codes.view(len(words), -1)
 
 
-def _straddling(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 `[R, 32 * B]` of int32 `[R, bits * B]`, each row one stream of bits."""
+def _spread(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 `[R, 32 * W / bits]` of int32 `[R, W]`, each row one stream of bits.
+
+    8 codes are `bits` bytes: they are halved three times, each half to a place of its own, until
+    every code has a byte of an int64.
+    """
     if missing := -words.shape[1] % bits:
         words = torch.nn.functional.pad(words, (0, missing))
-    blocks = words.reshape(len(words), -1, bits)
-    codes = torch.empty(*blocks.shape[:2], 32, dtype=torch.uint8, device=words.device)
-    for index in range(32):
-        word, shift = divmod(index * bits, 32)
-        field = blocks[..., word] >> shift
-        if (here := 32 - shift) < bits:
-            # The shift repeats the sign, where the next word's bits belong
-            field = (field & ((1 << here) - 1)) | (blocks[..., word + 1] << here)
-        codes[..., index] = field & ((1 << bits) - 1)
-    return codes.view(len(words), -1)
+    octets = _bytes(words).view(-1, bits)
+    codes = octets[:, 0].to(torch.int64)
+    for index in range(1, bits):
+        codes |= octets[:, index].to(torch.int64) << (8 * index)
+    for width, place in ((4 * bits, 32), (2 * bits, 16), (bits, 8)):
+        low, high = (
+            sum(((1 << width) - 1) << start for start in range(first, 64, 2 * place))
+            for first in (0, place)
+        )
+        upper = (codes << (place - width)).bitwise_and_(high)
+        codes.bitwise_and_(low).bitwise_or_(upper)
+    return codes.view(torch.uint8).view(len(words), -1)
 
 
 def _bytes(words: torch.Tensor) -> torch.Tensor:
