@@ -5,12 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import tiny_models
 from builders.gptq import gptq_words
 from checkpoints import ALL_BUILDS, Tensors, Truth, put, random_truth, with_fields
 from layers import MODULE, check, cut, describe
+from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.formats import Finding, LayerFormat, Region, decode, inspect, settle
+from vllm_fusedq.formats import (
+    Finding,
+    LayerFormat,
+    Region,
+    decode,
+    format_for,
+    inspect,
+    settle,
+)
 
 SAID = {"gptq": "gptq-asym", "gptq_v2": "gptq-asym-v2"}
 
@@ -190,3 +201,31 @@ def test_refuses_values_before_it_judges_them() -> None:
     put("scales", (0, 0), float("nan"))(tensors)
     with pytest.raises(WeightLoadError, match="found 1 NaN or infinite values"):
         inspected(layer, tensors)
+
+
+MIXED = tiny_models.MIXED[0]
+
+
+def real_findings(checkpoint_format: str) -> dict[str, Finding]:
+    checkpoint = read_checkpoint(tiny_models.asset(MIXED))
+    config = {**checkpoint.quant_config, "checkpoint_format": checkpoint_format}
+    fmt = format_for(replace(checkpoint, quant_config=config))
+    stored = load_file(tiny_models.asset(MIXED) / "model.safetensors")
+    findings = {}
+    for module in fmt.modules():
+        layer = fmt.spec_for(module)
+        tensors = {t.name: stored[f"{module}.{t.name}"] for t in layer.tensors}
+        findings[module] = inspected(layer, tensors)
+    return findings
+
+
+def test_gptqmodels_own_layers_prove_their_convention() -> None:
+    findings = real_findings("gptq")
+    assert {finding.said for finding in findings.values()} == {"gptq"}
+    assert {finding.found for finding in findings.values()} == {"gptq"}
+    assert settle(findings) == ""
+
+
+def test_gptqmodels_own_layers_under_the_wrong_name_are_refused() -> None:
+    with pytest.raises(WeightLoadError, match=r"mlp\.\w+\.qzeros: found codes that average 0.99"):
+        real_findings("gptq_v2")
