@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 
 BLOCK_K = 128
+# The tiled layouts pad N to this.
+BLOCK_N = 128
 WNA16_ALIGNMENT = 32
 
 
@@ -80,6 +82,11 @@ def wna16_geometry(k: int, group_size: int, phase: int) -> Wna16Geometry:
         raise ValueError(f"layout CPU_WNA16 needs an even group size, got {group_size}")
     num_groups = round_up(num_groups, WNA16_ALIGNMENT // gcd(group_size, WNA16_ALIGNMENT))
     return Wna16Geometry(phase, num_groups, num_groups * group_size)
+
+
+def whole_splits(num_blocks: int, split_k: int) -> int:
+    """At most `split_k` splits of `num_blocks`, as many as leave none of them empty."""
+    return -(-num_blocks // -(-num_blocks // split_k))
 
 
 def round_up(value: int, multiple: int) -> int:

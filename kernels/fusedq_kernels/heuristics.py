@@ -1,14 +1,17 @@
 """Which kernel and tile a problem gets, and which problems get none: pure functions of plain data.
 
 `device.py` supplies the `DeviceSpec`; `gemm.py` and `cpu.py` run the `Launch`. Nothing here asks a
-driver, so the answer given while planning is the answer at run time. `tiles.py` has the tiles.
+driver, so the answer given while planning is the answer at run time. `tiles.py` has the tiles of
+the rules, `tuning.py` the measured rows, which come before them.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from fusedq_kernels.geometry import BLOCK_K, group_geometry, round_up
+from fusedq_kernels import tuning
+from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, group_geometry, round_up, whole_splits
 from fusedq_kernels.tiles import rules_for
 from fusedq_kernels.types import (
     DeviceSpec,
@@ -28,13 +31,11 @@ ACT_DTYPES = (torch.float16, torch.bfloat16)
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
 _MIN_STEP = 32
-_BLOCK_N_UNIT = 128
 
 # Split-K: fill about two 128-wide tiles per SM, with at least four K blocks per split.
 _TILES_PER_SM = 2.1
 _MIN_BLOCKS_PER_SPLIT = 4
 _MAX_SPLIT_K = 16
-_MAX_DECODE_M = 64
 
 # A tile of this width is used from this N up, unless it is the last of its rule.
 _MIN_N = {256: 4096, 128: 2049}
@@ -53,16 +54,25 @@ def kernel_for(device: DeviceSpec, weight_type: WeightType) -> KernelName:
     return next(kernel for kernel in kernels_for(device) if runs(kernel, weight_type))
 
 
-def select(shape: GemmShape, spec: QuantSpec, device: DeviceSpec) -> Launch:
+def select(
+    shape: GemmShape,
+    spec: QuantSpec,
+    device: DeviceSpec,
+    table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
+) -> Launch:
     """The kernel and tile for one problem that `unsupported_reasons` has passed.
 
-    Up to 64 tokens `split_k` depends on N and K alone, so a row's sum is cut at the same places
-    whatever batch it arrives in.
+    `table_for` supplies the measured rows, which come before the rules. Up to 64 tokens `split_k`
+    depends on N and K alone, so a row's sum is cut at the same places whatever batch it arrives in.
     """
     kernel = kernel_for(device, spec.weight_type)
     if kernel is not KernelName.TRITON_GEMM:
         isa = f", {device.cpu_isa}" if device.cpu_isa else ""
         return Launch(kernel, None, f"rule: {device.kind}{isa}")
+    table = table_for(device)
+    found = None if table is None else tuning.find(table, shape, spec, kernels_for(device))
+    if found is not None:
+        return found
     rules = rules_for(device, layout_for(kernel, spec.weight_type))
     rule = next(rule for rule in rules if rule.max_m is None or shape.m <= rule.max_m)
     step = group_geometry(shape.k, spec.group_size, 0).step
@@ -115,13 +125,13 @@ def unsupported_reasons(
 
 
 def _fits(tile: TileConfig, n: int) -> bool:
-    divides = round_up(n, _BLOCK_N_UNIT) % tile.block_n == 0
+    divides = round_up(n, BLOCK_N) % tile.block_n == 0
     return divides and n >= _MIN_N.get(tile.block_n, 0)
 
 
 def _split_k(shape: GemmShape, tile: TileConfig, device: DeviceSpec) -> int:
-    tiles = round_up(shape.n, _BLOCK_N_UNIT) // _BLOCK_N_UNIT
-    if shape.m > _MAX_DECODE_M:
+    tiles = round_up(shape.n, BLOCK_N) // BLOCK_N
+    if shape.m > tuning.MAX_DECODE_M:
         tiles *= -(-shape.m // tile.block_m)
     num_blocks = -(-shape.k // BLOCK_K)
     split_k = 1
@@ -131,8 +141,7 @@ def _split_k(shape: GemmShape, tile: TileConfig, device: DeviceSpec) -> int:
         and split_k < _MAX_SPLIT_K
     ):
         split_k *= 2
-    blocks_per_split = -(-num_blocks // split_k)
-    return -(-num_blocks // blocks_per_split)
+    return whole_splits(num_blocks, split_k)
 
 
 def _scale_reasons(spec: QuantSpec, kernel: KernelName) -> list[Reason]:

@@ -28,10 +28,8 @@ from dataclasses import dataclass
 import torch
 
 from fusedq_kernels import bits
-from fusedq_kernels.geometry import BLOCK_K, TensorSpec, group_geometry, round_up
+from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, TensorSpec, group_geometry, round_up
 from fusedq_kernels.types import Layout, PackedWeight, QuantSpec
-
-BLOCK_N = 128
 
 
 @dataclass(frozen=True, slots=True)
