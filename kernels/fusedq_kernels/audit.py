@@ -32,7 +32,8 @@ from fusedq_kernels.types import DeviceSpec, QuantSpec, TileConfig, WeightType
 AUDIT_K = 1 << 16
 
 _TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-_POINTERS = ("x_ptr", "qweight_ptr", "scales_ptr", "bias_ptr", "out_ptr")
+_SPLIT_POINTERS = ("partial_ptr", "arrivals_ptr")
+_POINTERS = ("x_ptr", "qweight_ptr", "scales_ptr", "bias_ptr", "y_ptr", *_SPLIT_POINTERS)
 _ALIGNED = [["tt.divisibility", gemm.ALIGNMENT]]
 _WARP_SIZE = 32
 
@@ -135,18 +136,20 @@ def compile_gemm(
     """Compile the main kernel exactly as `fused_gemm` would specialise it, with a bias."""
     if gemm.INTERPRETED:
         raise RuntimeError("unset TRITON_INTERPRET: the interpreter has no compiler")
-    kernel = gemm._fused_gemm_kernel
+    kernel = gemm.fused_gemm_kernel
     geometry = _geometry(spec.group_size)
     constants = gemm.kernel_constants(spec, geometry.step, geometry.num_groups, tile, has_bias=True)
     act = "*" + _TRITON_NAMES[act_dtype]
     scales = "*i32" if spec.has_zero_points else "*fp32"
-    out = "*fp32" if constants["PARTIAL"] else act
-    pointers = dict(zip(_POINTERS, (act, "*i32", scales, act, out), strict=True))
+    pointers = dict(zip(_POINTERS, (act, "*i32", scales, act, act, "*fp32", "*i32"), strict=True))
+    if tile.split_k == 1:
+        # The JIT takes an argument that is None for a constant.
+        constants |= dict.fromkeys(_SPLIT_POINTERS)
     signature = {
         name: "constexpr" if name in constants else pointers.get(name, "i32")
         for name in kernel.arg_names
     }
-    aligned = {*pointers, *gemm.ALIGNED_ARGS, "N"}
+    aligned = {*pointers, *gemm.ALIGNED_ARGS, "N"} - set(constants)
     attrs = {(i,): _ALIGNED for i, name in enumerate(kernel.arg_names) if name in aligned}
     major, minor = device.capability
     return triton.compile(

@@ -180,13 +180,18 @@ class DeviceSpec:
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:
-    """Launch geometry: block_m tokens x block_n out_features, K walked in steps of 128."""
+    """Launch geometry: block_m tokens x block_n out_features, K walked in steps of 128.
+
+    `split_k` programs share the K of a tile. With `scale_weights` a group's scale multiplies its
+    weights, rounded to 16 bits, instead of the fp32 partial product.
+    """
 
     block_m: int
     block_n: int
     split_k: int
     num_warps: int
     num_stages: int
+    scale_weights: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fusedq_kernels.arrivals import MAX_TILES
 from fusedq_kernels.device import KNOWN_DEVICES, device_by_name
 from fusedq_kernels.heuristics import (
     kernel_for,
@@ -79,6 +80,8 @@ def test_every_launch_is_valid(device, weight_type, group_size):
                 assert n_padded % tile.block_n == 0
                 blocks_per_split = -(-num_blocks // tile.split_k)
                 assert 1 <= tile.split_k <= 16
+                num_tiles = -(-m // tile.block_m) * (n_padded // tile.block_n)
+                assert tile.split_k == 1 or num_tiles <= MAX_TILES
                 assert (tile.split_k - 1) * blocks_per_split < num_blocks, "an empty split"
 
 

@@ -1,0 +1,183 @@
+"""The fused kernel itself: one `@triton.jit` for every weight type, tile and phase of serving.
+
+It computes `y.T = W @ x.T`: with the weight as FIRST operand of `tl.dot` the decoded tile goes from
+registers straight into the tensor cores (wgmma takes its first operand from registers, never its
+second). `decode.py` turns packed words into values, `gemm.py` launches.
+
+Where the scale goes. By default it multiplies the fp32 partial product of its group: a weight is
+exact until the fp32 accumulation. One group over all of K multiplies once, at the end. With
+SCALE_WEIGHTS it multiplies the weight in 16 bits, which lets the tensor cores run on without
+waiting for a partial product, at the price of rounding each weight once.
+
+Split-K. The programs of a tile store fp32 partial sums and count themselves in
+(`arrivals.py`); the last one adds all sums in the order of K, whoever came last, hence the same
+bits on every run. The order of memory: all threads store, a barrier of the block makes the stores
+precede thread 0's atomic add, whose release at GPU scope covers them (release is cumulative in
+PTX); the add that finds the tile complete acquires every earlier one, a barrier passes that on to
+its block, and `.cg` loads read the sums from L2. Floating-point atomics, which add in any order,
+are not used.
+"""
+
+# Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
+# ruff: noqa: RET505, SIM300
+
+import triton
+import triton.language as tl
+
+from fusedq_kernels.decode import BLOCK_K
+
+
+@triton.jit
+def _to_output(acc, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Round fp32 to DTYPE, ties to even."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        # The interpreter truncates; adding half a bf16 ulp first makes it round like a GPU.
+        bits = acc.to(tl.int32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        return acc.to(DTYPE)
+
+
+@triton.jit
+def _dot(a, b, acc, INTERPRET: tl.constexpr):
+    """`a @ b + acc`."""
+    if INTERPRET:
+        # The interpreter multiplies the uint16 images of bf16.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def _scaled(weight, scale, INTERPRET: tl.constexpr):
+    """`weight * scale`, rounded once to the dtype of `weight`."""
+    return _to_output(weight.to(tl.float32) * scale[:, None], weight.dtype, INTERPRET)
+
+
+@triton.jit(do_not_specialize=["M", "first_step", "last_group", "num_blocks", "blocks_per_split"])
+def fused_gemm_kernel(
+    x_ptr,
+    qweight_ptr,
+    scales_ptr,
+    bias_ptr,
+    y_ptr,
+    partial_ptr,
+    arrivals_ptr,
+    M,
+    N,
+    K,
+    n_padded,
+    pad,
+    first_step,
+    last_group,
+    num_blocks,
+    blocks_per_split,
+    stride_xm,
+    DECODE: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    SCALE_WEIGHTS: tl.constexpr,
+    WORDS: tl.constexpr,
+    STEP: tl.constexpr,
+    STEPS_PER_GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """One `[BLOCK_M, BLOCK_N]` tile of y over one split of K.
+
+    Grid `(cdiv(M, BLOCK_M), n_padded // BLOCK_N, SPLIT_K)`. `first_step` is the group phase in
+    units of STEP; STEPS_PER_GROUP is 0 when one group spans all of K. With SPLIT_K above 1,
+    `partial_ptr` is fp32 `[SPLIT_K, M, N]` and `arrivals_ptr` int32, zero, one per tile.
+    """
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    STEPS: tl.constexpr = BLOCK_K // STEP
+    # Tensor cores take 16 rows at least: a finer step multiplies its 16 rows with the others of x
+    # masked to zero.
+    ROWS: tl.constexpr = STEP if STEP > 16 else 16
+    PARTS: tl.constexpr = ROWS // STEP
+
+    pid_m = tl.program_id(0)
+    pid_n = tl.program_id(1)
+    pid_k = tl.program_id(2)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, ROWS)
+    mask_m = offs_m < M
+
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
+    qweight_ptrs = qweight_ptr + offs_n[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    scales_ptrs = scales_ptr + offs_n
+    stride_block = n_padded.to(tl.int64) * WORDS
+    if STEPS_PER_GROUP == 0:
+        metadata = tl.load(scales_ptrs)
+
+    first_block = pid_k * blocks_per_split
+    last_block = tl.minimum(first_block + blocks_per_split, num_blocks)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    scale = tl.zeros((BLOCK_N,), tl.float32)
+    for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
+        words = tl.load(qweight_ptrs + block * stride_block)
+        for sub in tl.static_range(STEPS):
+            if STEPS_PER_GROUP != 0:
+                group = (block * STEPS + sub + first_step) // STEPS_PER_GROUP
+                if STEPS > 1:
+                    # Steps made of padding alone may lie beyond the last group.
+                    group = tl.minimum(group, last_group)
+                metadata = tl.load(scales_ptrs + group * n_padded)
+            k = block * BLOCK_K + (sub // PARTS) * ROWS - pad
+            rows = k + offs_k
+            mask_x = (rows >= 0) & (rows < K)
+            if PARTS > 1:
+                mask_x &= offs_k // STEP == sub % PARTS
+            x = tl.load(x_ptrs + k, mask=mask_m[None, :] & mask_x[:, None], other=0.0)
+            weight, scale = DECODE(
+                words, metadata, sub // PARTS, ROWS, DTYPE, SCALE_DTYPE, INTERPRET
+            )
+            if STEPS_PER_GROUP == 0:
+                acc = _dot(weight, x, acc, INTERPRET)
+            elif SCALE_WEIGHTS:
+                acc = _dot(_scaled(weight, scale, INTERPRET), x, acc, INTERPRET)
+            else:
+                acc += _dot(weight, x, None, INTERPRET) * scale[:, None]
+    if STEPS_PER_GROUP == 0:
+        acc *= scale[:, None]
+
+    mask = mask_m[None, :] & (offs_n < N)[:, None]
+    offs_y = offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+    if SPLIT_K == 1:
+        _finish(acc, bias_ptr, y_ptr, offs_n, offs_y, mask, N, HAS_BIAS, INTERPRET)
+    else:
+        split_size = M.to(tl.int64) * N
+        tl.store(partial_ptr + pid_k * split_size + offs_y, acc, mask=mask)
+        tl.debug_barrier()
+        arrivals_ptr += pid_n * tl.num_programs(0) + pid_m
+        arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLIT_K - 1:
+            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for split in tl.static_range(SPLIT_K):
+                ptrs = partial_ptr + split * split_size + offs_y
+                total += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(arrivals_ptr, 0)
+            _finish(total, bias_ptr, y_ptr, offs_n, offs_y, mask, N, HAS_BIAS, INTERPRET)
+
+
+@triton.jit
+def _finish(
+    acc,
+    bias_ptr,
+    y_ptr,
+    offs_n,
+    offs_y,
+    mask,
+    N,
+    HAS_BIAS: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
+        acc += bias.to(tl.float32)[:, None]
+    tl.store(y_ptr + offs_y, _to_output(acc, y_ptr.dtype.element_ty, INTERPRET), mask=mask)
