@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,7 +48,8 @@ _MMA_SASS = ("HGMMA", "HMMA", "UTCHMMA")
 class AuditRow:
     """What the compiler made of one kernel variant.
 
-    `smem` and `stack` are bytes, `stack` above zero means spilled registers. The counts from
+    `smem` and `stack` are bytes, `stack` above zero means spilled registers; `tmem` is columns of
+    tensor memory (sm_100), of which a block has 512. The counts from
     `loop_instructions` on are SASS instructions of one thread in one K block of the main loop:
     `sts` stores to shared memory, `ldg` loads from global memory that were not made asynchronous,
     `local` spill traffic.
@@ -62,6 +63,7 @@ class AuditRow:
     registers: int
     stack: int
     smem: int
+    tmem: int
     mma: str
     loop_instructions: int
     sts: int
@@ -80,11 +82,14 @@ def audit(
     weight_types: Iterable[WeightType] = tuple(WeightType),
     act_dtypes: Iterable[torch.dtype] = ACT_DTYPES,
     group_sizes: Iterable[int] = (128,),
+    batch_invariant: bool = False,
 ) -> list[AuditRow]:
     """Compile each combination for `target`, a name known to `device_by_name`.
 
-    `tiles` names the tiles to keep ("16x128") of all those that `select` can return for the
-    device and group size. A group size of at least `AUDIT_K` stands for per-channel scales.
+    `tiles` names the tiles to keep ("16x128", "128x128s" where the scale multiplies the weights) of
+    all those that `select` can return for the device and group size. A group size of at least
+    `AUDIT_K` stands for per-channel scales. With `batch_invariant` only the tile for more than 64
+    tokens, adding up 4 segments of K: the others are those of any layer.
     """
     device = device_by_name(target)
     return [
@@ -92,13 +97,21 @@ def audit(
         for group_size in group_sizes
         for weight_type in weight_types
         for act_dtype in act_dtypes
-        for tile in tiles_for(device, weight_type, _geometry(group_size).step)
+        for tile in _tiles(device, weight_type, _geometry(group_size).step, batch_invariant)
         if tiles is None or _tile_name(tile) in tiles
     ]
 
 
+def _tiles(
+    device: DeviceSpec, weight_type: WeightType, step: int, batch_invariant: bool
+) -> tuple[TileConfig, ...]:
+    tiles = tiles_for(device, weight_type, step, batch_invariant)
+    return tuple(replace(tile, segments=4) for tile in tiles[-1:]) if batch_invariant else tiles
+
+
 def _tile_name(tile: TileConfig) -> str:
-    return f"{tile.block_m}x{tile.block_n}"
+    scaled = "s" if tile.scale_weights else ""
+    return f"{tile.block_m}x{tile.block_n}{scaled}"
 
 
 def _geometry(group_size: int) -> GroupGeometry:
@@ -122,6 +135,7 @@ def _audit_one(
         registers=usage["REG"],
         stack=usage["STACK"],
         smem=kernel.metadata.shared,
+        tmem=kernel.metadata.tmem_size,
         mma="+".join(sorted(mma)),
         loop_instructions=len(body),
         sts=ops["STS"] + ops["STSM"],
@@ -138,10 +152,15 @@ def compile_gemm(
         raise RuntimeError("unset TRITON_INTERPRET: the interpreter has no compiler")
     kernel = gemm.fused_gemm_kernel
     geometry = _geometry(spec.group_size)
-    constants = gemm.kernel_constants(spec, geometry.step, geometry.num_groups, tile, has_bias=True)
+    constants = gemm.kernel_constants(
+        spec, geometry.step, geometry.num_groups, tile, act_dtype, has_bias=True
+    )
     act = "*" + _TRITON_NAMES[act_dtype]
     scales = "*i32" if spec.has_zero_points else "*fp32"
     pointers = dict(zip(_POINTERS, (act, "*i32", scales, act, act, "*fp32", "*i32"), strict=True))
+    if tile.x_descriptor:
+        block = f"{tile.block_m}, {geometry.step}"
+        pointers["x_ptr"] = f"tensordesc<{_TRITON_NAMES[act_dtype]}[{block}]>"
     if tile.split_k == 1:
         # The JIT takes an argument that is None for a constant.
         constants |= dict.fromkeys(_SPLIT_POINTERS)
@@ -227,6 +246,7 @@ _COLUMNS: dict[str, Callable[[AuditRow], object]] = {
     "regs": lambda row: row.registers,
     "stack": lambda row: row.stack,
     "smem": lambda row: row.smem,
+    "tmem": lambda row: row.tmem,
     "mma": lambda row: row.mma,
     "loop": lambda row: row.loop_instructions,
     "instr/w": lambda row: f"{row.instructions_per_weight:.2f}",
@@ -241,10 +261,11 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     act_dtypes = {name: dtype for dtype, name in _TRITON_NAMES.items()}
     add("--target", default="sm_90", help="known device or architecture")
-    add("--tile", nargs="+", help="only these tiles, block_m x block_n: 16x128")
+    add("--tile", nargs="+", help="only these tiles: 16x128 128x128s")
     add("--weight-type", nargs="+", type=WeightType, default=list(WeightType))
     add("--act-dtype", nargs="+", choices=list(act_dtypes), default=list(act_dtypes))
     add("--group-size", nargs="+", type=int, default=[128])
+    add("--batch-invariant", action="store_true", help="the tile of more than 64 tokens")
     add("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     rows = audit(
@@ -253,6 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         args.weight_type,
         [act_dtypes[name] for name in args.act_dtype],
         args.group_size,
+        args.batch_invariant,
     )
     if args.json:
         print(json.dumps([_as_json(row) for row in rows], indent=1))

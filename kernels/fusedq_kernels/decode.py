@@ -5,11 +5,11 @@ Owns the arithmetic on a packed `[BLOCK_N, words]` int32 tile and the table that
 
 A decoder has the signature
 
-    decode(words, metadata, SUB, STEP, DTYPE, SCALE_DTYPE, INTERPRET) -> (weight, scale)
+    decode(words, metadata, SUB, STEP, DTYPE, INTERPRET) -> weight
 
 `words` is the int32 tile, `metadata` the 4-byte `[BLOCK_N]` row of `PackedWeight.scales` for one
-group. `weight` holds the unscaled values of columns `[SUB * STEP, SUB * STEP + STEP)` as DTYPE
-`[BLOCK_N, STEP]` in natural K order, exact for integers; `scale` is fp32 `[BLOCK_N]`.
+group; STEP is 16, 32, 64 or 128. `weight` holds the unscaled values of columns
+`[SUB * STEP, SUB * STEP + STEP)` as DTYPE `[BLOCK_N, STEP]` in natural K order, exact for integers.
 
 Two tricks. A code OR-ed into the mantissa of a power of two whose last mantissa bit is worth one
 (bf16 128 = 0x4300, fp16 1024 = 0x6400) is already a float, so no integer-to-float instruction is
@@ -27,7 +27,7 @@ import triton.language as tl
 
 from fusedq_kernels import geometry
 from fusedq_kernels.decode_codebook import decode_fp4, decode_nf4
-from fusedq_kernels.planes import halves, join_four, join_two
+from fusedq_kernels.planes import halves, join_four, join_two, part_of_two
 from fusedq_kernels.types import WeightType
 
 BLOCK_K = tl.constexpr(geometry.BLOCK_K)
@@ -46,7 +46,9 @@ _ZERO_SHIFT = tl.constexpr(16)  # 16 + code - zero_point stays positive up to ze
 @triton.jit
 def _pairs(words, SUB: tl.constexpr, STEP: tl.constexpr):
     """Code pairs (k, k + 1) in the halves of an int32, `[BLOCK_N, STEP // 2]`, k ascending."""
-    if STEP == 32:
+    if STEP == 16:
+        return part_of_two((words >> (4 * (SUB // 2))) & _PAIR_MASK, SUB % 2)
+    elif STEP == 32:
         return (words >> (4 * SUB)) & _PAIR_MASK
     elif STEP == 64:
         return join_two((words >> (8 * SUB)) & _PAIR_MASK, (words >> (8 * SUB + 4)) & _PAIR_MASK)
@@ -62,14 +64,11 @@ def _pairs(words, SUB: tl.constexpr, STEP: tl.constexpr):
 @triton.jit
 def _byte_pairs(words, SUB: tl.constexpr, STEP: tl.constexpr):
     """Like `_pairs`, for P8."""
-    if STEP == 32:
-        plane = (words >> (8 * (SUB // 2))) & _BYTE_MASK
-        plane = tl.reshape(plane, (words.shape[0], 2, words.shape[1] // 2))
-        first, second = tl.split(tl.permute(plane, (0, 2, 1)))
-        if SUB % 2 == 0:
-            return first
-        else:
-            return second
+    if STEP == 16:
+        plane = part_of_two((words >> (8 * (SUB // 4))) & _BYTE_MASK, (SUB // 2) % 2)
+        return part_of_two(plane, SUB % 2)
+    elif STEP == 32:
+        return part_of_two((words >> (8 * (SUB // 2))) & _BYTE_MASK, SUB % 2)
     elif STEP == 64:
         return (words >> (8 * SUB)) & _BYTE_MASK
     else:
@@ -96,9 +95,12 @@ def _halves_minus(pairs, OFFSET: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: t
 
 
 @triton.jit
-def _scale(metadata, SCALE_DTYPE: tl.constexpr):
-    """The 16-bit scale in the high half of metadata, as fp32."""
-    return (metadata >> 16).to(tl.int16).to(SCALE_DTYPE, bitcast=True).to(tl.float32)
+def scale_of(metadata, SCALE_DTYPE: tl.constexpr):
+    """fp32 scales `[BLOCK_N]`: metadata itself, or with 16-bit SCALE_DTYPE its high half."""
+    if SCALE_DTYPE == tl.float32:
+        return metadata
+    else:
+        return (metadata >> 16).to(tl.int16).to(SCALE_DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -108,14 +110,13 @@ def _decode_uint4b8(
     SUB: tl.constexpr,
     STEP: tl.constexpr,
     DTYPE: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """`code - 8`; metadata is the fp32 scale itself."""
+    """`code - 8`."""
     BITS: tl.constexpr = _BF16_BITS if DTYPE == tl.bfloat16 else _FP16_BITS
     OFFSET: tl.constexpr = (_BF16_VALUE if DTYPE == tl.bfloat16 else _FP16_VALUE) + 8
     pairs = _pairs(words, SUB, STEP) | (BITS * _BOTH_HALVES)
-    return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET), metadata
+    return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET)
 
 
 @triton.jit
@@ -125,16 +126,15 @@ def _decode_uint4(
     SUB: tl.constexpr,
     STEP: tl.constexpr,
     DTYPE: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """`code - zero_point`; metadata is `scale bits << 16 | zero_point`, zero_point in 0..16."""
+    """`code - zero_point`; the zero point, 0..16, is the low half of metadata."""
     BITS: tl.constexpr = _BF16_BITS if DTYPE == tl.bfloat16 else _FP16_BITS
     OFFSET: tl.constexpr = (_BF16_VALUE if DTYPE == tl.bfloat16 else _FP16_VALUE) + _ZERO_SHIFT
     zero = metadata & 0xFFFF
     bits = (BITS + _ZERO_SHIFT) * _BOTH_HALVES - zero * _BOTH_HALVES
     pairs = _pairs(words, SUB, STEP) + bits[:, None]
-    return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET), _scale(metadata, SCALE_DTYPE)
+    return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET)
 
 
 @triton.jit
@@ -155,16 +155,15 @@ def _decode_uint8b128(
     SUB: tl.constexpr,
     STEP: tl.constexpr,
     DTYPE: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """`code - 128`; metadata is the fp32 scale itself."""
+    """`code - 128`."""
     if DTYPE == tl.bfloat16:
-        return _bytes_minus_128(words, SUB, STEP, DTYPE, INTERPRET), metadata
+        return _bytes_minus_128(words, SUB, STEP, DTYPE, INTERPRET)
     else:
         OFFSET: tl.constexpr = _FP16_VALUE + 128
         pairs = _byte_pairs(words, SUB, STEP) | (_FP16_BITS * _BOTH_HALVES)
-        return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET), metadata
+        return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET)
 
 
 @triton.jit
@@ -174,22 +173,20 @@ def _decode_uint8(
     SUB: tl.constexpr,
     STEP: tl.constexpr,
     DTYPE: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """`code - zero_point`; metadata is `scale bits << 16 | zero_point`, zero_point in 0..255."""
-    scale = _scale(metadata, SCALE_DTYPE)
+    """`code - zero_point`; the zero point, 0..255, is the low half of metadata."""
     zero = metadata & 0xFFFF
     if DTYPE == tl.bfloat16:
         # Both differences are integers of at most 8 bits and a sign, hence exact in bf16.
         shifted = _bytes_minus_128(words, SUB, STEP, DTYPE, INTERPRET)
         zero = (zero - 128).to(tl.float32).to(DTYPE)
-        return _minus(shifted, zero[:, None], INTERPRET), scale
+        return _minus(shifted, zero[:, None], INTERPRET)
     else:
         OFFSET: tl.constexpr = _FP16_VALUE + 256
         bits = (_FP16_BITS + 256) * _BOTH_HALVES - zero * _BOTH_HALVES
         pairs = _byte_pairs(words, SUB, STEP) + bits[:, None]
-        return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET), scale
+        return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET)
 
 
 DECODERS = {

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedq_kernels.planes import halves, join_four, join_two
+from fusedq_kernels.planes import halves, join_four, join_two, part_of_two
 from fusedq_kernels.types import WeightType
 
 
@@ -86,6 +86,14 @@ def _compare(words, PLANE: tl.constexpr, TABLE: tl.constexpr):
 
 
 @triton.jit
+def _of_four(first, second, third, fourth, INDEX: tl.constexpr):
+    if INDEX < 2:
+        return first if INDEX == 0 else second
+    else:
+        return third if INDEX == 2 else fourth
+
+
+@triton.jit
 def _lookup(
     words,
     SUB: tl.constexpr,
@@ -111,15 +119,10 @@ def _lookup(
             is_pure=True,
             pack=1,
         )
-    if STEP == 32:
-        if SUB == 0:
-            return halves(first, DTYPE)
-        elif SUB == 1:
-            return halves(second, DTYPE)
-        elif SUB == 2:
-            return halves(third, DTYPE)
-        else:
-            return halves(fourth, DTYPE)
+    if STEP == 16:
+        return halves(part_of_two(_of_four(first, second, third, fourth, SUB // 2), SUB % 2), DTYPE)
+    elif STEP == 32:
+        return halves(_of_four(first, second, third, fourth, SUB), DTYPE)
     elif STEP == 64:
         if SUB == 0:
             return halves(join_two(first, second), DTYPE)
@@ -136,14 +139,13 @@ def decode_nf4(
     SUB: tl.constexpr,
     STEP: tl.constexpr,
     DTYPE: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """The NF4 entry of each code; metadata is the fp32 scale itself."""
+    """The NF4 entry of each code."""
     if DTYPE == tl.bfloat16:
-        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _NF4_BF16, _NF4_BF16_ASM), metadata
+        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _NF4_BF16, _NF4_BF16_ASM)
     else:
-        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _NF4_FP16, _NF4_FP16_ASM), metadata
+        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _NF4_FP16, _NF4_FP16_ASM)
 
 
 @triton.jit
@@ -153,11 +155,10 @@ def decode_fp4(
     SUB: tl.constexpr,
     STEP: tl.constexpr,
     DTYPE: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """The FP4 entry of each code; metadata is the fp32 scale itself."""
+    """The FP4 entry of each code."""
     if DTYPE == tl.bfloat16:
-        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _FP4_BF16, _FP4_BF16_ASM), metadata
+        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _FP4_BF16, _FP4_BF16_ASM)
     else:
-        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _FP4_FP16, _FP4_FP16_ASM), metadata
+        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _FP4_FP16, _FP4_FP16_ASM)

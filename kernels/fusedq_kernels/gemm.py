@@ -7,6 +7,7 @@ chooses the `Launch`.
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedq_kernels import geometry
 from fusedq_kernels.arrivals import MAX_TILES, arrival_counters
@@ -36,7 +37,12 @@ INTERPRETED = not isinstance(fused_gemm_kernel, triton.runtime.JITFunction)
 
 
 def kernel_constants(
-    spec: QuantSpec, step: int, num_groups: int, tile: TileConfig, has_bias: bool
+    spec: QuantSpec,
+    step: int,
+    num_groups: int,
+    tile: TileConfig,
+    act_dtype: torch.dtype,
+    has_bias: bool,
 ) -> dict[str, object]:
     """The constexpr arguments of `fused_gemm_kernel`; shared by the launcher and the audit."""
     has_zero_points = spec.has_zero_points
@@ -44,11 +50,14 @@ def kernel_constants(
         "DECODE": DECODERS[spec.weight_type],
         "SCALE_DTYPE": _TL_DTYPES[spec.scale_dtype] if has_zero_points else tl.float32,
         "SCALE_WEIGHTS": tile.scale_weights,
+        "NARROW_SCALE": tile.scale_weights and spec.scale_dtype == act_dtype,
+        "X_DESCRIPTOR": tile.x_descriptor,
         "WORDS": geometry.BLOCK_K * spec.weight_type.bits // 32,
         "STEP": step,
         "STEPS_PER_GROUP": spec.group_size // step if num_groups > 1 else 0,
         "HAS_BIAS": has_bias,
         "SPLIT_K": tile.split_k,
+        "SEGMENTS": tile.segments,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "NUM_STAGES": tile.num_stages,
@@ -98,8 +107,12 @@ def fused_gemm(
         _check_tiles(grid[0] * grid[1], tile)
         partial = torch.empty((tile.split_k, m, n), dtype=torch.float32, device=x.device)
         arrivals = arrival_counters(x.device)
+    tokens = x
+    if tile.x_descriptor:
+        block_shape = [tile.block_m, groups.step]
+        tokens = TensorDescriptor(x, [m, k], [stride_xm, 1], block_shape)
     fused_gemm_kernel[grid](
-        x,
+        tokens,
         packed.qweight,
         packed.scales,
         bias,
@@ -114,9 +127,11 @@ def fused_gemm(
         groups.offset // groups.step,
         groups.num_groups - 1,
         num_blocks,
-        triton.cdiv(num_blocks, tile.split_k),
+        triton.cdiv(num_blocks, tile.split_k * tile.segments),
         stride_xm,
-        **kernel_constants(packed.spec, groups.step, groups.num_groups, tile, bias is not None),
+        **kernel_constants(
+            packed.spec, groups.step, groups.num_groups, tile, x.dtype, bias is not None
+        ),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         enable_fp_fusion=FP_FUSION,
@@ -134,8 +149,9 @@ def _checked_tile(packed: PackedWeight, launch: Launch) -> TileConfig:
     n_padded = packed.qweight.shape[1]
     if n_padded % tile.block_n:
         raise ValueError(f"block_n {tile.block_n} does not divide the padded N {n_padded}")
-    if tile.split_k < 1:
-        raise ValueError(f"split_k must be at least 1, got {tile.split_k}")
+    if min(tile.split_k, tile.segments) != 1:
+        found = f"split_k {tile.split_k} and segments {tile.segments}"
+        raise ValueError(f"split_k or segments must be 1 and none below, got {found}")
     return tile
 
 

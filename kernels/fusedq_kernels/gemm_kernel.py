@@ -24,7 +24,7 @@ are not used.
 import triton
 import triton.language as tl
 
-from fusedq_kernels.decode import BLOCK_K
+from fusedq_kernels.decode import BLOCK_K, scale_of
 
 
 @triton.jit
@@ -50,12 +50,18 @@ def _dot(a, b, acc, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _scaled(weight, scale, INTERPRET: tl.constexpr):
-    """`weight * scale`, rounded once to the dtype of `weight`."""
-    return _to_output(weight.to(tl.float32) * scale[:, None], weight.dtype, INTERPRET)
+def _scaled(weight, scale, NARROW_SCALE: tl.constexpr, INTERPRET: tl.constexpr):
+    """`weight * scale`, rounded once to the dtype of `weight`.
+
+    NARROW_SCALE says that the scale is a number of that dtype: half the instructions, same bits.
+    """
+    if NARROW_SCALE and not INTERPRET:
+        return weight * scale[:, None].to(weight.dtype)
+    else:
+        return _to_output(weight.to(tl.float32) * scale[:, None], weight.dtype, INTERPRET)
 
 
-@triton.jit(do_not_specialize=["M", "first_step", "last_group", "num_blocks", "blocks_per_split"])
+@triton.jit(do_not_specialize=["M", "first_step", "last_group", "num_blocks", "blocks_per_part"])
 def fused_gemm_kernel(
     x_ptr,
     qweight_ptr,
@@ -72,26 +78,32 @@ def fused_gemm_kernel(
     first_step,
     last_group,
     num_blocks,
-    blocks_per_split,
+    blocks_per_part,
     stride_xm,
     DECODE: tl.constexpr,
     SCALE_DTYPE: tl.constexpr,
     SCALE_WEIGHTS: tl.constexpr,
+    NARROW_SCALE: tl.constexpr,
+    X_DESCRIPTOR: tl.constexpr,
     WORDS: tl.constexpr,
     STEP: tl.constexpr,
     STEPS_PER_GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One `[BLOCK_M, BLOCK_N]` tile of y over one split of K.
+    """One `[BLOCK_M, BLOCK_N]` tile of y over one split of K, or over SEGMENTS of them in order.
 
     Grid `(cdiv(M, BLOCK_M), n_padded // BLOCK_N, SPLIT_K)`. `first_step` is the group phase in
     units of STEP; STEPS_PER_GROUP is 0 when one group spans all of K. With SPLIT_K above 1,
-    `partial_ptr` is fp32 `[SPLIT_K, M, N]` and `arrivals_ptr` int32, zero, one per tile.
+    `partial_ptr` is fp32 `[SPLIT_K, M, N]` and `arrivals_ptr` int32, zero, one per tile. SPLIT_K or
+    SEGMENTS is 1; both cut K every `blocks_per_part` blocks and add the parts in the same order.
+    With X_DESCRIPTOR, `x_ptr` is a tensor descriptor of x in blocks of `[BLOCK_M, STEP]`, which the
+    tensor memory accelerator (sm_90 and newer) loads by one instruction; STEP is 16 at least then.
     """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     STEPS: tl.constexpr = BLOCK_K // STEP
@@ -99,7 +111,6 @@ def fused_gemm_kernel(
     # masked to zero.
     ROWS: tl.constexpr = STEP if STEP > 16 else 16
     PARTS: tl.constexpr = ROWS // STEP
-
     pid_m = tl.program_id(0)
     pid_n = tl.program_id(1)
     pid_k = tl.program_id(2)
@@ -107,77 +118,73 @@ def fused_gemm_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, ROWS)
     mask_m = offs_m < M
-
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
+    if not X_DESCRIPTOR:
+        x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
     qweight_ptrs = qweight_ptr + offs_n[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     scales_ptrs = scales_ptr + offs_n
     stride_block = n_padded.to(tl.int64) * WORDS
     if STEPS_PER_GROUP == 0:
         metadata = tl.load(scales_ptrs)
-
-    first_block = pid_k * blocks_per_split
-    last_block = tl.minimum(first_block + blocks_per_split, num_blocks)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    scale = tl.zeros((BLOCK_N,), tl.float32)
-    for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
-        words = tl.load(qweight_ptrs + block * stride_block)
-        for sub in tl.static_range(STEPS):
-            if STEPS_PER_GROUP != 0:
-                group = (block * STEPS + sub + first_step) // STEPS_PER_GROUP
-                if STEPS > 1:
-                    # Steps made of padding alone may lie beyond the last group.
-                    group = tl.minimum(group, last_group)
-                metadata = tl.load(scales_ptrs + group * n_padded)
-            k = block * BLOCK_K + (sub // PARTS) * ROWS - pad
-            rows = k + offs_k
-            mask_x = (rows >= 0) & (rows < K)
-            if PARTS > 1:
-                mask_x &= offs_k // STEP == sub % PARTS
-            x = tl.load(x_ptrs + k, mask=mask_m[None, :] & mask_x[:, None], other=0.0)
-            weight, scale = DECODE(
-                words, metadata, sub // PARTS, ROWS, DTYPE, SCALE_DTYPE, INTERPRET
-            )
-            if STEPS_PER_GROUP == 0:
-                acc = _dot(weight, x, acc, INTERPRET)
-            elif SCALE_WEIGHTS:
-                acc = _dot(_scaled(weight, scale, INTERPRET), x, acc, INTERPRET)
-            else:
-                acc += _dot(weight, x, None, INTERPRET) * scale[:, None]
-    if STEPS_PER_GROUP == 0:
-        acc *= scale[:, None]
-
     mask = mask_m[None, :] & (offs_n < N)[:, None]
     offs_y = offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
-    if SPLIT_K == 1:
-        _finish(acc, bias_ptr, y_ptr, offs_n, offs_y, mask, N, HAS_BIAS, INTERPRET)
-    else:
+
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for segment in range(SEGMENTS):
+        first_block = (pid_k + segment) * blocks_per_part
+        last_block = tl.minimum(first_block + blocks_per_part, num_blocks)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
+            words = tl.load(qweight_ptrs + block * stride_block)
+            for sub in tl.static_range(STEPS):
+                if STEPS_PER_GROUP != 0:
+                    group = (block * STEPS + sub + first_step) // STEPS_PER_GROUP
+                    if STEPS > 1:
+                        # Steps made of padding alone may lie beyond the last group.
+                        group = tl.minimum(group, last_group)
+                    metadata = tl.load(scales_ptrs + group * n_padded)
+                # Not named, because a name would make a run-time value of it.
+                k = block * BLOCK_K + sub // PARTS * ROWS - pad
+                if X_DESCRIPTOR:
+                    # What lies outside x, before the first feature too, reads as zero.
+                    tokens = tl.trans(x_ptr.load([pid_m * BLOCK_M, k]))
+                else:
+                    rows = k + offs_k
+                    mask_k = (rows >= 0) & (rows < K)
+                    if PARTS > 1:
+                        mask_k &= offs_k // STEP == sub - sub // PARTS * PARTS
+                    tokens = tl.load(x_ptrs + k, mask=mask_m[None, :] & mask_k[:, None], other=0.0)
+                weight = DECODE(words, metadata, sub // PARTS, ROWS, DTYPE, INTERPRET)
+                if STEPS_PER_GROUP == 0:
+                    acc = _dot(weight, tokens, acc, INTERPRET)
+                elif SCALE_WEIGHTS:
+                    weight = _scaled(
+                        weight, scale_of(metadata, SCALE_DTYPE), NARROW_SCALE, INTERPRET
+                    )
+                    acc = _dot(weight, tokens, acc, INTERPRET)
+                else:
+                    scale = scale_of(metadata, SCALE_DTYPE)
+                    acc += _dot(weight, tokens, None, INTERPRET) * scale[:, None]
+        if SEGMENTS == 1:
+            total = acc
+        else:
+            total += acc
+
+    if SPLIT_K > 1:
         split_size = M.to(tl.int64) * N
-        tl.store(partial_ptr + pid_k * split_size + offs_y, acc, mask=mask)
+        tl.store(partial_ptr + pid_k * split_size + offs_y, total, mask=mask)
         tl.debug_barrier()
         arrivals_ptr += pid_n * tl.num_programs(0) + pid_m
         arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT_K - 1:
-            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for split in tl.static_range(SPLIT_K):
-                ptrs = partial_ptr + split * split_size + offs_y
-                total += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(arrivals_ptr, 0)
-            _finish(total, bias_ptr, y_ptr, offs_n, offs_y, mask, N, HAS_BIAS, INTERPRET)
-
-
-@triton.jit
-def _finish(
-    acc,
-    bias_ptr,
-    y_ptr,
-    offs_n,
-    offs_y,
-    mask,
-    N,
-    HAS_BIAS: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
+        if arrived != SPLIT_K - 1:
+            return
+        tl.store(arrivals_ptr, 0)
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for split in tl.static_range(SPLIT_K):
+            ptrs = partial_ptr + split * split_size + offs_y
+            total += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+    if STEPS_PER_GROUP == 0:
+        total *= scale_of(metadata, SCALE_DTYPE)[:, None]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
-        acc += bias.to(tl.float32)[:, None]
-    tl.store(y_ptr + offs_y, _to_output(acc, y_ptr.dtype.element_ty, INTERPRET), mask=mask)
+        total += bias.to(tl.float32)[:, None]
+    tl.store(y_ptr + offs_y, _to_output(total, DTYPE, INTERPRET), mask=mask)

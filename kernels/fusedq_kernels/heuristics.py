@@ -5,14 +5,14 @@ driver, so the answer given while planning is the answer at run time. `tiles.py`
 the rules, `tuning.py` the measured rows, which come before them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from fusedq_kernels import tuning
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, group_geometry, round_up, whole_splits
-from fusedq_kernels.tiles import rules_for
+from fusedq_kernels.tiles import Rule, rules_for
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,
@@ -30,7 +30,9 @@ ACT_DTYPES = (torch.float16, torch.bfloat16)
 
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
-_MIN_STEP = 32
+_MIN_STEP = 8
+# With 8 tokens Triton 3.6 chooses mma.sync where it has wgmma for more.
+_MIN_INVARIANT_M = 16
 
 # Split-K: fill about two 128-wide tiles per SM, with at least four K blocks per split.
 _TILES_PER_SM = 2.1
@@ -54,41 +56,83 @@ def kernel_for(device: DeviceSpec, weight_type: WeightType) -> KernelName:
     return next(kernel for kernel in kernels_for(device) if runs(kernel, weight_type))
 
 
+def is_batch_invariant(kernel: KernelName) -> bool:
+    """Whether `kernel` can give a row the same bits in any batch."""
+    return kernel is KernelName.TRITON_GEMM
+
+
 def select(
     shape: GemmShape,
     spec: QuantSpec,
     device: DeviceSpec,
+    *,
+    batch_invariant: bool = False,
     table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
 ) -> Launch:
     """The kernel and tile for one problem that `unsupported_reasons` has passed.
 
-    `table_for` supplies the measured rows, which come before the rules. Up to 64 tokens `split_k`
-    depends on N and K alone, so a row's sum is cut at the same places whatever batch it arrives in.
+    Up to 64 tokens `split_k` depends on N and K alone, so a row's sum is cut at the same places
+    whatever batch it arrives in. With `batch_invariant` that holds for any number of tokens, and
+    so does all else that decides a row's bits: one place for the scale, one kind of tensor-core
+    instruction, the parts of K added in one order. Measured rows, which `table_for` supplies and
+    which otherwise come before the rules, promise none of this and are not asked.
     """
     kernel = kernel_for(device, spec.weight_type)
     if kernel is not KernelName.TRITON_GEMM:
         isa = f", {device.cpu_isa}" if device.cpu_isa else ""
         return Launch(kernel, None, f"rule: {device.kind}{isa}")
-    table = table_for(device)
+    table = None if batch_invariant else table_for(device)
     found = None if table is None else tuning.find(table, shape, spec, kernels_for(device))
     if found is not None:
         return found
-    rules = rules_for(device, layout_for(kernel, spec.weight_type))
-    rule = next(rule for rule in rules if rule.max_m is None or shape.m <= rule.max_m)
     step = group_geometry(shape.k, spec.group_size, 0).step
+    rules = rules_for(device, layout_for(kernel, spec.weight_type), step, batch_invariant)
+    # Fewer tokens may run on another kind of tensor-core instruction.
+    tokens = max(shape.m, _MIN_INVARIANT_M) if batch_invariant else shape.m
+    rule = next(rule for rule in rules if rule.max_m is None or tokens <= rule.max_m)
     fitting = (c for c in rule.choices if step >= c.min_step and _fits(c.tile, shape.n))
     tile = next(fitting, rule.choices[-1]).tile
-    tile = replace(tile, split_k=_split_k(shape, tile, device))
-    tokens = f"m>{rules[-2].max_m}" if rule.max_m is None else f"m<={rule.max_m}"
-    split = f", split {tile.split_k}" if tile.split_k > 1 else ""
-    return Launch(kernel, tile, f"rule: {tokens}, {tile.block_m}x{tile.block_n}{split}")
+    if batch_invariant and shape.m > tuning.MAX_DECODE_M:
+        tile = replace(tile, segments=_decode_split(shape, device))
+    else:
+        tile = replace(tile, split_k=_split_k(shape, tile, device))
+    return Launch(kernel, tile, _rule_source(rules, rule, tile, batch_invariant))
 
 
-def tiles_for(device: DeviceSpec, weight_type: WeightType, step: int) -> tuple[TileConfig, ...]:
-    """Every tile that `select` can return for a GPU and a `GroupGeometry.step`, at `split_k` 1."""
-    rules = rules_for(device, layout_for(KernelName.TRITON_GEMM, weight_type))
+def tiles_for(
+    device: DeviceSpec, weight_type: WeightType, step: int, batch_invariant: bool = False
+) -> tuple[TileConfig, ...]:
+    """Every tile of the rules for a GPU and a `GroupGeometry.step`, at `split_k` 1."""
+    layout = layout_for(KernelName.TRITON_GEMM, weight_type)
+    rules = rules_for(device, layout, step, batch_invariant)
     choices = (choice for rule in rules for choice in rule.choices)
     return tuple(dict.fromkeys(choice.tile for choice in choices if step >= choice.min_step))
+
+
+def reachable_launches(
+    n: int,
+    k: int,
+    spec: QuantSpec,
+    device: DeviceSpec,
+    max_tokens: int,
+    *,
+    batch_invariant: bool = False,
+    table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
+) -> tuple[tuple[int, Launch], ...]:
+    """Every launch that `select` returns for 1 to `max_tokens` tokens, with the fewest tokens each.
+
+    Launches that differ in `source` alone count once: what is compiled is the tile.
+    """
+    # Beyond 64 tokens a choice changes where another block_m begins, or a measured row.
+    table = table_for(device)
+    borders = {row.max_m + 1 for row in table.rows} if table is not None else set()
+    borders |= {*range(1, tuning.MAX_DECODE_M + 1), *range(1, max_tokens + 1, 16)}
+    found: dict[tuple[KernelName, TileConfig | None], tuple[int, Launch]] = {}
+    for m in sorted(border for border in borders if border <= max_tokens):
+        shape = GemmShape(m, n, k)
+        launch = select(shape, spec, device, batch_invariant=batch_invariant, table_for=table_for)
+        found.setdefault((launch.kernel, launch.tile), (m, launch))
+    return tuple(found.values())
 
 
 def unsupported_reasons(
@@ -129,11 +173,33 @@ def _fits(tile: TileConfig, n: int) -> bool:
     return divides and n >= _MIN_N.get(tile.block_n, 0)
 
 
-def _split_k(shape: GemmShape, tile: TileConfig, device: DeviceSpec) -> int:
+def _rule_source(rules: Sequence[Rule], rule: Rule, tile: TileConfig, batch_invariant: bool) -> str:
+    tokens = f"m>{rules[-2].max_m}" if rule.max_m is None else f"m<={rule.max_m}"
+    parts = [f"rule: {tokens}", f"{tile.block_m}x{tile.block_n}"]
+    if tile.split_k > 1:
+        parts.append(f"split {tile.split_k}")
+    if tile.segments > 1:
+        parts.append(f"segments {tile.segments}")
+    if batch_invariant:
+        parts.append("batch-invariant")
+    return ", ".join(parts)
+
+
+def _decode_split(shape: GemmShape, device: DeviceSpec) -> int:
+    """The split of K for up to 64 tokens, from N and K alone."""
     tiles = round_up(shape.n, BLOCK_N) // BLOCK_N
-    if shape.m > tuning.MAX_DECODE_M:
-        tiles *= -(-shape.m // tile.block_m)
-    num_blocks = -(-shape.k // BLOCK_K)
+    return _split_for(tiles, shape.k, device)
+
+
+def _split_k(shape: GemmShape, tile: TileConfig, device: DeviceSpec) -> int:
+    if shape.m <= tuning.MAX_DECODE_M:
+        return _decode_split(shape, device)
+    tiles = round_up(shape.n, tile.block_n) // tile.block_n
+    return _split_for(tiles * -(-shape.m // tile.block_m), shape.k, device)
+
+
+def _split_for(tiles: int, k: int, device: DeviceSpec) -> int:
+    num_blocks = -(-k // BLOCK_K)
     split_k = 1
     while (
         2 * split_k * tiles <= _TILES_PER_SM * device.num_sms
@@ -168,9 +234,11 @@ def _group_reasons(k: int, spec: QuantSpec, phase: int, kernel: KernelName) -> l
     if spec.group_size % _MIN_STEP:
         supported = f"multiples of {_MIN_STEP}, or one group for all in_features of the rank"
         reasons.append(Reason(f"group_size {spec.group_size}", supported))
-    if phase % 16:
+    # A step of 8 needs no padding in front; any other is padded, by whole 16-byte loads of x.
+    unit = _MIN_STEP if geometry.step <= _MIN_STEP else 16
+    if phase % unit:
         found = f"a rank that starts {phase} in_features into a group"
-        reasons.append(Reason(found, "multiples of 16"))
+        reasons.append(Reason(found, f"multiples of {unit}"))
     return reasons
 
 

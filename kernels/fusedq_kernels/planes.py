@@ -5,6 +5,9 @@ w. The joins, permutes and reshapes here only rename registers: Triton carries t
 operand back through them to the packed load. The decoders build on this.
 """
 
+# Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
+# ruff: noqa: RET505
+
 import triton
 import triton.language as tl
 
@@ -22,6 +25,17 @@ def join_four(first, second, third, fourth):
     planes = tl.join(tl.join(first, third), tl.join(second, fourth))
     planes = tl.permute(planes, (0, 2, 3, 1))
     return tl.reshape(planes, (first.shape[0], 4 * first.shape[1]))
+
+
+@triton.jit
+def part_of_two(plane, INDEX: tl.constexpr):
+    """The first or the second half of a plane's words: `[BLOCK_N, W / 2]`."""
+    parts = tl.reshape(plane, (plane.shape[0], 2, plane.shape[1] // 2))
+    first, second = tl.split(tl.permute(parts, (0, 2, 1)))
+    if INDEX == 0:
+        return first
+    else:
+        return second
 
 
 @triton.jit

@@ -6,6 +6,10 @@ load. Wider tiles read x less often, narrower ones fill the GPU when N is small.
 targets a tile of 32 or more tokens keeps its warps along N where it can, because warps spread over
 tokens decode the same weights again. A tcgen05 tile has 32 rows of weight per warp: fewer make
 Triton store the decoded weight to shared memory.
+
+wgmma runs beside other instructions, so beyond 64 tokens, where it sets the pace, the scale
+multiplies the weight instead of a partial product that would have to be waited for. mma.sync waits
+in any case, and for tcgen05 Triton would store the scaled weight to shared memory.
 """
 
 from dataclasses import dataclass
@@ -29,50 +33,112 @@ class Rule:
     choices: tuple[Choice, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Rules of one kind of tensor core, fewest tokens first.
+
+    `fine` is for groups that 32 does not divide, whatever the number of tokens; `in_order` takes
+    the place of `prefill` in a batch-invariant layer.
+    """
+
+    decode: tuple[Rule, ...]
+    prefill: tuple[Rule, ...]
+    in_order: TileConfig
+    fine: tuple[Rule, ...]
+
+
 def _tile(
     block_m: int, block_n: int, num_warps: int, num_stages: int, min_step: int = 32
 ) -> Choice:
     return Choice(TileConfig(block_m, block_n, 1, num_warps, num_stages), min_step)
 
 
-_WGMMA = (
-    Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
-    Rule(16, (_tile(16, 128, 4, 4), _tile(16, 64, 4, 4))),
-    Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 8, 4), _tile(32, 64, 4, 4))),
-    Rule(64, (_tile(64, 256, 8, 4, 64), _tile(64, 128, 8, 4), _tile(64, 64, 4, 4))),
-    Rule(None, (_tile(128, 128, 8, 3, 64), _tile(64, 128, 8, 4))),
-)
-_TCGEN05 = (
-    Rule(8, (_tile(8, 128, 4, 4),)),
-    Rule(16, (_tile(16, 128, 4, 4),)),
-    Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4))),
-    Rule(None, (_tile(64, 256, 8, 3, 64), _tile(64, 128, 4, 3, 64), _tile(32, 128, 4, 4))),
-)
-_P4_MMA_SYNC = (
-    Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
-    Rule(16, (_tile(16, 128, 4, 4), _tile(16, 64, 4, 4))),
-    Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
-    Rule(
-        None,
-        (
-            _tile(64, 256, 8, 3, 128),
-            _tile(64, 128, 8, 3),
-            _tile(64, 64, 4, 3, 64),
-            _tile(32, 64, 2, 4),
+def _scaling(
+    block_m: int, block_n: int, num_warps: int, num_stages: int, min_step: int = 32
+) -> Choice:
+    shape = (block_m, block_n, 1, num_warps, num_stages)
+    return Choice(TileConfig(*shape, scale_weights=True, x_descriptor=True), min_step)
+
+
+def _fine(block_m: int, block_n: int, num_warps: int, num_stages: int) -> tuple[Rule, ...]:
+    """Few tokens first; narrower tiles than these load x two bytes at a time."""
+    few, many = _tile(16, 128, 4, 3, 8), _tile(block_m, block_n, num_warps, num_stages, 8)
+    return Rule(16, (few,)), Rule(None, (many,))
+
+
+_WGMMA = Rules(
+    decode=(
+        Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
+        Rule(16, (_tile(16, 128, 4, 4), _tile(16, 64, 4, 4))),
+        Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 8, 4), _tile(32, 64, 4, 4))),
+        Rule(64, (_tile(64, 256, 8, 4, 64), _tile(64, 128, 8, 4), _tile(64, 64, 4, 4))),
+    ),
+    prefill=(
+        Rule(128, (_scaling(128, 128, 8, 3, 64), _scaling(64, 128, 8, 4))),
+        Rule(
+            None,
+            (_scaling(256, 128, 8, 3, 128), _scaling(128, 128, 8, 3, 64), _scaling(64, 128, 8, 4)),
         ),
     ),
+    in_order=TileConfig(64, 128, 1, 8, 4),
+    fine=_fine(64, 128, 8, 4),
 )
-_P8_MMA_SYNC = (
-    Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
-    Rule(16, (_tile(16, 128, 4, 4, 128), _tile(16, 64, 4, 4))),
-    Rule(32, (_tile(32, 256, 8, 3), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
-    Rule(None, (_tile(64, 128, 8, 3, 64), _tile(32, 64, 2, 4))),
+_MMA_SYNC_IN_ORDER = TileConfig(32, 64, 1, 2, 4)
+_MMA_SYNC_FINE = _fine(32, 128, 4, 3)
+
+
+def _as_decode(decode: tuple[Rule, ...], in_order: TileConfig, fine: tuple[Rule, ...]) -> Rules:
+    """More than 64 tokens run the tiles of 64."""
+    return Rules(decode, (Rule(None, decode[-1].choices),), in_order, fine)
+
+
+_TCGEN05 = _as_decode(
+    (
+        Rule(8, (_tile(8, 128, 4, 4),)),
+        Rule(16, (_tile(16, 128, 4, 4),)),
+        Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4))),
+        Rule(64, (_tile(64, 256, 8, 3, 64), _tile(64, 128, 4, 3, 64), _tile(32, 128, 4, 4))),
+    ),
+    TileConfig(32, 128, 1, 4, 4),
+    _fine(16, 128, 4, 3),
 )
-_PL4_MMA_SYNC = (
-    Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
-    Rule(16, (_tile(16, 64, 4, 4),)),
-    Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
-    Rule(None, (_tile(64, 128, 8, 3), _tile(64, 64, 4, 3, 64), _tile(32, 64, 2, 4))),
+_P4_MMA_SYNC = _as_decode(
+    (
+        Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
+        Rule(16, (_tile(16, 128, 4, 4), _tile(16, 64, 4, 4))),
+        Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
+        Rule(
+            64,
+            (
+                _tile(64, 256, 8, 3, 128),
+                _tile(64, 128, 8, 3),
+                _tile(64, 64, 4, 3, 64),
+                _tile(32, 64, 2, 4),
+            ),
+        ),
+    ),
+    _MMA_SYNC_IN_ORDER,
+    _MMA_SYNC_FINE,
+)
+_P8_MMA_SYNC = _as_decode(
+    (
+        Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
+        Rule(16, (_tile(16, 128, 4, 4, 128), _tile(16, 64, 4, 4))),
+        Rule(32, (_tile(32, 256, 8, 3), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
+        Rule(64, (_tile(64, 128, 8, 3, 64), _tile(32, 64, 2, 4))),
+    ),
+    _MMA_SYNC_IN_ORDER,
+    _MMA_SYNC_FINE,
+)
+_PL4_MMA_SYNC = _as_decode(
+    (
+        Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
+        Rule(16, (_tile(16, 64, 4, 4),)),
+        Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
+        Rule(64, (_tile(64, 128, 8, 3), _tile(64, 64, 4, 3, 64), _tile(32, 64, 2, 4))),
+    ),
+    _MMA_SYNC_IN_ORDER,
+    _MMA_SYNC_FINE,
 )
 _RULES = {
     Layout.P4: (_WGMMA, _TCGEN05, _P4_MMA_SYNC),
@@ -81,7 +147,14 @@ _RULES = {
 }
 
 
-def rules_for(device: DeviceSpec, layout: Layout) -> tuple[Rule, ...]:
-    """The rules of a GPU for weights in a tiled layout, fewest tokens first."""
+def rules_for(
+    device: DeviceSpec, layout: Layout, step: int, batch_invariant: bool
+) -> tuple[Rule, ...]:
+    """The rules of a GPU for weights in a tiled layout with groups of `GroupGeometry.step`."""
     wgmma, tcgen05, mma_sync = _RULES[layout]
-    return {9: wgmma, 10: tcgen05}.get(device.capability[0], mma_sync)
+    rules = {9: wgmma, 10: tcgen05}.get(device.capability[0], mma_sync)
+    if step < 32:
+        return rules.fine
+    if batch_invariant:
+        return (*rules.decode, Rule(None, (Choice(rules.in_order),)))
+    return (*rules.decode, *rules.prefill)

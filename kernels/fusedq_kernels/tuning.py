@@ -225,10 +225,13 @@ def _parse_row(cells: Mapping[str, Any], where: str) -> TunedRow:
 
 
 def _check_row(row: TunedRow, sizes: Mapping[str, Any], where: str) -> None:
-    tile_sizes = asdict(row.tile) if row.tile else {}
-    sizes = {**sizes, **tile_sizes}
+    cells = asdict(row.tile) if row.tile else {}
+    sizes = {**sizes, **{name: cells[name] for name in cells if _TILE_FIELDS[name].type is int}}
     if any(type(size) is not int or size < 1 for size in sizes.values()):
         raise ValueError(f"{where}: sizes must be positive integers, got {sizes}")
+    for name in set(cells) - set(sizes):
+        if type(cells[name]) is not bool:
+            raise ValueError(f"{where}: {name} must be true or false, got {cells[name]!r}")
     if not isinstance(row.us, int | float) or not row.us > 0:
         raise ValueError(f"{where}: us must be positive, got {row.us!r}")
     if not runs(row.kernel, row.weight_type):

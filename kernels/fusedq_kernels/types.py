@@ -182,8 +182,10 @@ class DeviceSpec:
 class TileConfig:
     """Launch geometry: block_m tokens x block_n out_features, K walked in steps of 128.
 
-    `split_k` programs share the K of a tile. With `scale_weights` a group's scale multiplies its
-    weights, rounded to 16 bits, instead of the fp32 partial product.
+    `split_k` programs share the K of a tile; with `segments` one program adds as many parts of K,
+    each summed for itself, to the same bits. With `scale_weights` a group's scale multiplies its
+    weights, rounded to 16 bits, instead of the fp32 partial product. With `x_descriptor` tiles of x
+    come by the tensor memory accelerator (sm_90 and newer).
     """
 
     block_m: int
@@ -191,7 +193,9 @@ class TileConfig:
     split_k: int
     num_warps: int
     num_stages: int
+    segments: int = 1
     scale_weights: bool = False
+    x_descriptor: bool = False
 
 
 @dataclass(frozen=True, slots=True)

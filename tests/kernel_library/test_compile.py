@@ -16,7 +16,10 @@ from fusedq_kernels.device import device_by_name
 from fusedq_kernels.heuristics import tiles_for
 from fusedq_kernels.types import WeightType
 
-MMA_KIND = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma"}
+MMA_KIND = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), "mma"),
+    **{"sm_90": "wgmma", "sm_100": "tcgen05"},
+}
 FOUR_BITS = ("--weight-type", "uint4", "uint4b8")
 EIGHT_BITS = ("--weight-type", "uint8", "uint8b128")
 RUNS = {
@@ -45,13 +48,29 @@ RUNS = {
         *("--group-size", "32", "64"),
     ),
     "sm_90-codebook": (
-        *("--target=sm_90", "--tile", "8x128", "64x128", "128x128", "--act-dtype", "bf16"),
+        *("--target=sm_90", "--tile", "8x128", "64x128", "128x128s", "--act-dtype", "bf16"),
         *("--weight-type", "nf4", "fp4", "--group-size", "64", "128"),
     ),
     "sm_120-codebook": (
         *("--target=sm_120", "--tile", "32x256", "64x128", "--act-dtype", "fp16"),
         *("--weight-type", "nf4", "--group-size", "64"),
     ),
+    "sm_90-fine": (
+        *("--target=sm_90", "--act-dtype", "bf16", "--weight-type", "uint4", "--group-size", "48"),
+    ),
+    "sm_80-finest": (
+        *("--target=sm_80", "--tile", "16x128", "--act-dtype", "bf16"),
+        *("--weight-type", "uint8", "--group-size", "8"),
+    ),
+    "sm_100-fine": (
+        *("--target=sm_100", "--tile", "16x128", "--act-dtype", "bf16"),
+        *("--weight-type", "uint4b8", "--group-size", "16"),
+    ),
+    "sm_90-invariant": (
+        *("--target=sm_90", "--act-dtype", "bf16", "--batch-invariant", *FOUR_BITS),
+    ),
+    "sm_86": ("--target=sm_86", "--tile", "16x128", "--act-dtype", "fp16", *FOUR_BITS),
+    "sm_89": ("--target=sm_89", "--tile", "64x128", "--act-dtype", "bf16", *FOUR_BITS),
     "sm_90-8bit": ("--target=sm_90", "--act-dtype", "bf16", *EIGHT_BITS),
     "sm_90-8bit-groups": (
         *("--target=sm_90", "--tile", "16x128", "64x128", "--act-dtype", "bf16", *EIGHT_BITS),
@@ -71,6 +90,8 @@ BUDGET = {
     **{"8x128": 3.3, "8x64": 4.2, "16x128": 3.4, "16x64": 4.2},
     **{"32x256": 3.5, "32x128": 4.4, "32x64": 4.7},
     **{"64x256": 3.8, "64x128": 5.0, "64x64": 5.2, "128x128": 5.7},
+    # Scales in another dtype than the activations multiply in fp32.
+    **{"64x128s": 6.0, "128x128s": 6.0, "256x128s": 6.0},
 }
 # What a weight type may spend of it.
 SHARE = {"uint4": 1, "uint4b8": 1, "uint8": 1.5, "uint8b128": 1.25, "nf4": 1.6, "fp4": 1.6}
@@ -132,8 +153,11 @@ def rows_of():
 
 def describe(row) -> str:
     tile = row["tile"]
+    scaled = "s" if tile["scale_weights"] else ""
     keys = ("target", "weight_type", "act_dtype", "group_size")
-    return " ".join([f"{tile['block_m']}x{tile['block_n']}", *(str(row[key]) for key in keys)])
+    return " ".join(
+        [f"{tile['block_m']}x{tile['block_n']}{scaled}", *(str(row[key]) for key in keys)]
+    )
 
 
 def offenders(rows, is_bad):
@@ -147,6 +171,7 @@ def test_every_tile_fits_the_device(rows_of, run):
     assert offenders(rows, lambda row: row["stack"] or row["local"]) == []
     assert offenders(rows, lambda row: row["registers"] > 255) == []
     assert offenders(rows, lambda row: row["smem"] > device.smem_per_block) == []
+    assert offenders(rows, lambda row: row["tmem"] > 512) == []
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -175,7 +200,11 @@ def test_hopper_covers_every_tile(rows_of, run):
             describe(row).split()[0] for row in rows_of[run] if row["weight_type"] == weight_type
         }
         expected = tiles_for(device, WeightType(weight_type), step=128)
-        assert tiles == {f"{tile.block_m}x{tile.block_n}" for tile in expected} == set(BUDGET)
+        names = {
+            f"{tile.block_m}x{tile.block_n}{'s' if tile.scale_weights else ''}" for tile in expected
+        }
+        assert tiles == names
+        assert names <= set(BUDGET)
 
 
 @pytest.mark.parametrize("run", ["sm_90", "sm_90-fp16", "sm_90-8bit", "sm_90-codebook"])

@@ -10,6 +10,7 @@ from fusedq_kernels.device import KNOWN_DEVICES, device_by_name
 from fusedq_kernels.heuristics import (
     kernel_for,
     kernels_for,
+    reachable_launches,
     select,
     tiles_for,
     unsupported_reasons,
@@ -33,6 +34,7 @@ CPU_AMX = DeviceSpec("cpu", "cpu", cpu_isa="amx")
 SPEC = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
 ZERO_SPEC = QuantSpec(WeightType.UINT4, 128, torch.float16)
 SPECS = [QuantSpec(each, 128, torch.float16) for each in WeightType]
+SCALING = (1, True, True)
 SIZES = [8, 576, 1024, 2048, 2056, 4096, 6528, 14336, 57344]
 TOKENS = [1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 2048]
 
@@ -47,15 +49,66 @@ TOKENS = [1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 2048]
         (H200, (17, 6144, 4096), (32, 256, 4, 8, 4), "rule: m<=32, 32x256, split 4"),
         (H200, (32, 6528, 4096), (32, 128, 4, 8, 4), "rule: m<=32, 32x128, split 4"),
         (H200, (64, 8192, 28672), (64, 256, 4, 8, 4), "rule: m<=64, 64x256, split 4"),
-        (H200, (4096, 8192, 8192), (128, 128, 1, 8, 3), "rule: m>64, 128x128"),
+        (H200, (128, 14336, 8192), (128, 128, 2, 8, 3, *SCALING), "rule: m<=128, 128x128, split 2"),
+        (H200, (4096, 8192, 8192), (256, 128, 1, 8, 3, *SCALING), "rule: m>128, 256x128"),
         (H200, (1, 1024, 1152), (8, 64, 3, 4, 4), "rule: m<=8, 8x64, split 3"),
-        (RTX4090, (64, 2048, 2048), (64, 64, 8, 4, 3), "rule: m>32, 64x64, split 8"),
+        (RTX4090, (64, 2048, 2048), (64, 64, 8, 4, 3), "rule: m<=64, 64x64, split 8"),
+        (RTX4090, (512, 8192, 8192), (64, 256, 1, 8, 3), "rule: m>64, 64x256"),
         (B200, (1, 1024, 4096), (8, 128, 16, 4, 4), "rule: m<=8, 8x128, split 16"),
     ],
 )
 def test_golden_launches(device, shape, tile, source):
     chosen = select(GemmShape(*shape), SPEC, device)
     assert chosen == Launch(KernelName.TRITON_GEMM, TileConfig(*tile), source)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile", "source"),
+    [
+        ((1, 4096, 4096), (16, 128, 8, 4, 4), "rule: m<=16, 16x128, split 8, batch-invariant"),
+        ((64, 4096, 4096), (64, 256, 8, 8, 4), "rule: m<=64, 64x256, split 8, batch-invariant"),
+        (
+            (65, 4096, 4096),
+            (64, 128, 1, 8, 4, 8),
+            "rule: m>64, 64x128, segments 8, batch-invariant",
+        ),
+        ((512, 28672, 4096), (64, 128, 1, 8, 4), "rule: m>64, 64x128, batch-invariant"),
+    ],
+)
+def test_golden_batch_invariant_launches(shape, tile, source):
+    chosen = select(GemmShape(*shape), SPEC, H200, batch_invariant=True)
+    assert chosen == Launch(KernelName.TRITON_GEMM, TileConfig(*tile), source)
+
+
+@pytest.mark.parametrize("device", [H200, RTX4090, B200], ids=lambda device: device.name)
+@pytest.mark.parametrize("group_size", [16, 128])
+def test_batch_invariant_layers_cut_k_alike_for_every_number_of_tokens(device, group_size):
+    spec = replace(SPEC, group_size=group_size)
+    for n in SIZES:
+        for k in SIZES[1:]:
+            shapes = [GemmShape(m, n, k) for m in TOKENS]
+            tiles = [select(shape, spec, device, batch_invariant=True).tile for shape in shapes]
+            assert len({tile.split_k * tile.segments for tile in tiles}) == 1
+            assert not any(tile.scale_weights for tile in tiles)
+            assert all(tile.block_m >= 16 for tile in tiles)
+            plain = (replace(tile, split_k=1, segments=1) for tile in tiles)
+            step = min(group_size, 128)
+            assert set(plain) <= set(tiles_for(device, WeightType.UINT4B8, step, True))
+
+
+def test_reachable_launches_are_all_that_select_returns():
+    for device in (H200, RTX4090):
+        for batch_invariant in (False, True):
+            options = {"batch_invariant": batch_invariant}
+            found = reachable_launches(4096, 4096, SPEC, device, 1100, **options)
+            chosen = [
+                select(GemmShape(m, 4096, 4096), SPEC, device, **options) for m in range(1, 1101)
+            ]
+            assert {launch.tile for _, launch in found} == {launch.tile for launch in chosen}
+            for m, launch in found:
+                assert chosen[m - 1] == launch
+                assert launch.tile not in {earlier.tile for earlier in chosen[: m - 1]}
+    assert len(reachable_launches(4096, 4096, SPEC, CPU_AMX, 1000)) == 1
 
 
 def test_two_groups_or_more_per_block_avoid_the_largest_tiles():
@@ -65,7 +118,7 @@ def test_two_groups_or_more_per_block_avoid_the_largest_tiles():
 
 
 @pytest.mark.parametrize("device", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)
-@pytest.mark.parametrize("group_size", [32, 64, 128, 1 << 20])
+@pytest.mark.parametrize("group_size", [8, 16, 32, 64, 128, 1 << 20])
 @pytest.mark.parametrize("weight_type", [WeightType.UINT4B8, WeightType.UINT8B128, WeightType.NF4])
 def test_every_launch_is_valid(device, weight_type, group_size):
     spec = QuantSpec(weight_type, group_size, torch.bfloat16)
@@ -131,7 +184,16 @@ def reasons(n=4096, k=4096, spec=SPEC, phase=0, device=H200, act_dtype=torch.bfl
 @pytest.mark.parametrize("device", [*KNOWN_DEVICES.values(), CPU, CPU_AMX], ids=lambda d: d.name)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.weight_type.value)
 def test_common_schemes_are_supported_everywhere(device, spec):
-    for group_size, phase in ((32, 16), (64, 0), (96, 80), (128, 64), (1 << 20, 6848)):
+    for group_size, phase in (
+        (8, 0),
+        (24, 8),
+        (48, 32),
+        (32, 16),
+        (64, 0),
+        (96, 80),
+        (128, 64),
+        (1 << 20, 6848),
+    ):
         spec = replace(spec, group_size=group_size)
         assert reasons(n=8, k=6848, spec=spec, phase=phase, device=device) == ()
 
@@ -147,8 +209,8 @@ def test_common_schemes_are_supported_everywhere(device, spec):
             ("t4 of compute capability 7.5", "8.0 and newer"),
         ),
         (
-            {"spec": replace(SPEC, group_size=48)},
-            ("group_size 48", "multiples of 32, or one group for all in_features of the rank"),
+            {"spec": replace(SPEC, group_size=36)},
+            ("group_size 36", "multiples of 8, or one group for all in_features of the rank"),
         ),
         (
             {"phase": 8},
@@ -173,7 +235,7 @@ def test_unsupported_layer_names_found_and_needed(arguments, expected):
 
 
 def test_all_reasons_are_collected():
-    spec = replace(ZERO_SPEC, group_size=40, scale_dtype=torch.float32)
+    spec = replace(ZERO_SPEC, group_size=36, scale_dtype=torch.float32)
     device = DeviceSpec("t4", "cuda", (7, 5), 40, 65536)
     found = reasons(n=9, k=4100, spec=spec, phase=3, device=device, act_dtype=torch.float64)
     assert len(found) == 7

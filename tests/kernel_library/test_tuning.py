@@ -8,7 +8,7 @@ import torch
 
 from fusedq_kernels import tuning
 from fusedq_kernels.device import KNOWN_DEVICES, device_by_name
-from fusedq_kernels.heuristics import select
+from fusedq_kernels.heuristics import reachable_launches, select
 from fusedq_kernels.types import GemmShape, KernelName, Launch, QuantSpec, TileConfig, WeightType
 
 H200 = device_by_name("h200")
@@ -81,9 +81,23 @@ def test_rows_serve_only_weights_that_run_the_same_code(tmp_path):
 def test_select_prefers_a_measured_row(tmp_path):
     (table,) = read(tmp_path, table_of(*ROWS))
     shape = GemmShape(8, 4096, 4096)
-    chosen = select(shape, SPEC, H200, lambda device: table)
+    chosen = select(shape, SPEC, H200, table_for=lambda device: table)
     assert chosen.source == "tuned:h200 row 1"
-    assert select(shape, SPEC, H200, lambda device: None).source.startswith("rule: ")
+    assert select(shape, SPEC, H200, table_for=lambda device: None).source.startswith("rule: ")
+
+
+def test_a_batch_invariant_layer_asks_no_rows(tmp_path):
+    (table,) = read(tmp_path, table_of(*ROWS))
+    shape = GemmShape(8, 4096, 4096)
+    chosen = select(shape, SPEC, H200, batch_invariant=True, table_for=lambda device: table)
+    assert chosen.source.endswith("batch-invariant")
+
+
+def test_every_border_between_rows_is_reachable(tmp_path):
+    rows = [*ROWS, ROW | {"max_m": 77, "num_stages": 2, "block_m": 128, "split_k": 1}]
+    (table,) = read(tmp_path, table_of(*rows))
+    found = reachable_launches(4096, 4096, SPEC, H200, 300, table_for=lambda device: table)
+    assert [m for m, _ in found] == [1, 9, 65, 78, 257]
 
 
 def test_the_split_of_up_to_64_tokens_is_the_shapes_alone(tmp_path):
@@ -145,6 +159,7 @@ def test_a_broken_table_is_not_written(tmp_path):
         ({"kernel": "marlin"}, "'marlin' is not a valid KernelName"),
         ({"kernel": "cpu-wna16", "weight_type": "nf4"}, "cpu-wna16 runs no nf4"),
         ({"kernel": "cpu-striped"}, "cpu-striped with a tile"),
+        ({"x_descriptor": 1}, "x_descriptor must be true or false, got 1"),
         ({"block_n": 96}, "block_n 96 does not divide"),
         ({"split_k": 12}, "split_k 12 leaves a split of K empty"),
         ({"split_k": 8}, r"must have a tile and share one split_k, got \[4, 8\]"),
