@@ -74,6 +74,21 @@ def test_a_kernel_insisted_on_is_refused_where_it_cannot_run(tmp_path: Path) -> 
     assert 'choose another "kernel"' in problem.fix
 
 
+def test_batch_invariant_mode_is_planned_or_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gptq-sym")
+    checkpoint = read_checkpoint(tmp_path)
+    plan = plan_model(checkpoint, dataclasses.replace(H200, batch_invariant=True))
+    launches = [launch for layer in plan.layers for launch in (layer.decode, layer.prefill)]
+    assert all(launch.source.endswith("batch-invariant") for launch in launches)
+    with pytest.raises(PreflightError) as error:
+        plan_model(checkpoint, dataclasses.replace(CPU, batch_invariant=True))
+    assert len(error.value.problems) == len(plan.layers)
+    problem = error.value.problems[0]
+    assert problem.found == "kernel cpu-wna16 in vLLM's batch-invariant mode"
+    assert problem.supported == "triton-gemm"
+    assert problem.fix == "unset VLLM_BATCH_INVARIANT, or serve on a GPU"
+
+
 def test_resident_bytes_are_those_of_the_packed_tensors(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "gptq-sym", hidden=128, intermediate=256, group_size=128)
     down = next(

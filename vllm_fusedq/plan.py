@@ -37,12 +37,14 @@ PREFILL_TOKENS = 2048
 class Target:
     """Where a plan is for: the device decides the kernels, the dtype what they multiply by.
 
-    A layer that `insisted` cannot run is refused; None lets the device decide for each layer.
+    A layer that `insisted` cannot run is refused; None lets the device decide for each layer. With
+    `batch_invariant` a row's bits do not depend on its batch.
     """
 
     device: DeviceSpec
     act_dtype: torch.dtype
     insisted: KernelName | None = None
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def plan_layer(
         rows, spec, phase = resident_rows(first, region), resident_spec(first, region), 0
     else:
         rows, spec, phase = shard.k, first.spec, region.k_start % first.spec.group_size
-    choice = _choose(shard.n, rows, spec, phase, target.device, target.act_dtype)
+    choice = _choose((shard.n, rows), spec, phase, target)
     if choice.reasons:
         full = " + ".join(f"[{layer.n}, {layer.k}]" for layer in layer_formats)
         where = f"{full} full, [{shard.n}, {shard.k}] per rank at tensor_parallel_size "
@@ -120,6 +122,8 @@ def plan_layer(
         raise PreflightError([_problem(layer, reason) for reason in choice.reasons])
     _check_insisted(shard, spec, target.insisted)
     decode, prefill = choice.launches
+    if target.batch_invariant and not heuristics.is_batch_invariant(decode.kernel):
+        raise PreflightError([_batch_dependent(shard, decode.kernel)])
     resident = choice.resident
     if first.ordered:
         resident = (*resident, ("perm", rows * layout.PERM_DTYPE.itemsize))
@@ -145,14 +149,15 @@ class _Choice(NamedTuple):
 
 # A model has a handful of shapes, repeated in every block and on every rank.
 @functools.lru_cache(maxsize=1024)
-def _choose(
-    n: int, rows: int, spec: QuantSpec, phase: int, device: DeviceSpec, act_dtype: torch.dtype
-) -> _Choice:
+def _choose(size: tuple[int, int], spec: QuantSpec, phase: int, target: Target) -> _Choice:
     """What stands against a shard, else its launches for decode and prefill and its bytes."""
+    (n, rows), device, act_dtype = size, target.device, target.act_dtype
     if reasons := heuristics.unsupported_reasons(n, rows, spec, phase, device, act_dtype):
         return _Choice(reasons)
     launches = tuple(
-        heuristics.select(GemmShape(m, n, rows), spec, device)
+        heuristics.select(
+            GemmShape(m, n, rows), spec, device, batch_invariant=target.batch_invariant
+        )
         for m in (DECODE_TOKENS, PREFILL_TOKENS)
     )
     form = layout_for(launches[0].kernel, spec.weight_type)
@@ -181,6 +186,16 @@ def _check_insisted(shard: LayerShard, spec: QuantSpec, kernel: KernelName | Non
                 fix='choose another "kernel" in additional-config "fusedq", or leave it out',
             )
         ]
+    )
+
+
+def _batch_dependent(shard: LayerShard, kernel: KernelName) -> Problem:
+    supported = ", ".join(each.value for each in KernelName if heuristics.is_batch_invariant(each))
+    return Problem(
+        layer=shard.prefix,
+        found=f"kernel {kernel.value} in vLLM's batch-invariant mode",
+        supported=supported,
+        fix="unset VLLM_BATCH_INVARIANT, or serve on a GPU",
     )
 
 

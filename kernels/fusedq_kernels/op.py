@@ -20,6 +20,7 @@ from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,
     KernelName,
+    Launch,
     Layout,
     PackedWeight,
     QuantSpec,
@@ -30,7 +31,7 @@ from fusedq_kernels.types import (
 _ARGUMENTS = (
     "Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? perm, int n, "
     "int k, int in_features, int group_size, int phase, str weight_type, str scale_dtype, "
-    "str kernel"
+    "str kernel, bool batch_invariant=False"
 )
 _SCHEMAS = (
     f"matmul({_ARGUMENTS}) -> Tensor",
@@ -48,12 +49,17 @@ Runner = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None, torch.Tensor
 
 
 def matmul(
-    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, kernel: KernelName
+    x: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    kernel: KernelName,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """`x @ dequantize(packed).T + bias` by the named kernel.
 
     A weight with a `perm` multiplies `x[..., perm]`: the tokens are gathered once, into a copy,
-    before the kernel reads them. No kernel gathers by itself yet.
+    before the kernel reads them. A kernel that gathers by itself reads two bytes at a time, which
+    is below the four of an asynchronous copy, and every tile of outputs would gather again.
 
     Args:
         x: `[..., K]` fp16 or bf16 on the device of `packed`, any strides; `[..., in_features]` for
@@ -62,12 +68,14 @@ def matmul(
         bias: `[N]` in the dtype of `x`, or None.
         kernel: a GPU runs triton-gemm; a CPU runs the other two, and triton-gemm in Triton's
             interpreter.
+        batch_invariant: each row gets the same bits in any batch; kernel triton-gemm only.
 
     Returns:
         y: `[..., N]`, contiguous, dtype of `x`.
 
     Raises:
-        ValueError: a tensor of another shape, dtype or device than the weight asks for.
+        ValueError: a tensor of another shape, dtype or device than the weight asks for, or
+            `batch_invariant` of another kernel.
         RuntimeError: kernel cpu-wna16 where vLLM's CPU operator is not registered.
     """
     spec = packed.spec
@@ -86,17 +94,43 @@ def matmul(
         spec.weight_type.value,
         _SCALE_DTYPE_NAMES[spec.scale_dtype],
         kernel.value,
+        batch_invariant,
     )
 
 
 def _run_triton(
     x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
+    _fused_gemm(x, packed, bias, out, batch_invariant=False)
+
+
+def _run_batch_invariant(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    _fused_gemm(x, packed, bias, out, batch_invariant=True)
+
+
+def _fused_gemm(
+    x: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    batch_invariant: bool,
+) -> None:
     from fusedq_kernels.gemm import fused_gemm
+
+    launch = _launch(x.shape[0], packed.n, packed.k, packed.spec, x.device, batch_invariant)
+    fused_gemm(x, packed, bias, launch, out)
+
+
+# A model calls with few numbers of tokens while it decodes and with any while it prefills.
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    m: int, n: int, k: int, spec: QuantSpec, device: torch.device, batch_invariant: bool
+) -> Launch:
     from fusedq_kernels.heuristics import select
 
-    shape = GemmShape(x.shape[0], packed.n, packed.k)
-    fused_gemm(x, packed, bias, select(shape, packed.spec, _gpu(x.device)), out)
+    return select(GemmShape(m, n, k), spec, _gpu(device), batch_invariant=batch_invariant)
 
 
 def _run_wna16(
@@ -110,6 +144,7 @@ _RUNNERS: dict[KernelName, Runner] = {
     KernelName.CPU_WNA16: _run_wna16,
     KernelName.CPU_STRIPED: cpu.striped_gemm,
 }
+_BATCH_INVARIANT_RUNNERS: dict[KernelName, Runner] = {KernelName.TRITON_GEMM: _run_batch_invariant}
 _CPU_ONLY = frozenset({KernelName.CPU_WNA16, KernelName.CPU_STRIPED})
 
 
@@ -177,8 +212,11 @@ def _checked(
     weight_type: str,
     scale_dtype: str,
     kernel: str,
+    batch_invariant: bool = False,
 ) -> tuple["_Call", PackedWeight, torch.Tensor | None]:
-    call = _call(n, k, group_size, phase, weight_type, scale_dtype, kernel, x.dtype)
+    call = _call(
+        n, k, group_size, phase, weight_type, scale_dtype, kernel, x.dtype, batch_invariant
+    )
     packed = PackedWeight(
         qweight, scales, zeros, call.layout, call.spec, n, k, phase, perm, in_features
     )
@@ -206,6 +244,7 @@ def _call(
     scale_dtype: str,
     kernel: str,
     act_dtype: torch.dtype,
+    batch_invariant: bool,
 ) -> _Call:
     if act_dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"x must be float16 or bfloat16, got {act_dtype}")
@@ -213,9 +252,13 @@ def _call(
         raise ValueError(f"scale_dtype must be one of {list(_SCALE_DTYPES)}, got {scale_dtype!r}")
     spec = QuantSpec(WeightType(weight_type), group_size, _SCALE_DTYPES[scale_dtype])
     name = KernelName(kernel)
+    runners = _BATCH_INVARIANT_RUNNERS if batch_invariant else _RUNNERS
+    if name not in runners:
+        known = ", ".join(each.value for each in runners)
+        raise ValueError(f"kernel {kernel} is not batch-invariant; supported: {known}")
     layout = layout_for(name, spec.weight_type)
     shapes = packed_shapes(layout, n, k, spec, phase, act_dtype)
-    return _Call(name, _RUNNERS[name], layout, spec, shapes, TensorSpec((n,), act_dtype))
+    return _Call(name, runners[name], layout, spec, shapes, TensorSpec((n,), act_dtype))
 
 
 def _check(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, call: _Call) -> None:

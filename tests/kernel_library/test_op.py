@@ -81,6 +81,24 @@ def test_every_kernel_agrees_with_the_reference(kernel: KernelName, weight_type)
     assert_right(fq.matmul(x, packed, None, kernel), without)
 
 
+def test_batch_invariant_rows_do_not_depend_on_the_batch() -> None:
+    problem, packed, bias = make_call(KernelName.TRITON_GEMM, m=70)
+    x = problem.x.to(packed.qweight.device)
+    whole = fq.matmul(x, packed, bias, KernelName.TRITON_GEMM, batch_invariant=True)
+    assert_right(whole, problem.expected)
+    for m in (1, 20):
+        part = fq.matmul(x[:m], packed, bias, KernelName.TRITON_GEMM, batch_invariant=True)
+        assert torch.equal(part, whole[:m])
+    assert not torch.equal(fq.matmul(x, packed, bias, KernelName.TRITON_GEMM), whole)
+
+
+def test_a_kernel_that_is_not_batch_invariant_is_refused() -> None:
+    problem, packed, bias = make_call(KernelName.CPU_STRIPED)
+    message = "kernel cpu-striped is not batch-invariant; supported: triton-gemm"
+    with pytest.raises(ValueError, match=message):
+        fq.matmul(problem.x, packed, bias, KernelName.CPU_STRIPED, batch_invariant=True)
+
+
 def reordered(kernel: KernelName, m: int = 3) -> tuple[torch.Tensor, fq.PackedWeight, torch.Tensor]:
     """Tokens of 70 features, a weight whose 96 rows read them in any order, and the answer."""
     problem, _, _ = make_call(kernel)

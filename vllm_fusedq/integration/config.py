@@ -29,6 +29,7 @@ from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.formats import Finding, format_for, settle
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.integration.last_words import open_message_file, speaking_last
+from vllm_fusedq.integration.versions import batch_invariant
 from vllm_fusedq.integration.worker_methods import install_worker_methods
 from vllm_fusedq.live import LiveReport, WorkerRank
 from vllm_fusedq.load import LayerLoader
@@ -156,7 +157,8 @@ class FusedQConfig(QuantizationConfig):
                     "This build of vLLM has no fused CPU operator: quantized layers run on "
                     "cpu-striped, which is several times slower."
                 )
-            target = Target(device, vllm_config.model_config.dtype, settings.insisted)
+            dtype = vllm_config.model_config.dtype
+            target = Target(device, dtype, settings.insisted, batch_invariant())
             install_worker_methods()
             self._worker = WorkerState(
                 *(target, settings, self.message_file),

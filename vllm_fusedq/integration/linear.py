@@ -66,6 +66,7 @@ class FusedQLinearMethod(LinearMethodBase):
             plan.spec.weight_type.value,
             str(plan.spec.scale_dtype).removeprefix("torch."),
             plan.kernel.value,
+            self.state.target.batch_invariant,
         )
         device = torch.get_default_device()
         loader = LayerLoader.create(plan, params_dtype, device)
