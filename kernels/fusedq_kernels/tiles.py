@@ -12,7 +12,7 @@ multiplies the weight instead of a partial product that would have to be waited 
 in any case, and for tcgen05 Triton would store the scaled weight to shared memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fusedq_kernels.types import DeviceSpec, Layout, TileConfig
 
@@ -83,6 +83,10 @@ _WGMMA = Rules(
     in_order=TileConfig(64, 128, 1, 8, 4),
     fine=_fine(64, 128, 8, 4),
 )
+# Scaled values of a codebook pass through shared memory, in some combinations of dtypes.
+_PL4_WGMMA = replace(
+    _WGMMA, prefill=(Rule(None, (_tile(128, 128, 8, 3, 64), _tile(64, 128, 8, 4))),)
+)
 _MMA_SYNC_IN_ORDER = TileConfig(32, 64, 1, 2, 4)
 _MMA_SYNC_FINE = _fine(32, 128, 4, 3)
 
@@ -142,7 +146,7 @@ _PL4_MMA_SYNC = _as_decode(
 )
 _RULES = {
     Layout.P4: (_WGMMA, _TCGEN05, _P4_MMA_SYNC),
-    Layout.PL4: (_WGMMA, _TCGEN05, _PL4_MMA_SYNC),
+    Layout.PL4: (_PL4_WGMMA, _TCGEN05, _PL4_MMA_SYNC),
     Layout.P8: (_WGMMA, _TCGEN05, _P8_MMA_SYNC),
 }
 

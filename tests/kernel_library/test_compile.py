@@ -23,7 +23,7 @@ MMA_KIND = {
 FOUR_BITS = ("--weight-type", "uint4", "uint4b8")
 EIGHT_BITS = ("--weight-type", "uint8", "uint8b128")
 RUNS = {
-    "sm_90": ("--target=sm_90", "--act-dtype", "bf16", *FOUR_BITS),
+    "sm_90": ("--target=sm_90", "--act-dtype", "bf16", "--weight-type", "uint4"),
     "sm_90-fp16": (
         *("--target=sm_90", "--tile", "16x128", "64x256", "--act-dtype", "fp16", *FOUR_BITS),
     ),
@@ -48,7 +48,7 @@ RUNS = {
         *("--group-size", "32", "64"),
     ),
     "sm_90-codebook": (
-        *("--target=sm_90", "--tile", "8x128", "64x128", "128x128s", "--act-dtype", "bf16"),
+        *("--target=sm_90", "--tile", "8x128", "64x128", "128x128", "--act-dtype", "bf16"),
         *("--weight-type", "nf4", "fp4", "--group-size", "64", "128"),
     ),
     "sm_120-codebook": (
@@ -56,7 +56,15 @@ RUNS = {
         *("--weight-type", "nf4", "--group-size", "64"),
     ),
     "sm_90-fine": (
-        *("--target=sm_90", "--act-dtype", "bf16", "--weight-type", "uint4", "--group-size", "48"),
+        *(
+            "--target=sm_90",
+            "--act-dtype",
+            "bf16",
+            "--weight-type",
+            "uint4b8",
+            "--group-size",
+            "48",
+        ),
     ),
     "sm_80-finest": (
         *("--target=sm_80", "--tile", "16x128", "--act-dtype", "bf16"),
@@ -67,11 +75,12 @@ RUNS = {
         *("--weight-type", "uint4b8", "--group-size", "16"),
     ),
     "sm_90-invariant": (
-        *("--target=sm_90", "--act-dtype", "bf16", "--batch-invariant", *FOUR_BITS),
+        *("--target=sm_90", "--act-dtype", "bf16", "--batch-invariant"),
+        *("--weight-type", "uint4", "--group-size", "128", "131072"),
     ),
     "sm_86": ("--target=sm_86", "--tile", "16x128", "--act-dtype", "fp16", *FOUR_BITS),
     "sm_89": ("--target=sm_89", "--tile", "64x128", "--act-dtype", "bf16", *FOUR_BITS),
-    "sm_90-8bit": ("--target=sm_90", "--act-dtype", "bf16", *EIGHT_BITS),
+    "sm_90-8bit": ("--target=sm_90", "--act-dtype", "bf16", "--weight-type", "uint8"),
     "sm_90-8bit-groups": (
         *("--target=sm_90", "--tile", "16x128", "64x128", "--act-dtype", "bf16", *EIGHT_BITS),
         *("--group-size", "32", "131072"),
