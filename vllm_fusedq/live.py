@@ -63,7 +63,7 @@ class LiveReport:
             LoadedLayer(loader.packed, loader.plan.kernel, has_bias)
             for loader, has_bias in zip(self.loaders, self.with_bias, strict=True)
         )
-        self.warmed = warm_up(layers, self.target.device, self.target.act_dtype, self.max_tokens)
+        self.warmed = warm_up(layers, self.target, self.max_tokens)
 
     @property
     def pack_seconds(self) -> float:

@@ -6,13 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fusedq_kernels import heuristics
 from fusedq_kernels.op import matmul
-from fusedq_kernels.types import DeviceSpec, GemmShape, KernelName, Launch, PackedWeight
-
-# Above so many tokens a launch depends on how many tiles of at least 16 tokens there are.
-_EVERY_COUNT = 64
-_STEP = 16
+from fusedq_kernels.types import KernelName, PackedWeight
+from vllm_fusedq.plan import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +28,7 @@ class LoadedLayer:
     has_bias: bool
 
 
-def warm_up(
-    layers: Iterable[LoadedLayer], device: DeviceSpec, act_dtype: torch.dtype, max_tokens: int
-) -> WarmUp:
+def warm_up(layers: Iterable[LoadedLayer], target: Target, max_tokens: int) -> WarmUp:
     """Run each distinct launch of `layers` for 1 to `max_tokens` tokens, on zeros.
 
     Layers of one shape and scheme share their launches. In Triton's interpreter there is nothing to
@@ -46,35 +40,28 @@ def warm_up(
         packed = layer.packed
         key = (packed.spec, packed.n, packed.k, packed.phase, packed.perm is None)
         distinct.setdefault((*key, layer.kernel, layer.has_bias), layer)
-    count = 0
-    for layer in distinct.values():
-        where = layer.packed.qweight.device
-        if layer.kernel is KernelName.TRITON_GEMM and where.type == "cpu":
-            continue
-        for tokens in launch_tokens(layer.packed, device, max_tokens):
-            # A row-parallel layer adds its bias on the first rank only
-            for has_bias in {False, layer.has_bias}:
-                _run(layer, tokens, act_dtype, has_bias)
-                count += 1
+    count = sum(_run(layer, target, max_tokens) for layer in distinct.values())
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return WarmUp(time.perf_counter() - start, count)
 
 
-def launch_tokens(packed: PackedWeight, device: DeviceSpec, max_tokens: int) -> list[int]:
-    """For each launch that up to `max_tokens` tokens can select, the fewest tokens that do."""
-    few = range(1, min(max_tokens, _EVERY_COUNT) + 1)
-    many = range(_EVERY_COUNT + 1, max_tokens + 1, _STEP)
-    first: dict[Launch, int] = {}
-    for tokens in (*few, *many):
-        shape = GemmShape(tokens, packed.n, packed.k)
-        first.setdefault(heuristics.select(shape, packed.spec, device), tokens)
-    return list(first.values())
-
-
-def _run(layer: LoadedLayer, tokens: int, act_dtype: torch.dtype, has_bias: bool) -> None:
+def _run(layer: LoadedLayer, target: Target, max_tokens: int) -> int:
+    # A row-parallel layer adds its bias on the first rank only.
+    with_bias = {False, layer.has_bias}
     packed = layer.packed
+    if layer.kernel is KernelName.TRITON_GEMM:
+        if not packed.qweight.is_cuda:
+            return 0
+        from fusedq_kernels.warmup import warm_up as compile_launches
+
+        return compile_launches(
+            *(packed, target.device, target.act_dtype, max_tokens),
+            with_bias=with_bias,
+            batch_invariant=target.batch_invariant,
+        )
     features = packed.k if packed.perm is None else packed.in_features
-    x = torch.zeros(tokens, features, dtype=act_dtype, device=packed.qweight.device)
-    bias = x.new_zeros(packed.n) if has_bias else None
-    matmul(x, packed, bias, layer.kernel)
+    x = torch.zeros(1, features, dtype=target.act_dtype, device=packed.qweight.device)
+    for has_bias in with_bias:
+        matmul(x, packed, x.new_zeros(packed.n) if has_bias else None, layer.kernel)
+    return len(with_bias)

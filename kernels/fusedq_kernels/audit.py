@@ -168,7 +168,7 @@ def compile_gemm(
         name: "constexpr" if name in constants else pointers.get(name, "i32")
         for name in kernel.arg_names
     }
-    aligned = {*pointers, *gemm.ALIGNED_ARGS, "N"} - set(constants)
+    aligned = {*pointers, *gemm.ALIGNED_ARGS, "N"} - {*constants, "bias_ptr"}
     attrs = {(i,): _ALIGNED for i, name in enumerate(kernel.arg_names) if name in aligned}
     major, minor = device.capability
     return triton.compile(

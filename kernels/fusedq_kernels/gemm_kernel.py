@@ -61,7 +61,11 @@ def _scaled(weight, scale, NARROW_SCALE: tl.constexpr, INTERPRET: tl.constexpr):
         return _to_output(weight.to(tl.float32) * scale[:, None], weight.dtype, INTERPRET)
 
 
-@triton.jit(do_not_specialize=["M", "first_step", "last_group", "num_blocks", "blocks_per_part"])
+# One binary for any number of tokens, position of groups and bias, wherever it starts.
+@triton.jit(
+    do_not_specialize=["M", "first_step", "last_group", "num_blocks", "blocks_per_part"],
+    do_not_specialize_on_alignment=["bias_ptr"],
+)
 def fused_gemm_kernel(
     x_ptr,
     qweight_ptr,

@@ -1,0 +1,66 @@
+"""After the warm-up no number of tokens, stride or bias asks the compiler for anything."""
+
+import subprocess
+import sys
+
+# The JIT looks a launch up and, where it would compile, tells the hook instead.
+SCRIPT = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from fusedq_kernels import device, gemm, heuristics, layout, testing, types, warmup
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+asked = []
+
+def note(key, **_):
+    asked.append(key)
+    return True
+
+triton.runtime.driver.set_active(Driver())
+triton.knobs.runtime.jit_cache_hook = note
+h200 = device.device_by_name("h200")
+act = torch.bfloat16
+for weight_type, group_size, n, k, phase in (
+    (types.WeightType.UINT4, 128, 1096, 1424, 64),
+    (types.WeightType.NF4, 64, 512, 2048, 0),
+    (types.WeightType.UINT8B128, 48, 2304, 512, 16),
+):
+    spec = types.QuantSpec(weight_type, group_size, torch.float16)
+    target = types.layout_for(types.KernelName.TRITON_GEMM, weight_type)
+    packed = layout.pack(testing.random_logical(n, k, spec, phase), target, act)
+    for batch_invariant in (False, True):
+        asked.clear()
+        count = warmup.warm_up(
+            packed, h200, act, 700, with_bias=(False, True), batch_invariant=batch_invariant
+        )
+        known = set(asked)
+        assert count == len(asked) == len(known) > 3, (count, len(known))
+        wide = torch.zeros(700, k + 64, dtype=act)
+        bias = torch.zeros(n + 1, dtype=act)
+        for m in range(1, 701):
+            shape = types.GemmShape(m, n, k)
+            launch = heuristics.select(shape, spec, h200, batch_invariant=batch_invariant)
+            tokens = wide[:m, 32 : k + 32] if m % 2 else torch.zeros(m, k, dtype=act)
+            gemm.fused_gemm(tokens, packed, (None, bias[1:], bias[:-1])[m % 3], launch)
+        assert set(asked) == known, set(asked) - known
+        # Another launch than those of the warm-up would have been noticed.
+        other = types.Launch(launch.kernel, types.TileConfig(16, 128, 1, 4, 2), "test")
+        gemm.fused_gemm(tokens, packed, None, other)
+        assert len(set(asked)) == len(known) + 1
+"""
+
+
+def test_serving_compiles_nothing_after_the_warm_up(compiler_env):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=compiler_env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
