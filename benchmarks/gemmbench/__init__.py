@@ -1,0 +1,1 @@
+"""Shared parts of the kernel benchmarks; the commands are the scripts one folder up."""

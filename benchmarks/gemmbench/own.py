@@ -1,0 +1,101 @@
+"""Our kernel, and the same work unfused: cuBLAS in 16 bit, dequantize first and then multiply."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+import triton
+
+import fusedq_kernels
+from fusedq_kernels import device as devices
+from fusedq_kernels import layout_for, pack, reference, weight_bytes
+from fusedq_kernels.heuristics import select
+from fusedq_kernels.types import DeviceSpec, GemmShape, KernelName, LogicalWeight
+from gemmbench.contender import Prepared, fused_dram_bytes, tensor_bytes
+from gemmbench.triton_kernels import dequantize, tiled_gemm
+
+_KERNEL = KernelName.TRITON_GEMM
+
+
+def device_spec(device: torch.device) -> DeviceSpec:
+    """The device behind the measurements; a CPU runs Triton's interpreter as if it were an H200."""
+    if device.type == "cpu":
+        return devices.device_by_name("h200")
+    return devices.current_device(device, fused_op=False)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """`torch.ops.fusedq.matmul` as a model calls it, with the launch that `select` gives."""
+
+    name: str = "fusedq"
+
+    def version(self) -> str:
+        return f"triton {triton.__version__}"
+
+    def prepare(self, logical: LogicalWeight, act_dtype: torch.dtype) -> Prepared:
+        packed = pack(logical, layout_for(_KERNEL, logical.spec.weight_type), act_dtype)
+        n, k = logical.codes.shape
+        size = sum(weight_bytes(packed).values())
+        device = device_spec(logical.codes.device)
+        return Prepared(
+            lambda x: fusedq_kernels.matmul(x, packed, None, _KERNEL),
+            size,
+            fused_dram_bytes(size, n, k),
+            lambda m: select(GemmShape(m, n, k), logical.spec, device).source,
+        )
+
+
+@dataclass(frozen=True)
+class Cublas:
+    """`x @ w.T` with the weight already in 16 bit: no quantization at all."""
+
+    name: str = "cublas"
+
+    def version(self) -> str:
+        cuda = torch.version.cuda
+        return f"torch {torch.__version__}" + (f", CUDA {cuda}" if cuda else "")
+
+    def prepare(self, logical: LogicalWeight, act_dtype: torch.dtype) -> Prepared:
+        w = reference.dequantize(logical, act_dtype).to(act_dtype)
+        size, (n, k) = tensor_bytes(w), w.shape
+        return Prepared(
+            lambda x: torch.mm(x, w.t()),
+            size,
+            fused_dram_bytes(size, n, k),
+            lambda m: str(act_dtype).removeprefix("torch."),
+        )
+
+
+@dataclass(frozen=True)
+class Unfused:
+    """A kernel that writes the dequantized weight to memory, then `multiply` on what it wrote."""
+
+    name: str
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def version(self) -> str:
+        return f"triton {version('triton')}, torch {torch.__version__}"
+
+    def prepare(self, logical: LogicalWeight, act_dtype: torch.dtype) -> Prepared:
+        packed = pack(logical, layout_for(_KERNEL, logical.spec.weight_type), act_dtype)
+        n, k = logical.codes.shape
+        buffer = torch.empty((n, k), dtype=act_dtype, device=logical.codes.device)
+        size = sum(weight_bytes(packed).values())
+        fused = fused_dram_bytes(size, n, k)
+        return Prepared(
+            lambda x: self.multiply(x, dequantize(packed, buffer)),
+            size,
+            # The 16-bit weight is written once and read once more.
+            lambda m: fused(m) + 2 * tensor_bytes(buffer),
+            lambda m: f"dequantizes {tensor_bytes(buffer) / 1e6:.0f} MB per call",
+        )
+
+
+OWN = (
+    Fused(),
+    Cublas(),
+    Unfused("dequant+cublas", lambda x, w: torch.mm(x, w.t())),
+    Unfused("dequant+tiled", tiled_gemm),
+)

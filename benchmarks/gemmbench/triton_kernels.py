@@ -1,0 +1,203 @@
+"""Kernels to compare with: streaming alone, unfused dequantization, a plain tiled GEMM.
+
+`load_only` is the twin of the fused kernel: the same packed bytes, grid and pipeline without the
+arithmetic, so its time is what the memory system allows that tile on this very device and run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedq_kernels import gemm
+from fusedq_kernels.decode import DECODERS, scale_of
+from fusedq_kernels.geometry import BLOCK_K, group_geometry
+from fusedq_kernels.types import PackedWeight, TileConfig
+
+_TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_DEQUANT_BLOCK_N = 64
+# tokens x outputs x K of the plain GEMM, for few and for many tokens
+_SMALL_TILE, _LARGE_TILE = (16, 128, 128), (128, 128, 64)
+
+
+@triton.jit
+def _load_only_kernel(
+    qweight_ptr,
+    scales_ptr,
+    out_ptr,
+    n_padded,
+    num_blocks,
+    blocks_per_split,
+    WORDS: tl.constexpr,
+    STEPS: tl.constexpr,
+    STEPS_PER_GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Grid `(1, n_padded // BLOCK_N, split_k)`; XORs what the fused kernel would decode."""
+    pid_n = tl.program_id(1)
+    pid_k = tl.program_id(2)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    qweight_ptrs = qweight_ptr + offs_n[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    stride_block = n_padded.to(tl.int64) * WORDS
+    first_block = pid_k * blocks_per_split
+    last_block = tl.minimum(first_block + blocks_per_split, num_blocks)
+    words = tl.zeros((BLOCK_N, WORDS), tl.int32)
+    metadata = tl.zeros((BLOCK_N,), tl.int32)
+    for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
+        words ^= tl.load(qweight_ptrs + block * stride_block)
+        for sub in tl.static_range(STEPS):
+            group = 0 if STEPS_PER_GROUP == 0 else (block * STEPS + sub) // STEPS_PER_GROUP
+            metadata ^= tl.load(scales_ptr + offs_n + group * n_padded)
+    folded = tl.xor_sum(words, 1) ^ metadata
+    tl.store(out_ptr + pid_k.to(tl.int64) * n_padded + offs_n, folded)
+
+
+def load_only(packed: PackedWeight, tile: TileConfig) -> torch.Tensor:
+    """Read every byte of a tiled weight with the grid of `tile`; int32 `[split_k, n_padded]`."""
+    num_blocks, n_padded, words = packed.qweight.shape
+    groups = group_geometry(packed.k, packed.spec.group_size, packed.phase)
+    out = packed.qweight.new_empty((tile.split_k, n_padded))
+    single = groups.num_groups == 1
+    _load_only_kernel[(1, n_padded // tile.block_n, tile.split_k)](
+        packed.qweight,
+        packed.scales.view(torch.int32),
+        out,
+        n_padded,
+        num_blocks,
+        triton.cdiv(num_blocks, tile.split_k),
+        WORDS=words,
+        STEPS=1 if single else BLOCK_K // groups.step,
+        STEPS_PER_GROUP=0 if single else packed.spec.group_size // groups.step,
+        BLOCK_N=tile.block_n,
+        NUM_STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+@triton.jit
+def _dequantize_kernel(
+    qweight_ptr,
+    scales_ptr,
+    out_ptr,
+    N,
+    K,
+    n_padded,
+    last_group,
+    DECODE: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    WORDS: tl.constexpr,
+    STEP: tl.constexpr,
+    STEPS: tl.constexpr,
+    STEPS_PER_GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Grid `(n_padded // BLOCK_N, K blocks)`; writes one `[BLOCK_N, 128]` block of the weight."""
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(1)
+    offs_words = (block.to(tl.int64) * n_padded + offs_n[:, None]) * WORDS
+    words = tl.load(qweight_ptr + offs_words + tl.arange(0, WORDS)[None, :])
+    for sub in tl.static_range(STEPS):
+        if STEPS_PER_GROUP == 0:
+            group = 0
+        else:
+            group = tl.minimum((block * STEPS + sub) // STEPS_PER_GROUP, last_group)
+        metadata = tl.load(scales_ptr + group * n_padded + offs_n)
+        weight = DECODE(words, metadata, sub, STEP, DTYPE, INTERPRET)
+        scale = scale_of(metadata, SCALE_DTYPE)
+        value = (weight.to(tl.float32) * scale[:, None]).to(DTYPE)
+        offs_k = block * STEPS * STEP + sub * STEP + tl.arange(0, STEP)
+        mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+        tl.store(out_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], value, mask=mask)
+
+
+def dequantize(packed: PackedWeight, out: torch.Tensor) -> torch.Tensor:
+    """Write `(code - zero) * scale` of a tiled weight without phase into `out` `[N, K]`."""
+    spec = packed.spec
+    num_blocks, n_padded, words = packed.qweight.shape
+    groups = group_geometry(packed.k, spec.group_size, packed.phase)
+    single = groups.num_groups == 1
+    step = BLOCK_K if single else groups.step
+    _dequantize_kernel[(n_padded // _DEQUANT_BLOCK_N, num_blocks)](
+        packed.qweight,
+        packed.scales,
+        out,
+        packed.n,
+        packed.k,
+        n_padded,
+        groups.num_groups - 1,
+        DECODE=DECODERS[spec.weight_type],
+        SCALE_DTYPE=_TL_DTYPES[spec.scale_dtype] if spec.has_zero_points else tl.float32,
+        WORDS=words,
+        STEP=step,
+        STEPS=BLOCK_K // step,
+        STEPS_PER_GROUP=0 if single else spec.group_size // step,
+        BLOCK_N=_DEQUANT_BLOCK_N,
+        INTERPRET=gemm.INTERPRETED,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _tiled_gemm_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """`y[M, N] = x[M, K] @ w[N, K].T`, one tile per program, grid over tiles."""
+    pid_m = tl.program_id(0)
+    pid_n = tl.program_id(1)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :] * K + offs_k[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
+        mask_k = offs_k < K - k
+        x = tl.load(x_ptrs + k, mask=(offs_m < M)[:, None] & mask_k[None, :], other=0.0)
+        w = tl.load(w_ptrs + k, mask=mask_k[:, None] & (offs_n < N)[None, :], other=0.0)
+        if INTERPRET:
+            # The interpreter multiplies the uint16 images of bf16.
+            acc += tl.dot(x.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+        else:
+            acc = tl.dot(x, w, acc)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def tiled_gemm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """`x [M, K] @ w [N, K].T` by an ordinary Triton GEMM, for contiguous 16-bit operands."""
+    m, k = x.shape
+    n = w.shape[0]
+    block_m, block_n, block_k = _SMALL_TILE if m <= 64 else _LARGE_TILE
+    y = x.new_empty((m, n))
+    _tiled_gemm_kernel[(triton.cdiv(m, block_m), triton.cdiv(n, block_n))](
+        x,
+        w,
+        y,
+        m,
+        n,
+        k,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        NUM_STAGES=4,
+        INTERPRET=gemm.INTERPRETED,
+        num_warps=8 if m > 64 else 4,
+        num_stages=4,
+    )
+    return y

@@ -1,0 +1,79 @@
+"""Random weights made on the device that is measured, and answers to check a kernel against."""
+
+from dataclasses import replace
+
+import torch
+
+from fusedq_kernels import reference
+from fusedq_kernels.layout import count_groups
+from fusedq_kernels.types import LogicalWeight, QuantSpec, WeightType
+
+# Outputs of 16-bit kernels differ from float64 by about 2e-3 RMS (rounding of y, of scaled weights,
+# of scales to the activation dtype); a wrong order of codes, groups or zero points by about 1.
+MAX_RMS_ERROR = 1e-2
+_CHECKED_ROWS = 256
+_CHECKED_TOKENS = 64
+
+
+def default_spec(
+    weight_type: WeightType, group_size: int | None, k: int, act_dtype: torch.dtype
+) -> QuantSpec:
+    """What checkpoints of this type use: groups of 128 and scales in the activation dtype, which
+    every contender keeps as they are; codebooks: 64 and fp32.
+
+    A `group_size` of -1 is one group per channel.
+    """
+    codebook = weight_type.codebook is not None
+    group = (64 if codebook else 128) if group_size is None else group_size
+    return QuantSpec(
+        weight_type, k if group == -1 else group, torch.float32 if codebook else act_dtype
+    )
+
+
+def random_weight(n: int, k: int, spec: QuantSpec, device: torch.device, seed=0) -> LogicalWeight:
+    """Uniform codes and zero points, scales that differ in every group; made on `device`."""
+    generator = torch.Generator(device).manual_seed(seed)
+    bound = 1 << spec.weight_type.bits
+    grouped = (n, count_groups(k, spec.group_size, 0))
+    options = {"generator": generator, "device": device, "dtype": torch.uint8}
+    codes = torch.randint(0, bound, (n, k), **options)
+    scales = torch.rand(grouped, generator=generator, device=device).add_(0.5).mul_(0.01)
+    zeros = None
+    if spec.has_zero_points:
+        # Zero points lie near the middle in checkpoints; 1 and above, as GPTQ v1 can store.
+        zeros = torch.randint(bound // 4, 3 * bound // 4, grouped, **options)
+    return LogicalWeight(codes, scales.to(spec.scale_dtype), zeros, spec)
+
+
+def random_tokens(m: int, k: int, dtype: torch.dtype, device: torch.device, seed=1) -> torch.Tensor:
+    """Gaussian activations `[m, k]`."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn((m, k), generator=generator, device=device).to(dtype)
+
+
+def rms_error(y: torch.Tensor, x: torch.Tensor, logical: LogicalWeight) -> float:
+    """RMS error of `y` against float64, relative to the RMS of the answer; inf for NaN.
+
+    Looks at the first and last outputs of the first and last tokens, so that large problems cost
+    little.
+    """
+    n, m = logical.codes.shape[0], x.shape[0]
+    rows = _ends(n, _CHECKED_ROWS, x.device)
+    tokens = _ends(m, _CHECKED_TOKENS, x.device)
+    part = replace(
+        logical,
+        codes=logical.codes[rows],
+        scales=logical.scales[rows],
+        zeros=None if logical.zeros is None else logical.zeros[rows],
+    )
+    expected = reference.matmul(x[tokens], part)
+    error = (y[tokens][:, rows].to(torch.float64) - expected).square().mean().sqrt()
+    relative = (error / expected.square().mean().sqrt()).item()
+    return relative if relative == relative else float("inf")
+
+
+def _ends(size: int, count: int, device: torch.device) -> torch.Tensor:
+    if size <= 2 * count:
+        return torch.arange(size, device=device)
+    ends = (torch.arange(count), torch.arange(size - count, size))
+    return torch.cat(ends).to(device)

@@ -1,0 +1,146 @@
+"""What a contender has to prove before it is timed, and what happens to those that cannot."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedq_kernels.types import LogicalWeight, WeightType
+from gemmbench import comparison, shapes, timing, weights
+from gemmbench.contender import Prepared, Unavailable
+from gemmbench.libraries import LIBRARIES
+from gemmbench.own import OWN, Fused
+from gemmbench.vllm_linear import pack_words
+
+CPU = torch.device("cpu")
+# bitsandbytes runs on a CPU too, where it is installed.
+ON_CPU = (*OWN, *(each for each in LIBRARIES if each.name == "bitsandbytes"))
+
+
+class Wrong(Fused):
+    """Off by a tenth, as with a scale of the wrong group."""
+
+    def prepare(self, logical: LogicalWeight, act_dtype: torch.dtype) -> Prepared:
+        right = super().prepare(logical, act_dtype)
+        return right._replace(run=lambda x: right.run(x) * 1.1)
+
+
+class Breaking(Fused):
+    """Takes the weight and fails at the first call."""
+
+    def prepare(self, logical: LogicalWeight, act_dtype: torch.dtype) -> Prepared:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("too much shared memory")
+
+        return super().prepare(logical, act_dtype)._replace(run=run)
+
+
+class Lost(Fused):
+    """Breaks the CUDA context."""
+
+    def prepare(self, logical: LogicalWeight, act_dtype: torch.dtype) -> Prepared:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def compare(contenders: list, tmp_path: Path) -> comparison.Comparison:
+    spec = weights.default_spec(WeightType.UINT4B8, None, 128, torch.float16)
+    marker = comparison.CrashMarker(tmp_path / "running.json")
+    return comparison.Comparison(contenders, 128, 128, spec, torch.float16, CPU, marker)
+
+
+@pytest.mark.parametrize("contender", ON_CPU, ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    ("weight_type", "group_size"),
+    [
+        (WeightType.UINT4B8, 32),
+        (WeightType.UINT4B8, -1),
+        (WeightType.UINT4, None),
+        (WeightType.UINT8, 64),
+        (WeightType.UINT8B128, None),
+        (WeightType.NF4, None),
+        (WeightType.FP4, None),
+    ],
+    ids=lambda value: getattr(value, "value", value),
+)
+def test_contenders_multiply_by_the_weight_they_were_given(
+    contender: comparison.Contender, weight_type: WeightType, group_size: int | None
+) -> None:
+    spec = weights.default_spec(weight_type, group_size, 256, torch.float16)
+    logical = weights.random_weight(64, 256, spec, CPU)
+    x = weights.random_tokens(3, 256, torch.float16, CPU)
+    try:
+        contender.version()
+        prepared = contender.prepare(logical, torch.float16)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    assert weights.rms_error(prepared.run(x), x, logical) < 1e-3
+    assert prepared.dram_bytes(3) >= prepared.weight_bytes
+
+
+def test_a_wrong_answer_is_not_timed(tmp_path: Path) -> None:
+    rows = compare([Wrong("off")], tmp_path).measure(2)
+    (row,) = [row for row in rows if row["kernel"] == "off"]
+    assert row["us"] == ""
+    assert row["detail"].startswith("WRONG, not timed: RMS error 1.0")
+
+
+def test_a_failure_costs_its_own_row_alone(tmp_path: Path) -> None:
+    rows = {row["kernel"]: row for row in compare([Breaking("bad"), Fused()], tmp_path).measure(2)}
+    assert rows["bad"]["us"] == ""
+    assert rows["bad"]["detail"] == "FAILED: RuntimeError: too much shared memory"
+    assert rows["fusedq"]["us"] > 0
+
+
+def test_a_lost_device_ends_the_run_and_leaves_its_culprit_behind(tmp_path: Path) -> None:
+    with pytest.raises(comparison.DeviceLost, match="lost: CUDA error: an illegal memory access"):
+        compare([Lost("lost")], tmp_path)
+    marker = comparison.CrashMarker(tmp_path / "running.json")
+    assert marker.culprit() == "lost"
+    marker.clear()
+    assert marker.culprit() is None
+
+
+def test_a_finished_measurement_leaves_no_culprit(tmp_path: Path) -> None:
+    compare([Fused()], tmp_path).measure(1)
+    assert comparison.CrashMarker(tmp_path / "running.json").culprit() is None
+
+
+def test_words_hold_codes_from_the_low_bits_up() -> None:
+    codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 15]], dtype=torch.uint8)
+    assert pack_words(codes, 4).item() == 0xF7654321 - (1 << 32)
+    assert pack_words(codes, 8).tolist() == [[0x04030201, 0x0F070605]]
+
+
+def test_rms_error_sees_the_ends_of_large_problems_and_nan() -> None:
+    spec = weights.default_spec(WeightType.UINT4B8, None, 128, torch.float16)
+    logical = weights.random_weight(2048, 128, spec, CPU)
+    x = weights.random_tokens(256, 128, torch.float16, CPU)
+    y = Fused().prepare(logical, torch.float16).run(x)
+    assert weights.rms_error(y, x, logical) < 1e-3
+    for token, row in ((0, 0), (255, 2047)):
+        broken = y.clone()
+        broken[token, row] = torch.nan
+        assert weights.rms_error(broken, x, logical) == float("inf")
+
+
+def test_median_and_spread_of_times() -> None:
+    assert timing.summary([4.0, 1.0, 2.0, 3.0, 100.0]) == timing.Timing(3.0, 2.0, 5)
+    assert timing.summary([4.0]) == timing.Timing(4.0, 0.0, 1)
+
+
+def test_layers_of_models_are_the_published_ones() -> None:
+    assert shapes.MODELS["llama-3-8b"].linears() == {
+        "qkv_proj": (6144, 4096),
+        "o_proj": (4096, 4096),
+        "gate_up_proj": (28672, 4096),
+        "down_proj": (4096, 14336),
+    }
+    # Four key/value heads on eight ranks: each rank keeps one whole head.
+    assert shapes.MODELS["qwen2.5-7b"].linears(4)["qkv_proj"] == ((7 + 2) * 128, 3584)
+    assert shapes.MODELS["llama-3-70b"].linears(8)["down_proj"] == (8192, 3584)
+    same = shapes.named_shapes(["llama-3-8b", "mistral-7b", "tiny-gemm"], [1])
+    assert same[4096, 4096] == [
+        "llama-3-8b/tp1/o_proj",
+        "mistral-7b/tp1/o_proj",
+        "tiny-gemm/q_proj",
+    ]

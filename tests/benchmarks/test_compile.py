@@ -1,0 +1,91 @@
+"""The benchmarks' own Triton kernels compile for a GPU: the first minute on one is too dear."""
+
+import subprocess
+import sys
+
+CODE = """
+import sys
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, {benchmarks!r})
+from fusedq_kernels import audit
+from fusedq_kernels.decode import DECODERS
+from fusedq_kernels.types import WeightType
+from gemmbench import ablation, triton_kernels
+
+
+def compiled(kernel, pointers, constants, num_warps):
+    signature = {{
+        name: "constexpr" if name in constants else pointers.get(name, "i32")
+        for name in kernel.arg_names
+    }}
+    attrs = {{(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+             if name in pointers or name in ("n_padded", "N", "K")}}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    found = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": num_warps}}
+    )
+    return found.asm["ptx"]
+
+
+ptx = compiled(
+    triton_kernels._load_only_kernel,
+    {{"qweight_ptr": "*i32", "scales_ptr": "*i32", "out_ptr": "*i32"}},
+    {{"WORDS": 16, "STEPS": 1, "STEPS_PER_GROUP": 1, "BLOCK_N": 128, "NUM_STAGES": 4}},
+    4,
+)
+assert "cp.async.cg.shared.global" in ptx
+for weight_type in WeightType:
+    compiled(
+        triton_kernels._dequantize_kernel,
+        {{"qweight_ptr": "*i32", "scales_ptr": "*i32" if weight_type.has_zero_points else "*fp32",
+         "out_ptr": "*bf16"}},
+        {{
+            "DECODE": DECODERS[weight_type],
+            "SCALE_DTYPE": tl.bfloat16 if weight_type.has_zero_points else tl.float32,
+            "WORDS": 4 * weight_type.bits, "STEP": 64, "STEPS": 2, "STEPS_PER_GROUP": 1,
+            "BLOCK_N": 64, "INTERPRET": False,
+        }},
+        4,
+    )
+for tile, warps in ((triton_kernels._SMALL_TILE, 4), (triton_kernels._LARGE_TILE, 8)):
+    ptx = compiled(
+        triton_kernels._tiled_gemm_kernel,
+        {{"x_ptr": "*bf16", "w_ptr": "*bf16", "y_ptr": "*bf16"}},
+        {{"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": tile[2],
+         "NUM_STAGES": 4, "INTERPRET": False}},
+        warps,
+    )
+    assert "wgmma" in ptx or "mma.sync" in ptx
+
+for weight_type in (WeightType.UINT4B8, WeightType.UINT8B128):
+    loops = []
+    for variant in (ablation._WITHOUT, None, ablation._TWICE):
+        swap = ablation._decoder(weight_type, variant[weight_type]) if variant else nullcontext()
+        with swap:
+            (row,) = audit.audit("sm_90", ["8x128"], [weight_type], [torch.bfloat16])
+        assert (row.stack, row.sts, row.ldg) == (0, 0, 0), row
+        loops.append(row.instructions_per_weight)
+    assert loops[0] + 0.5 < loops[1] < loops[2] - 0.5, loops
+"""
+
+
+def test_they_compile_and_the_variants_differ_by_their_dequantization(
+    compiler_env: dict[str, str],
+) -> None:
+    import bench_gemm
+
+    folder = bench_gemm.__file__.rpartition("/")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", CODE.format(benchmarks=folder)],
+        capture_output=True,
+        text=True,
+        env=compiler_env,
+    )
+    assert done.returncode == 0, done.stderr
