@@ -1,0 +1,131 @@
+"""Launches worth measuring for a problem, and the tuned rows that measurements add up to."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from fusedq_kernels import tuning
+from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, group_geometry, round_up, whole_splits
+from fusedq_kernels.heuristics import select, tiles_for
+from fusedq_kernels.roofline import Rates, roofline
+from fusedq_kernels.types import (
+    DeviceSpec,
+    GemmShape,
+    KernelName,
+    QuantSpec,
+    TileConfig,
+    WeightType,
+)
+
+# Rows are measured at the largest number of tokens that they serve.
+DECODE_BUCKETS = (8, 16, 32, 64)
+PREFILL_BUCKETS = (128, 512, 2048, 8192)
+TILE_FIELDS = tuple(field.name for field in fields(TileConfig))
+
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+_MIN_BLOCKS_PER_SPLIT = 2
+_MAX_STAGES = 6
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Microseconds of one tile on one problem."""
+
+    shape: GemmShape
+    spec: QuantSpec
+    tile: TileConfig
+    us: float
+
+
+def candidates(
+    shape: GemmShape, spec: QuantSpec, device: DeviceSpec, rates: Rates, keep: int
+) -> list[TileConfig]:
+    """The `keep` tiles with the shortest predicted times, what the rules choose before all others.
+
+    The tiles are those of the rules, which are known to compile without spills, with a stage more
+    or less and every sensible split of K. Whichever split the decode rows are to share, the best
+    tiles of its neighbours are there to compare: for each split at least one stays.
+    """
+    chosen = select(shape, spec, device, table_for=lambda _: None).tile
+    assert chosen is not None
+    step = group_geometry(shape.k, spec.group_size, 0).step
+    found = {chosen}
+    for tile in tiles_for(device, spec.weight_type, step):
+        if not _suits(tile, shape):
+            continue
+        for split_k in splits_for(shape.k):
+            for stages in (tile.num_stages - 1, tile.num_stages, tile.num_stages + 1):
+                if 2 <= stages <= _MAX_STAGES:
+                    found.add(replace(tile, split_k=split_k, num_stages=stages))
+
+    def predicted(tile: TileConfig) -> float:
+        return roofline(shape, spec, device, tile, rates).seconds
+
+    ranked = sorted(found - {chosen}, key=lambda tile: (predicted(tile), repr(tile)))
+    best_of_split = {tile.split_k: tile for tile in reversed(ranked)}
+    near = [best_of_split[s] for s in _neighbours(chosen.split_k) if s in best_of_split]
+    return list(dict.fromkeys((chosen, *near, *ranked)))[:keep]
+
+
+def splits_for(k: int) -> list[int]:
+    """Splits of K that leave no split empty and each at least two blocks."""
+    blocks = -(-k // BLOCK_K)
+    return [
+        split
+        for split in _SPLITS
+        if whole_splits(blocks, split) == split and blocks >= _MIN_BLOCKS_PER_SPLIT * split
+    ] or [1]
+
+
+def tuned_rows(measurements: Iterable[Measurement]) -> list[tuning.TunedRow]:
+    """The fastest tile of each problem, as rows of a tuned table.
+
+    Up to `tuning.MAX_DECODE_M` tokens all rows of a shape share the split whose tiles are fastest
+    in the geometric mean, among the splits measured for each of them. Shapes without a row for
+    `MAX_DECODE_M` are not finished and left out.
+    """
+    shapes: dict[tuple[WeightType, int, int, int], list[Measurement]] = {}
+    for each in measurements:
+        key = (each.spec.weight_type, each.spec.group_size, each.shape.n, each.shape.k)
+        shapes.setdefault(key, []).append(each)
+    rows = []
+    for key, members in shapes.items():
+        decode = [each for each in members if each.shape.m <= tuning.MAX_DECODE_M]
+        prefill = [each for each in members if each.shape.m > tuning.MAX_DECODE_M]
+        split = _shared_split(decode)
+        if split is None or not any(each.shape.m == tuning.MAX_DECODE_M for each in decode):
+            continue
+        decode = [each for each in decode if each.tile.split_k == split]
+        for m in sorted({each.shape.m for each in (*decode, *prefill)}):
+            best = min(
+                (each for each in (*decode, *prefill) if each.shape.m == m),
+                key=lambda each: each.us,
+            )
+            rows.append(tuning.TunedRow(*key, m, KernelName.TRITON_GEMM, best.tile, best.us))
+    return rows
+
+
+def _shared_split(decode: Sequence[Measurement]) -> int | None:
+    buckets = {each.shape.m for each in decode}
+    totals = {}
+    for split in {each.tile.split_k for each in decode}:
+        best = {
+            m: min(
+                (e.us for e in decode if e.shape.m == m and e.tile.split_k == split), default=None
+            )
+            for m in buckets
+        }
+        if all(best.values()):
+            totals[split] = sum(math.log(us) for us in best.values())
+    return min(totals, key=lambda split: (totals[split], split), default=None)
+
+
+def _suits(tile: TileConfig, shape: GemmShape) -> bool:
+    if tile.scale_weights and shape.m <= tuning.MAX_DECODE_M:
+        return False  # Decoding keeps weights exact.
+    divides = round_up(shape.n, BLOCK_N) % tile.block_n == 0
+    return divides and min(64, shape.m) <= tile.block_m <= max(8, 2 * shape.m)
+
+
+def _neighbours(split: int) -> tuple[int, ...]:
+    return (split, 2 * split, split // 2)

@@ -1,0 +1,117 @@
+"""Tuning: which tiles are measured, what rows come of it, and the dry run of the command."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tune
+from fusedq_kernels import tuning
+from fusedq_kernels.device import device_by_name
+from fusedq_kernels.heuristics import select
+from fusedq_kernels.roofline import rates_for
+from fusedq_kernels.types import GemmShape, QuantSpec, TileConfig, WeightType
+from gemmbench import candidates
+
+H200 = device_by_name("h200")
+RATES = rates_for(H200)
+INT4 = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
+TILE = TileConfig(block_m=16, block_n=128, split_k=4, num_warps=4, num_stages=4)
+
+
+def measured(m: int, split_k: int, us: float, num_stages: int = 4) -> candidates.Measurement:
+    tile = replace(TILE, split_k=split_k, num_stages=num_stages)
+    return candidates.Measurement(GemmShape(m, 4096, 4096), INT4, tile, us)
+
+
+@pytest.mark.parametrize("m", [8, 64, 2048])
+@pytest.mark.parametrize("n", [4096, 4736])
+def test_candidates_begin_with_the_rules_and_can_all_run(n: int, m: int) -> None:
+    shape = GemmShape(m, n, 4096)
+    found = candidates.candidates(shape, INT4, H200, RATES, keep=12)
+    assert found[0] == select(shape, INT4, H200, table_for=lambda _: None).tile
+    assert len(found) == len(set(found)) == 12
+    for tile in found:
+        assert math.ceil(n / 128) * 128 % tile.block_n == 0
+        assert math.ceil(32 / math.ceil(32 / tile.split_k)) == tile.split_k
+        assert not (tile.scale_weights and m <= 64)
+        assert tile.num_stages >= 2
+
+
+def test_decode_candidates_offer_a_common_split() -> None:
+    splits = [
+        {
+            tile.split_k
+            for tile in candidates.candidates(GemmShape(m, 4096, 4096), INT4, H200, RATES, keep=6)
+        }
+        for m in candidates.DECODE_BUCKETS
+    ]
+    assert len(set.intersection(*splits)) >= 2
+
+
+def test_a_split_leaves_no_split_empty() -> None:
+    assert candidates.splits_for(4096) == [1, 2, 3, 4, 6, 8, 16]
+    assert candidates.splits_for(128) == [1]
+    assert 3 in candidates.splits_for(128 * 9)
+
+
+def test_decode_rows_share_the_split_that_is_best_together() -> None:
+    # Split 8 wins at 8 tokens by less than split 4 wins at 64.
+    found = candidates.tuned_rows(
+        [
+            *(measured(8, 8, 4.0), measured(8, 4, 4.4), measured(8, 4, 4.2, num_stages=5)),
+            *(measured(64, 8, 9.0), measured(64, 4, 6.0), measured(512, 1, 50.0)),
+            *(measured(512, 2, 40.0), measured(64, 2, 1.0)),
+        ]
+    )
+    assert [(row.max_m, row.tile.split_k, row.tile.num_stages, row.us) for row in found] == [
+        (8, 4, 5, 4.2),
+        (64, 4, 4, 6.0),
+        (512, 2, 4, 40.0),
+    ]
+
+
+def test_an_unfinished_shape_gets_no_rows() -> None:
+    assert candidates.tuned_rows([measured(8, 4, 4.0), measured(512, 1, 50.0)]) == []
+
+
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(tune.app, [str(each) for each in arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_dry_run_writes_rows_that_select_reads_and_resumes(tmp_path: Path) -> None:
+    options = ("--dry-run", "--keep", 2, "--bucket", 64, "--out", tmp_path)
+    assert "0 s" in run(*options, "--seconds", 0)
+    assert "2 rows in" in run(*options)
+    path = tmp_path / "h200.json"
+    (table,) = tuning.read(path)
+    launch = select(GemmShape(64, 256, 128), INT4, H200, table_for=lambda _: table)
+    assert launch.source == "tuned:h200 row 2"
+    assert "[1/" not in run(*options)
+    before = (tmp_path / "tune.csv").read_text()
+    assert "[1/2" in run(*options, "--bucket", 8)
+    assert (tmp_path / "tune.csv").read_text().startswith(before)
+    (table,) = tuning.read(path)
+    assert [row.max_m for row in table.rows] == [8, 64, 8, 64]
+
+
+def test_tables_of_another_triton_stay(tmp_path: Path) -> None:
+    path = tmp_path / "h200.json"
+    row = tuning.TunedRow(
+        *(WeightType.UINT4B8, 128, 4096, 4096, 64, tuning.KernelName.TRITON_GEMM, TILE, 5.0)
+    )
+    tuning.write(path, [tuning.TunedTable("h200", "2.9.0", "2026-01-01", "abc", (row,))])
+    run("--dry-run", "--keep", 1, "--bucket", 64, "--out", tmp_path)
+    assert [len(table.rows) for table in tuning.read(path)] == [1, 2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_how_to_go_on() -> None:
+    done = CliRunner().invoke(tune.app, [])
+    assert done.exit_code == 2
+    assert "no CUDA device here; --dry-run" in " ".join(done.output.replace("│", " ").split())
