@@ -39,11 +39,12 @@ def main() -> None:
         print("RESULT " + json.dumps(measure(*arguments.worker)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        from random_checkpoint import LlamaShape, write_random_gptq
+        from gemmbench.shapes import ModelShape
+        from random_checkpoint import write_random_checkpoint
 
         larger = Path(folder) / "random-llama-0.4b-gptq"
-        shape = LlamaShape(2048, 5632, layers=8, heads=16, kv_heads=4)
-        write_random_gptq(larger, shape, DEMO_MODEL)
+        shape = ModelShape(2048, 5632, layers=8, heads=16, kv_heads=4, vocab=512)
+        write_random_checkpoint(larger, shape, "gptq", DEMO_MODEL)
         known = {"demo": DEMO_MODEL, "larger": larger}
         models = [known[name] for name in arguments.models]
         rows = [

@@ -1,110 +1,201 @@
-"""Writes a Llama checkpoint with random 4-bit weights in the GPTQ layout, for speed runs only."""
+"""Writes a checkpoint with random 4-bit weights in the layout of a real quantizer, for speed runs.
+
+    python benchmarks/random_checkpoint.py llama-3-8b gptq FOLDER
+
+Every code is equally likely and outputs keep the scale of the inputs, so that the model can be run
+for any number of steps; what it says means nothing. One safetensors file per decoder block, made on
+the GPU where there is one.
+"""
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from safetensors.torch import save_file
+
+from gemmbench.shapes import MODELS, ModelShape
 
 GROUP_SIZE = 128
 PACK = 8
+# The standard deviation of codes that are equally likely from 0 to 15.
+CODE_DEVIATION = 4.6
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+Tensors = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class LlamaShape:
-    """Sizes of a Llama decoder; the head dimension is hidden_size / heads."""
+def write_random_checkpoint(
+    path: Path,
+    shape: ModelShape,
+    layout: str = "gptq",
+    tokenizer: Path | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> None:
+    """Write config.json and one safetensors file per block; the tokenizer is copied if given.
 
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab_size: int = 512
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Module name below a block -> (out_features, in_features)."""
-        kv = self.hidden_size // self.heads * self.kv_heads
-        hidden, inter = self.hidden_size, self.intermediate_size
-        return {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (inter, hidden),
-            "mlp.up_proj": (inter, hidden),
-            "mlp.down_proj": (hidden, inter),
-        }
-
-
-def write_random_gptq(path: Path, shape: LlamaShape, tokenizer: Path, seed: int = 0) -> None:
-    """GPTQ v1, symmetric, group size 128, bf16 activations; every code equally likely."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = shape.hidden_size
-    tensors = {
-        "model.embed_tokens.weight": torch.randn(shape.vocab_size, hidden, generator=generator),
-        "lm_head.weight": torch.randn(shape.vocab_size, hidden, generator=generator) / hidden**0.5,
-        "model.norm.weight": torch.ones(hidden),
-    }
-    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
-    for layer in range(shape.layers):
-        block = f"model.layers.{layer}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{block}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
-        for name, (n, k) in shape.linears().items():
-            tensors.update(_random_linear(f"{block}.{name}", n, k, generator))
+    `layout` is a key of `LAYOUTS`: 4-bit weights with groups of 128 and fp16 scales, bf16 for all
+    else. Raises ValueError for an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+    generator = torch.Generator(device).manual_seed(seed)
     path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    for file in TOKENIZER_FILES:
+    index, size = {}, 0
+    for number, tensors in enumerate(_blocks(shape, layout, generator)):
+        name = f"model-{number:05}.safetensors"
+        save_file({k: v.cpu() for k, v in tensors.items()}, path / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+        size += sum(t.numel() * t.element_size() for t in tensors.values())
+    written = {"metadata": {"total_size": size}, "weight_map": index}
+    (path / "model.safetensors.index.json").write_text(json.dumps(written, indent=1))
+    for file in TOKENIZER_FILES if tokenizer else ():
         if (tokenizer / file).exists():
             shutil.copy(tokenizer / file, path)
-    (path / "config.json").write_text(json.dumps(_config(shape), indent=1))
+    (path / "config.json").write_text(json.dumps(config(shape, LAYOUTS[layout][1]), indent=1))
 
 
-def _random_linear(
-    name: str, n: int, k: int, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
-    words = torch.randint(
-        -(2**31), 2**31, (k // PACK, n), dtype=torch.int64, generator=generator
-    ).to(torch.int32)
-    groups = k // GROUP_SIZE
-    # 4-bit codes around 8 have a standard deviation of 4.6: outputs keep the inputs' scale.
-    scale = 1 / (4.6 * k**0.5)
-    scales = (0.5 + torch.rand(groups, n, generator=generator)) * scale
-    return {
-        f"{name}.qweight": words,
-        f"{name}.qzeros": torch.full((groups, n // PACK), 0x77777777, dtype=torch.int32),
-        f"{name}.scales": scales.to(torch.float16),
-        f"{name}.g_idx": torch.arange(k, dtype=torch.int32) // GROUP_SIZE,
-    }
-
-
-def _config(shape: LlamaShape) -> dict[str, object]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
+def config(shape: ModelShape, quantization: dict[str, object] | None) -> dict[str, object]:
+    """config.json of a model of this shape; without `quantization` that of the 16-bit model."""
+    found = {
+        "architectures": [ARCHITECTURES[shape.model_type]],
+        "model_type": shape.model_type,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.hidden_size // shape.heads,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": 2048,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
         "hidden_act": "silu",
         "torch_dtype": "bfloat16",
         "bos_token_id": 0,
         "eos_token_id": 1,
-        "quantization_config": {
-            "quant_method": "gptq",
-            "bits": 4,
-            "group_size": GROUP_SIZE,
-            "sym": True,
-            "desc_act": False,
+    }
+    return found | ({"quantization_config": quantization} if quantization else {})
+
+
+def _blocks(shape: ModelShape, layout: str, generator: torch.Generator) -> Iterator[Tensors]:
+    """The tensors outside the decoder blocks, then those of each block."""
+    make, options = LAYOUTS[layout][0], {"generator": generator, "device": generator.device}
+    vocab = (shape.vocab, shape.hidden)
+    yield {
+        "model.embed_tokens.weight": torch.randn(vocab, **options).bfloat16(),
+        "lm_head.weight": torch.randn(vocab, **options).div_(shape.hidden**0.5).bfloat16(),
+        "model.norm.weight": torch.ones(shape.hidden, dtype=torch.bfloat16),
+    }
+    for layer in range(shape.layers):
+        block = f"model.layers.{layer}"
+        tensors = {
+            f"{block}.{norm}.weight": torch.ones(shape.hidden, dtype=torch.bfloat16)
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        }
+        if shape.model_type == "qwen3":
+            for norm in ("q_norm", "k_norm"):
+                ones = torch.ones(shape.head_dim, dtype=torch.bfloat16)
+                tensors[f"{block}.self_attn.{norm}.weight"] = ones
+        for name, (n, k) in shape.unfused_linears().items():
+            linear = make(n, k, generator)
+            if shape.qkv_bias and name.endswith(("q_proj", "k_proj", "v_proj")):
+                linear["bias"] = torch.zeros(n, dtype=torch.bfloat16)
+            tensors |= {f"{block}.{name}.{part}": tensor for part, tensor in linear.items()}
+        yield tensors
+
+
+def _gptq(n: int, k: int, generator: torch.Generator) -> Tensors:
+    groups = k // GROUP_SIZE
+    return {
+        "qweight": _words((k // PACK, n), generator),
+        "qzeros": torch.full((groups, n // PACK), 0x77777777, dtype=torch.int32),
+        "scales": _scales((groups, n), k, generator),
+        "g_idx": torch.arange(k, dtype=torch.int32) // GROUP_SIZE,
+    }
+
+
+def _awq(n: int, k: int, generator: torch.Generator) -> Tensors:
+    groups = k // GROUP_SIZE
+    return {
+        "qweight": _words((k, n // PACK), generator),
+        "qzeros": torch.full((groups, n // PACK), -0x77777778, dtype=torch.int32),
+        "scales": _scales((groups, n), k, generator),
+    }
+
+
+def _compressed_tensors(n: int, k: int, generator: torch.Generator) -> Tensors:
+    return {
+        "weight_packed": _words((n, k // PACK), generator),
+        "weight_scale": _scales((n, k // GROUP_SIZE), k, generator),
+        "weight_shape": torch.tensor([n, k]),
+    }
+
+
+def _words(size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    options = {"generator": generator, "device": generator.device, "dtype": torch.int32}
+    # The upper bound is exclusive and must itself be an int32.
+    return torch.randint(-(2**31), 2**31 - 1, size, **options)
+
+
+def _scales(size: tuple[int, int], k: int, generator: torch.Generator) -> torch.Tensor:
+    uniform = torch.rand(size, generator=generator, device=generator.device)
+    return ((0.5 + uniform) / (CODE_DEVIATION * k**0.5)).half()
+
+
+_COMMON = {"bits": 4, "group_size": GROUP_SIZE}
+LAYOUTS: dict[str, tuple[Callable[..., Tensors], dict[str, object]]] = {
+    "gptq": (
+        _gptq,
+        {
+            **{"quant_method": "gptq", **_COMMON, "sym": True, "desc_act": False},
             "checkpoint_format": "gptq",
         },
-    }
+    ),
+    "awq": (_awq, {"quant_method": "awq", **_COMMON, "zero_point": True, "version": "gemm"}),
+    "compressed-tensors": (
+        _compressed_tensors,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {
+                        **{"num_bits": 4, "type": "int", "symmetric": True},
+                        **{"strategy": "group", "group_size": GROUP_SIZE},
+                    },
+                }
+            },
+        },
+    ),
+}
+
+
+def main(
+    model: Annotated[str, typer.Argument(help=", ".join(MODELS))],
+    layout: Annotated[str, typer.Argument(help=", ".join(LAYOUTS))],
+    path: Annotated[Path, typer.Argument()],
+) -> None:
+    if model not in MODELS:
+        raise typer.BadParameter(f"unknown model {model!r}; known: {', '.join(MODELS)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        write_random_checkpoint(path, MODELS[model], layout, device=device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

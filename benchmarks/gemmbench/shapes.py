@@ -38,6 +38,19 @@ class ModelShape:
             "down_proj": (self.hidden, self.intermediate // tp),
         }
 
+    def unfused_linears(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of each module below a block, as checkpoints name it."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (q, self.hidden),
+            "self_attn.k_proj": (kv, self.hidden),
+            "self_attn.v_proj": (kv, self.hidden),
+            "self_attn.o_proj": (self.hidden, q),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
 
 def _qwen2(*sizes: int) -> ModelShape:
     return ModelShape(*sizes, vocab=152064, qkv_bias=True, model_type="qwen2")
