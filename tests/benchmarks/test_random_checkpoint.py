@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from gemmbench.shapes import ModelShape
-from random_checkpoint import LAYOUTS, write_random_checkpoint
 from safetensors import safe_open
 
 from fusedq_kernels.device import device_by_name
+from gemmbench.shapes import ModelShape
+from random_checkpoint import LAYOUTS, write_random_checkpoint
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.plan import Target
 from vllm_fusedq.preflight import plan_model
@@ -22,9 +22,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model_type", SHAPES)
-def test_the_preflight_runs_every_layer_fused(
-    layout: str, model_type: str, tmp_path: Path
-) -> None:
+def test_the_preflight_runs_every_layer_fused(layout: str, model_type: str, tmp_path: Path) -> None:
     shape = SHAPES[model_type]
     write_random_checkpoint(tmp_path, shape, layout)
     target = Target(device_by_name("h200"), torch.bfloat16)
