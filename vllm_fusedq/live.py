@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,21 +82,19 @@ class LiveReport:
         from vllm_fusedq.report import log_plan
 
         log_plan(plans, unquantized)
-        launches = f"{self.warmed.launches} launches" if self.warmed else "not yet"
+        warmed = self.warmed or WarmUp(0.0, 0)
         logger.info(
             "fusedq loading: %.2f s, %.1f MB read; repacking: %.2f s, %.1f MB resident; "
-            "warm-up: %.2f s, %s",
+            "warm-up: %.2f s, %d launches",
             *(self.load_seconds, self.stored_bytes / 1e6),
             *(self.pack_seconds, self.resident_bytes / 1e6),
-            *(self.warmed.seconds if self.warmed else 0.0, launches),
+            *(warmed.seconds, warmed.launches),
         )
 
     def document(
         self, plans: Sequence[LayerPlan], unquantized: Sequence[str], vllm_version: str
     ) -> dict[str, Any]:
         """The JSON document of `docs/schemas/plan.v1.json`."""
-        from dataclasses import asdict
-
         from vllm_fusedq.report_json import counts_json, device_json, document, layers_json
 
         warmed = self.warmed or WarmUp(0.0, 0)
