@@ -86,15 +86,15 @@ def odd_group(path: Path) -> None:
 IN_API_PROCESS: dict[str, tuple[Maker, str]] = {
     "fp8": (edited("awq", quant_method="fp8"), "quant_method 'fp8'"),
     "gguf": (edited("awq", quant_method="gguf"), "supported: awq, gptq, compressed-tensors"),
-    "3 bits": (edited("gptq-sym", bits=3), "bits"),
+    "9 bits": (edited("gptq-sym", bits=9), "bits 9"),
     "8-bit awq": (edited("awq", bits=8), "bits"),
     "odd group": (odd_group, "group_size"),
     "act-order": (edited("gptq-sym-v2", desc_act=True), "no tensor g_idx"),
     "marlin": (edited("awq", version="marlin"), "version 'marlin'; supported by awq: version gemm"),
     "gemv in name only": (edited("awq", version="gemv"), "scales of shape [3, 64]"),
-    "8 bits by rule": (
-        edited("gptq-sym", dynamic={"+:.*up.*": {"bits": 8}}),
-        "bits 8 in the dynamic rule '+:.*up.*'",
+    "9 bits by rule": (
+        edited("gptq-sym", dynamic={"+:.*up.*": {"bits": 9}}),
+        "bits 9 in the dynamic rule '+:.*up.*'",
     ),
     "w8a8": (activation_quantized, "input_activations"),
     "kv cache": (edited("ct-sym", kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
