@@ -108,11 +108,23 @@ def _compressed_tensors(n: int, k: int, group: int) -> Stored:
     }
 
 
+def _compressed_tensors_w8(n: int, k: int, _: int) -> Stored:
+    return {
+        "weight_packed": ("I32", (n, k // 4)),
+        "weight_scale": ("BF16", (n, 1)),
+        "weight_shape": ("I64", (2,)),
+    }
+
+
 FORMATS = {
     "gptq": (_gptq, gptq_config),
     "gptq-order": (_gptq, lambda group: gptq_config(group, desc_act=True)),
     "awq": (_awq, awq_config),
     "compressed-tensors": (_compressed_tensors, compressed_tensors_config),
+    "compressed-tensors-w8": (
+        _compressed_tensors_w8,
+        lambda _: compressed_tensors_config(-1, bits=8),
+    ),
 }
 
 
