@@ -1,8 +1,9 @@
 """Ahead-of-time inspection: compile every tile that `heuristics.select` can return, read the SASS.
 
 Needs no GPU. `python -m fusedq_kernels.audit --target sm_90` prints registers, spills, shared
-memory and what the main loop is made of, so that a Triton release that stops feeding the tensor
-cores from registers is seen before it is shipped. Run it in a process of its own and without
+memory and what the main loop is made of, and fails where `audit_row.py` finds a problem, so that a
+Triton release that stops feeding the tensor cores from registers is seen before it is shipped.
+`--target all` takes minutes: every architecture. Run it in a process of its own and without
 TRITON_INTERPRET, which replaces the compiler by the interpreter.
 """
 
@@ -14,7 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedq_kernels import gemm
-from fusedq_kernels.decode import BLOCK_K
-from fusedq_kernels.device import device_by_name
+from fusedq_kernels.audit_row import AuditRow, tile_name
+from fusedq_kernels.device import KNOWN_DEVICES, device_by_name
 from fusedq_kernels.geometry import GroupGeometry, group_geometry
 from fusedq_kernels.heuristics import ACT_DTYPES, tiles_for
 from fusedq_kernels.types import DeviceSpec, QuantSpec, TileConfig, WeightType
@@ -44,61 +45,39 @@ _MMA_PTX = re.compile(r"\b(wgmma)\.mma_async|\b(mma)\.sync|\b(tcgen05)\.mma")
 _MMA_SASS = ("HGMMA", "HMMA", "UTCHMMA")
 
 
-@dataclass(frozen=True, slots=True)
-class AuditRow:
-    """What the compiler made of one kernel variant.
-
-    `smem` and `stack` are bytes, `stack` above zero means spilled registers; `tmem` is columns of
-    tensor memory (sm_100), of which a block has 512. The counts from
-    `loop_instructions` on are SASS instructions of one thread in one K block of the main loop:
-    `sts` stores to shared memory, `ldg` loads from global memory that were not made asynchronous,
-    `local` spill traffic.
-    """
-
-    target: str
-    tile: TileConfig
-    weight_type: str
-    act_dtype: str
-    group_size: int
-    registers: int
-    stack: int
-    smem: int
-    tmem: int
-    mma: str
-    loop_instructions: int
-    sts: int
-    ldg: int
-    local: int
-
-    @property
-    def instructions_per_weight(self) -> float:
-        threads = self.tile.num_warps * _WARP_SIZE
-        return self.loop_instructions * threads / (self.tile.block_n * BLOCK_K.value)
-
-
 def audit(
     target: str,
     tiles: Collection[str] | None = None,
     weight_types: Iterable[WeightType] = tuple(WeightType),
     act_dtypes: Iterable[torch.dtype] = ACT_DTYPES,
     group_sizes: Iterable[int] = (128,),
+    *,
+    scale_dtype: torch.dtype | None = None,
+    split_k: int = 1,
     batch_invariant: bool = False,
 ) -> list[AuditRow]:
     """Compile each combination for `target`, a name known to `device_by_name`.
 
     `tiles` names the tiles to keep ("16x128", "128x128s" where the scale multiplies the weights) of
     all those that `select` can return for the device and group size. A group size of at least
-    `AUDIT_K` stands for per-channel scales. With `batch_invariant` only the tile for more than 64
-    tokens, adding up 4 segments of K: the others are those of any layer.
+    `AUDIT_K` stands for per-channel scales, `scale_dtype` None for that of the activations. With
+    `batch_invariant` only the tile for more than 64 tokens, adding up 4 segments of K: the others
+    are those of any layer.
     """
     device = device_by_name(target)
     return [
-        _audit_one(target, device, tile, QuantSpec(weight_type, group_size, act_dtype), act_dtype)
+        _audit_one(
+            target,
+            device,
+            replace(tile, split_k=split_k),
+            QuantSpec(weight_type, group_size, scale_dtype or act_dtype),
+            act_dtype,
+        )
         for group_size in group_sizes
         for weight_type in weight_types
         for act_dtype in act_dtypes
         for tile in _tiles(device, weight_type, _geometry(group_size).step, batch_invariant)
-        if tiles is None or _tile_name(tile) in tiles
+        if tiles is None or tile_name(tile) in tiles
     ]
 
 
@@ -107,11 +86,6 @@ def _tiles(
 ) -> tuple[TileConfig, ...]:
     tiles = tiles_for(device, weight_type, step, batch_invariant)
     return tuple(replace(tile, segments=4) for tile in tiles[-1:]) if batch_invariant else tiles
-
-
-def _tile_name(tile: TileConfig) -> str:
-    scaled = "s" if tile.scale_weights else ""
-    return f"{tile.block_m}x{tile.block_n}{scaled}"
 
 
 def _geometry(group_size: int) -> GroupGeometry:
@@ -237,7 +211,8 @@ def format_table(rows: Iterable[AuditRow]) -> str:
 
 
 _COLUMNS: dict[str, Callable[[AuditRow], object]] = {
-    "tile": lambda row: _tile_name(row.tile),
+    "target": lambda row: row.target,
+    "tile": lambda row: row.tile_name,
     "warps": lambda row: row.tile.num_warps,
     "stages": lambda row: row.tile.num_stages,
     "weight": lambda row: row.weight_type,
@@ -253,6 +228,7 @@ _COLUMNS: dict[str, Callable[[AuditRow], object]] = {
     "STS": lambda row: row.sts,
     "LDG": lambda row: row.ldg,
     "local": lambda row: row.local,
+    "problems": lambda row: ", ".join(row.problems) or "none",
 }
 
 
@@ -260,31 +236,47 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fusedq_kernels.audit", description=__doc__)
     add = parser.add_argument
     act_dtypes = {name: dtype for dtype, name in _TRITON_NAMES.items()}
-    add("--target", default="sm_90", help="known device or architecture")
+    add("--target", default="sm_90", help="known device or architecture, or all")
     add("--tile", nargs="+", help="only these tiles: 16x128 128x128s")
     add("--weight-type", nargs="+", type=WeightType, default=list(WeightType))
     add("--act-dtype", nargs="+", choices=list(act_dtypes), default=list(act_dtypes))
     add("--group-size", nargs="+", type=int, default=[128])
+    add("--scale-dtype", choices=list(act_dtypes), help="that of the activations by default")
+    add("--split-k", type=int, default=1)
     add("--batch-invariant", action="store_true", help="the tile of more than 64 tokens")
     add("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
-    rows = audit(
-        args.target,
-        args.tile,
-        args.weight_type,
-        [act_dtypes[name] for name in args.act_dtype],
-        args.group_size,
-        args.batch_invariant,
-    )
+    rows = [
+        row
+        for target in (_architectures() if args.target == "all" else [args.target])
+        for row in audit(
+            target,
+            args.tile,
+            args.weight_type,
+            [act_dtypes[name] for name in args.act_dtype],
+            args.group_size,
+            scale_dtype=act_dtypes.get(args.scale_dtype),
+            split_k=args.split_k,
+            batch_invariant=args.batch_invariant,
+        )
+    ]
     if args.json:
         print(json.dumps([_as_json(row) for row in rows], indent=1))
     else:
-        print(f"{args.target}, triton {triton.__version__}\n{format_table(rows)}")
-    return 0
+        print(f"triton {triton.__version__}\n{format_table(rows)}")
+    return 1 if any(row.problems for row in rows) else 0
+
+
+def _architectures() -> list[str]:
+    capabilities = dict.fromkeys(device.capability for device in KNOWN_DEVICES.values())
+    return [f"sm_{major}{minor}" for major, minor in capabilities]
 
 
 def _as_json(row: AuditRow) -> dict[str, object]:
-    return asdict(row) | {"instructions_per_weight": row.instructions_per_weight}
+    return asdict(row) | {
+        "instructions_per_weight": row.instructions_per_weight,
+        "problems": row.problems,
+    }
 
 
 if __name__ == "__main__":

@@ -9,17 +9,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from fusedq_kernels import audit_row
 from fusedq_kernels.device import device_by_name
 from fusedq_kernels.heuristics import tiles_for
-from fusedq_kernels.types import WeightType
+from fusedq_kernels.types import TileConfig, WeightType
 
-MMA_KIND = {
-    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), "mma"),
-    **{"sm_90": "wgmma", "sm_100": "tcgen05"},
-}
 FOUR_BITS = ("--weight-type", "uint4", "uint4b8")
 EIGHT_BITS = ("--weight-type", "uint8", "uint8b128")
 RUNS = {
@@ -78,6 +76,14 @@ RUNS = {
         *("--target=sm_90", "--act-dtype", "bf16", "--batch-invariant"),
         *("--weight-type", "uint4", "--group-size", "128", "131072"),
     ),
+    "sm_90-wide-scales": (
+        *("--target=sm_90", "--tile", "128x128s", "256x128s", "--act-dtype", "bf16"),
+        *("--scale-dtype", "fp16", "--weight-type", "uint4"),
+    ),
+    "sm_90-split": (
+        *("--target=sm_90", "--tile", "8x128", "64x256", "--act-dtype", "bf16"),
+        *("--split-k", "16", "--weight-type", "uint4"),
+    ),
     "sm_86": ("--target=sm_86", "--tile", "16x128", "--act-dtype", "fp16", *FOUR_BITS),
     "sm_89": ("--target=sm_89", "--tile", "64x128", "--act-dtype", "bf16", *FOUR_BITS),
     "sm_90-8bit": ("--target=sm_90", "--act-dtype", "bf16", "--weight-type", "uint8"),
@@ -91,19 +97,6 @@ RUNS = {
         *("--target=sm_120", "--tile", "32x256", "64x128", "--act-dtype", "fp16", *EIGHT_BITS),
     ),
 }
-
-# SASS instructions per weight and K block that one thread may spend; a step of 32 or 64 rows adds
-# a scale and an accumulation per step. HBM of an H200 allows about 4 for up to 16 tokens, and 8
-# where a weight has 8 bits.
-BUDGET = {
-    **{"8x128": 3.3, "8x64": 4.2, "16x128": 3.4, "16x64": 4.2},
-    **{"32x256": 3.5, "32x128": 4.4, "32x64": 4.7},
-    **{"64x256": 3.8, "64x128": 5.0, "64x64": 5.2, "128x128": 5.7},
-    # Scales in another dtype than the activations multiply in fp32.
-    **{"64x128s": 6.0, "128x128s": 6.0, "256x128s": 6.0},
-}
-# What a weight type may spend of it.
-SHARE = {"uint4": 1, "uint4b8": 1, "uint8": 1.5, "uint8b128": 1.25, "nf4": 1.6, "fp4": 1.6}
 
 # Launches through the JIT with a driver that names a GPU and never reaches one.
 LAUNCH_SCRIPT = """
@@ -155,74 +148,78 @@ def rows_of():
         name: subprocess.Popen((*command, *arguments), env=environment(), stdout=subprocess.PIPE)
         for name, arguments in RUNS.items()
     }
-    rows = {name: json.loads(process.communicate()[0]) for name, process in processes.items()}
-    assert all(process.returncode == 0 for process in processes.values())
-    return rows
+    return {name: json.loads(process.communicate()[0]) for name, process in processes.items()}
 
 
-def describe(row) -> str:
-    tile = row["tile"]
-    scaled = "s" if tile["scale_weights"] else ""
+def tile_of(row) -> str:
+    return audit_row.tile_name(TileConfig(**row["tile"]))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_compiler_keeps_to_the_budget(rows_of, run):
     keys = ("target", "weight_type", "act_dtype", "group_size")
-    return " ".join(
-        [f"{tile['block_m']}x{tile['block_n']}{scaled}", *(str(row[key]) for key in keys)]
-    )
-
-
-def offenders(rows, is_bad):
-    return [describe(row) for row in rows if is_bad(row)]
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_every_tile_fits_the_device(rows_of, run):
-    rows = rows_of[run]
-    device = device_by_name(rows[0]["target"])
-    assert offenders(rows, lambda row: row["stack"] or row["local"]) == []
-    assert offenders(rows, lambda row: row["registers"] > 255) == []
-    assert offenders(rows, lambda row: row["smem"] > device.smem_per_block) == []
-    assert offenders(rows, lambda row: row["tmem"] > 512) == []
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_main_loop_moves_nothing_by_hand(rows_of, run):
-    rows = rows_of[run]
-    assert offenders(rows, lambda row: row["loop_instructions"] == 0) == []
-    assert offenders(rows, lambda row: row["sts"]) == []
-    assert offenders(rows, lambda row: row["ldg"]) == []
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_tensor_cores_are_used(rows_of, run):
-    def is_bad(row):
-        # Triton 3.6 compiles 8 tokens to mma.sync everywhere.
-        expected = {MMA_KIND[row["target"]]} | ({"mma"} if row["tile"]["block_m"] == 8 else set())
-        return row["mma"] not in expected
-
-    assert offenders(rows_of[run], is_bad) == []
+    assert rows_of[run]
+    assert [
+        (tile_of(row), *(row[key] for key in keys), row["problems"])
+        for row in rows_of[run]
+        if row["problems"]
+    ] == []
 
 
 @pytest.mark.parametrize("run", ["sm_90", "sm_90-8bit"])
 def test_hopper_covers_every_tile(rows_of, run):
-    device = device_by_name("sm_90")
-    for weight_type in {row["weight_type"] for row in rows_of[run]}:
-        tiles = {
-            describe(row).split()[0] for row in rows_of[run] if row["weight_type"] == weight_type
-        }
-        expected = tiles_for(device, WeightType(weight_type), step=128)
-        names = {
-            f"{tile.block_m}x{tile.block_n}{'s' if tile.scale_weights else ''}" for tile in expected
-        }
-        assert tiles == names
-        assert names <= set(BUDGET)
+    (weight_type,) = {row["weight_type"] for row in rows_of[run]}
+    tiles = tiles_for(device_by_name("sm_90"), WeightType(weight_type), step=128)
+    names = {audit_row.tile_name(tile) for tile in tiles}
+    assert {tile_of(row) for row in rows_of[run]} == names <= set(audit_row._INSTRUCTIONS)
 
 
-@pytest.mark.parametrize("run", ["sm_90", "sm_90-fp16", "sm_90-8bit", "sm_90-codebook"])
-def test_instructions_per_weight_stay_in_budget(rows_of, run):
-    def is_bad(row):
-        budget = BUDGET[describe(row).split()[0]] * SHARE[row["weight_type"]]
-        return row["instructions_per_weight"] > budget
+GOOD = audit_row.AuditRow(
+    *("sm_90", TileConfig(16, 128, 1, 4, 4), "uint4", "bf16", 128),
+    *(128, 0, 42496, 0, "wgmma", 339, 0, 0, 0),
+)
 
-    assert offenders(rows_of[run], is_bad) == []
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        ({}, ()),
+        ({"stack": 8}, ("spills",)),
+        ({"local": 1}, ("spills",)),
+        ({"registers": 256}, ("spills",)),
+        ({"smem": 227 * 1024 + 1}, ("shared memory",)),
+        ({"target": "sm_80", "mma": "mma", "smem": 163 * 1024 + 1}, ("shared memory",)),
+        ({"target": "sm_100", "mma": "tcgen05", "tmem": 576}, ("tensor memory",)),
+        ({"loop_instructions": 0}, ("no main loop",)),
+        ({"sts": 1, "ldg": 1}, ("stores to shared memory", "loads that are waited for")),
+        ({"mma": "mma"}, ("tensor cores",)),
+        ({"mma": ""}, ("tensor cores",)),
+        ({"target": "sm_100"}, ("tensor cores",)),
+        ({"tile": TileConfig(8, 128, 1, 4, 4), "mma": "mma"}, ()),
+        ({"loop_instructions": 440}, ("instructions",)),
+        ({"loop_instructions": 440, "weight_type": "nf4"}, ()),
+        ({"loop_instructions": 440, "group_size": 64}, ()),
+    ],
+)
+def test_every_problem_is_found(changes, problems):
+    assert replace(GOOD, **changes).problems == problems
+
+
+def test_a_problem_fails_the_command():
+    script = (
+        "import sys; from fusedq_kernels import audit, audit_row; audit_row._MAX_REGISTERS = 16; "
+        "sys.exit(audit.main(sys.argv[1:]))"
+    )
+    arguments = ("--tile", "8x64", "--weight-type", "uint4b8", "--act-dtype", "bf16")
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "problems" in done.stdout.splitlines()[1]
+    assert done.stdout.splitlines()[2].endswith("spills")
 
 
 def test_one_audited_binary_serves_every_size():

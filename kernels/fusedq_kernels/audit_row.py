@@ -1,0 +1,102 @@
+"""What the compiler made of one kernel variant, and what is wrong with it.
+
+`audit.py` compiles and counts. The budgets are what the tiles of `tiles.py` take with Triton 3.9,
+and what a memory-bound GPU has to spare.
+"""
+
+from dataclasses import dataclass
+
+from fusedq_kernels.device import device_by_name
+from fusedq_kernels.geometry import BLOCK_K
+from fusedq_kernels.types import TileConfig
+
+_WARP_SIZE = 32
+_MAX_REGISTERS = 255
+_MAX_TMEM = 512
+
+_TENSOR_CORES = {9: "wgmma", 10: "tcgen05"}
+
+# SASS instructions per weight that one thread may spend in the main loop, with groups of 128 rows
+# or more; steps of 64 or fewer add a scale and an accumulation each. HBM of an H200 allows about 4
+# for up to 16 tokens, and 8 where a weight has 8 bits. A scale that multiplies the weights does so
+# in fp32, unless it has the dtype of the activations.
+_INSTRUCTIONS = {
+    **{"8x128": 3.3, "8x64": 4.2, "16x128": 3.4, "16x64": 4.2},
+    **{"32x256": 3.5, "32x128": 4.4, "32x64": 4.7},
+    **{"64x256": 3.8, "64x128": 5.0, "64x64": 5.2, "128x128": 5.7},
+    **{"64x128s": 8.0, "128x128s": 8.0, "256x128s": 9.0},
+}
+# What a weight type may spend of it.
+_SHARE = {"uint4": 1, "uint4b8": 1, "uint8": 1.5, "uint8b128": 1.25, "nf4": 1.6, "fp4": 1.6}
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRow:
+    """`smem` and `stack` are bytes, `stack` above zero means spilled registers; `tmem` is columns
+    of tensor memory (sm_100). The counts from `loop_instructions` on are SASS instructions of one
+    thread in one K block of the main loop: `sts` stores to shared memory, `ldg` loads from global
+    memory that were not made asynchronous, `local` spill traffic.
+    """
+
+    target: str
+    tile: TileConfig
+    weight_type: str
+    act_dtype: str
+    group_size: int
+    registers: int
+    stack: int
+    smem: int
+    tmem: int
+    mma: str
+    loop_instructions: int
+    sts: int
+    ldg: int
+    local: int
+
+    @property
+    def tile_name(self) -> str:
+        return tile_name(self.tile)
+
+    @property
+    def instructions_per_weight(self) -> float:
+        threads = self.tile.num_warps * _WARP_SIZE
+        return self.loop_instructions * threads / (self.tile.block_n * BLOCK_K)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Everything that keeps this variant from being shipped."""
+        device = device_by_name(self.target)
+        found = []
+        if self.stack or self.local or self.registers > _MAX_REGISTERS:
+            found.append("spills")
+        if self.smem > device.smem_per_block:
+            found.append("shared memory")
+        if self.tmem > _MAX_TMEM:
+            found.append("tensor memory")
+        if not self.loop_instructions:
+            found.append("no main loop")
+        if self.sts:
+            found.append("stores to shared memory")
+        if self.ldg:
+            found.append("loads that are waited for")
+        # Triton 3.6 compiles 8 tokens to mma.sync everywhere.
+        expected = {_TENSOR_CORES.get(device.capability[0], "mma")}
+        expected |= {"mma"} if self.tile.block_m == 8 else set()
+        if self.mma not in expected:
+            found.append("tensor cores")
+        if self.instructions_per_weight > self._budget():
+            found.append("instructions")
+        return tuple(found)
+
+    def _budget(self) -> float:
+        """mma.sync and small groups repeat work that the budget does not count."""
+        wgmma = device_by_name(self.target).capability[0] == 9
+        counted = wgmma and self.group_size >= BLOCK_K and self.tile.segments == 1
+        if not counted or self.tile_name not in _INSTRUCTIONS:
+            return float("inf")
+        return _INSTRUCTIONS[self.tile_name] * _SHARE[self.weight_type]
+
+
+def tile_name(tile: TileConfig) -> str:
+    """ "16x128"; "128x128s" where the scale multiplies the weights."""
+    return f"{tile.block_m}x{tile.block_n}{'s' if tile.scale_weights else ''}"
