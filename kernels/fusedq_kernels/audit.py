@@ -95,7 +95,7 @@ def _geometry(group_size: int) -> GroupGeometry:
 def _audit_one(
     target: str, device: DeviceSpec, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype
 ) -> AuditRow:
-    kernel = compile_gemm(device, tile, spec, act_dtype)
+    kernel = compile_gemm(target_of(device), tile, spec, act_dtype)
     instructions, usage = _disassemble(kernel.asm["cubin"])
     body = main_loop(instructions)
     ops = Counter(_opcode(text).split(".")[0] for text in body)
@@ -118,8 +118,14 @@ def _audit_one(
     )
 
 
+def target_of(device: DeviceSpec) -> GPUTarget:
+    """The compiler's name for an NVIDIA GPU."""
+    major, minor = device.capability
+    return GPUTarget("cuda", 10 * major + minor, _WARP_SIZE)
+
+
 def compile_gemm(
-    device: DeviceSpec, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype
+    target: GPUTarget, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype
 ) -> triton.compiler.CompiledKernel:
     """Compile the main kernel exactly as `fused_gemm` would specialise it, with a bias."""
     if gemm.INTERPRETED:
@@ -144,10 +150,9 @@ def compile_gemm(
     }
     aligned = {*pointers, *gemm.ALIGNED_ARGS, "N"} - {*constants, "bias_ptr"}
     attrs = {(i,): _ALIGNED for i, name in enumerate(kernel.arg_names) if name in aligned}
-    major, minor = device.capability
     return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs),
-        target=GPUTarget("cuda", 10 * major + minor, _WARP_SIZE),
+        target=target,
         options={
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,

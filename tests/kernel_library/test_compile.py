@@ -7,6 +7,7 @@ the interpreter replaces the compiler in this one.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -102,7 +103,7 @@ RUNS = {
 LAUNCH_SCRIPT = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from fusedq_kernels import audit, device, gemm, layout, testing
+from fusedq_kernels import audit, gemm, layout, testing
 from fusedq_kernels.types import KernelName, Launch, Layout, QuantSpec, TileConfig, WeightType
 
 class Driver:
@@ -130,9 +131,23 @@ for m, n, k, phase in ((1, 256, 1424, 0), (17, 144, 2048, 64), (2048, 4096, 272,
     x = torch.zeros(m, k, dtype=torch.float16)
     bias = torch.zeros(n, dtype=torch.float16)
     gemm.fused_gemm(x, packed, bias, Launch(KernelName.TRITON_GEMM, tile, "test"))
-audited = audit.compile_gemm(device.device_by_name("sm_90"), tile, spec, torch.float16)
+audited = audit.compile_gemm(GPUTarget("cuda", 90, 32), tile, spec, torch.float16)
 assert len(compiled) == 3 and {id(kernel) for kernel in compiled} == {id(compiled[0])}
 assert compiled[0].asm["cubin"] == audited.asm["cubin"]
+"""
+
+
+AMD_SCRIPT = """
+import json, sys, torch
+from triton.backends.compiler import GPUTarget
+from fusedq_kernels import audit
+from fusedq_kernels.types import QuantSpec, TileConfig, WeightType
+
+spec = QuantSpec(WeightType(sys.argv[1]), 128, torch.float16)
+kernel = audit.compile_gemm(
+    GPUTarget("hip", "gfx942", 64), TileConfig(16, 128, 1, 4, 2), spec, torch.bfloat16
+)
+print(json.dumps(kernel.asm["amdgcn"]))
 """
 
 
@@ -227,3 +242,17 @@ def test_one_audited_binary_serves_every_size():
         [sys.executable, "-c", LAUNCH_SCRIPT], env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("weight_type", ["uint4", "uint8b128"])
+def test_integer_weights_reach_the_matrix_cores_of_an_amd_gpu(weight_type):
+    done = subprocess.run(
+        [sys.executable, "-c", AMD_SCRIPT, weight_type],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assembly = json.loads(done.stdout)
+    assert "v_mfma_f32_16x16x16_bf16" in assembly
+    assert re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*([1-9]\d*)", assembly) == []
+    assert "scratch_" not in assembly

@@ -21,8 +21,8 @@ from fusedq_kernels import audit, device
 from fusedq_kernels.types import QuantSpec, TileConfig, WeightType
 
 spec = QuantSpec(WeightType.UINT4, 128, torch.float16)
-gpu = device.device_by_name(sys.argv[1])
-kernel = audit.compile_gemm(gpu, TileConfig(16, 128, 4, 4, 4), spec, torch.float16)
+target = audit.target_of(device.device_by_name(sys.argv[1]))
+kernel = audit.compile_gemm(target, TileConfig(16, 128, 4, 4, 4), spec, torch.float16)
 print(json.dumps(kernel.asm["ptx"]))
 """
 
