@@ -115,6 +115,7 @@ def fused_gemm_kernel(
     # masked to zero.
     ROWS: tl.constexpr = STEP if STEP > 16 else 16
     PARTS: tl.constexpr = ROWS // STEP
+    SUMS_IN_FLIGHT: tl.constexpr = 8 if BLOCK_M * BLOCK_N <= 2048 else 1
     pid_m = tl.program_id(0)
     pid_n = tl.program_id(1)
     pid_k = tl.program_id(2)
@@ -183,7 +184,8 @@ def fused_gemm_kernel(
             return
         tl.store(arrivals_ptr, 0)
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for split in tl.static_range(SPLIT_K):
+        # Sums in flight hide each other's latency, as long as registers last.
+        for split in tl.range(SPLIT_K, loop_unroll_factor=SUMS_IN_FLIGHT):
             ptrs = partial_ptr + split * split_size + offs_y
             total += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
     if STEPS_PER_GROUP == 0:

@@ -201,6 +201,8 @@ GOOD = audit_row.AuditRow(
         ({}, ()),
         ({"stack": 8}, ("spills",)),
         ({"local": 1}, ("spills",)),
+        ({"tile": TileConfig(16, 128, 8, 4, 4), "stack": 8}, ()),
+        ({"tile": TileConfig(16, 128, 8, 4, 4), "stack": 24}, ("spills",)),
         ({"registers": 256}, ("spills",)),
         ({"smem": 227 * 1024 + 1}, ("shared memory",)),
         ({"target": "sm_80", "mma": "mma", "smem": 163 * 1024 + 1}, ("shared memory",)),
