@@ -127,7 +127,10 @@ def _parse(label: str, raw: bytes) -> dict[str, Any]:
         return names
 
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        text = raw.decode("utf-8")
+        header = json.loads(text, object_pairs_hook=unique, parse_constant=_refuse_constant)
+        if "\\ud" in text.lower():
+            json.dumps(header, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{label}: the header is not UTF-8: {error}") from error
     except CheckpointError:
@@ -136,8 +139,19 @@ def _parse(label: str, raw: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{label}: the header is not JSON: {error}") from error
     if not isinstance(header, dict):
         _fail(label, f"the header is a JSON {type(header).__name__}, not an object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not _of_strings(metadata):
+        _fail(label, f"__metadata__ is {metadata!r:.80}, not an object of strings")
     return header
+
+
+def _refuse_constant(name: str) -> Never:
+    """NaN and Infinity, which Python reads as JSON and the safetensors library does not."""
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _of_strings(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
 
 
 def _check_entry(label: str, file: str, name: str, entry: Any) -> tuple[int, int, TensorInfo]:
