@@ -209,6 +209,13 @@ def test_missing_tensor(build: str, name: str, tmp_path: Path) -> None:
     assert "download the checkpoint again" in text
 
 
+def test_a_module_of_which_only_scales_are_left(tmp_path: Path) -> None:
+    gone = [drop(f"{UP}.{name}") for name in ("qweight", "qzeros", "g_idx")]
+    fmt = load(tmp_path, "gptq-sym", edits=gone)
+    assert UP in fmt.modules()
+    assert f"{UP}: found no packed tensors (found: scales) although" in problem_of(fmt, UP)
+
+
 @pytest.mark.parametrize(("build", "name"), CASES)
 def test_wrong_dtype(build: str, name: str, tmp_path: Path) -> None:
     text = problem_of(load(tmp_path, build, edits=[replace(f"{UP}.{name}", other_dtype)]), UP)

@@ -50,7 +50,8 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.layer}: found {self.found}; supported: {self.supported}; {self.fix}"
+        layer = self.layer or "tensors without a module's name"
+        return f"{layer}: found {self.found}; supported: {self.supported}; {self.fix}"
 
 
 class PreflightError(FusedQError):

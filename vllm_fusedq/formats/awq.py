@@ -48,6 +48,7 @@ class AwqFormat(CheckpointFormat):
     name = "awq"
     config_sources = ("quant_config.json",)
     markers = frozenset({"qweight", "qzeros"})
+    leftovers = frozenset({"scales"})
     exclusion = "modules_to_not_convert"
 
     def check_config(self) -> None:

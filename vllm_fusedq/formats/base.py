@@ -59,6 +59,8 @@ class CheckpointFormat(ABC):
     """Where this method's config may come from without naming the method."""
     markers: ClassVar[frozenset[str]]
     """Tensor suffixes that only a quantized module has."""
+    leftovers: ClassVar[frozenset[str]] = frozenset()
+    """Further suffixes that show, without a weight, that a module was quantized once."""
     exclusion: ClassVar[str]
     """What in the config excludes modules, for messages."""
 
@@ -131,7 +133,8 @@ class CheckpointFormat(ABC):
         for module, stored in self.checkpoint.modules().items():
             weight = stored.get("weight")
             linear = weight is not None and len(weight.shape) == 2 and not _is_head(module)
-            if self.markers & stored.keys() or (linear and self.claims(module)):
+            damaged = weight is None and self.leftovers & stored.keys()
+            if self.markers & stored.keys() or ((linear or damaged) and self.claims(module)):
                 found.append(module)
         return found
 

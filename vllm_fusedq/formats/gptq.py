@@ -46,6 +46,7 @@ class GptqFormat(CheckpointFormat):
     name = "gptq"
     config_sources = ("quantize_config.json",)
     markers = frozenset({"qweight", "qzeros", "g_idx"})
+    leftovers = frozenset({"scales"})
     exclusion = '"-:regex" in dynamic'
 
     def check_config(self) -> None:
