@@ -12,6 +12,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz")
+    group.addoption("--fuzz-cases", type=int, default=2000, help="damaged checkpoints to load")
+    group.addoption("--fuzz-seed", type=int, default=0, help="seed of the damage")
+    group.addoption("--fuzz-only", type=int, default=None, help="number of the only case to run")
+
+
 @pytest.fixture
 def compiler_env() -> dict[str, str]:
     """Environment for a subprocess that compiles kernels: the interpreter replaces the compiler."""
