@@ -7,7 +7,7 @@ holds the packed model plus the layers in flight.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -122,10 +122,14 @@ class LayerLoader:
         self._inspect()
         rows = min(codes // self.plan.rows, self.plan.n // MIN_STRIPES)
         rows = max(rows - rows % layout.ROW_ALIGNMENT, layout.ROW_ALIGNMENT)
-        for start in range(0, self.plan.n, rows):
-            stop = min(start + rows, self.plan.n)
-            pieces = [self._decode(*piece) for piece in self._pieces(start, stop)]
-            layout.pack_rows(self.packed, start, _stack(pieces))
+        held = self.plan.shard.held
+        for start in range(0, held, rows):
+            stop = min(start + rows, held)
+            weight = _stack([self._decode(*piece) for piece in self._pieces(start, stop)])
+            if stop == held:
+                # Rows of padding beyond the last stripe stay as allocated, worth zero
+                weight = _padded(weight, min(-held % layout.ROW_ALIGNMENT, self.plan.n - held))
+            layout.pack_rows(self.packed, start, weight)
         self._slices.clear()
         self._packed_once = True
 
@@ -193,6 +197,17 @@ def _stack(pieces: list[LogicalWeight]) -> LogicalWeight:
         perm=first.perm,
         in_features=first.in_features,
     )
+
+
+def _padded(weight: LogicalWeight, rows: int) -> LogicalWeight:
+    """`weight` with rows behind it whose every scale is zero."""
+    if not rows:
+        return weight
+    codes, scales, zeros = (
+        None if each is None else torch.cat([each, each.new_zeros(rows, each.shape[1])])
+        for each in (weight.codes, weight.scales, weight.zeros)
+    )
+    return replace(weight, codes=codes, scales=scales, zeros=zeros)
 
 
 def _find_tensor(fmt: LayerFormat, name: str, part: PartShard) -> TensorLayout:

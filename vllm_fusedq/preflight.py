@@ -16,8 +16,10 @@ from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.plan import LayerPlan, Target, merge_problems, plan_layer
 from vllm_fusedq.sharding import (
     FUSED_LAYERS,
+    HEAD_MODULES,
     LayerShard,
     UnevenSplit,
+    shard_head,
     shard_module,
     style_of,
 )
@@ -153,6 +155,9 @@ def _shards(
     for prefix, members in groups.items():
         style = style_of(members[0][0])
         try:
+            if prefix.rpartition(".")[2] in HEAD_MODULES:
+                shards.append(shard_head(prefix, layers[prefix].n, layers[prefix].k, tp, rank))
+                continue
             parts = tuple(
                 shard_module(
                     module, sid, layers[module].n, layers[module].k, style, tp, rank, kv_heads

@@ -34,15 +34,24 @@ class PartShard:
 
 @dataclass(frozen=True, slots=True)
 class LayerShard:
-    """One vLLM linear layer as a rank holds it: its parts stacked along N, one range of K."""
+    """One vLLM linear layer as a rank holds it: its parts stacked along N, one range of K.
+
+    `padding` rows worth zero follow the parts: vLLM pads the vocabulary of an lm_head.
+    """
 
     prefix: str
     style: ParallelStyle
     tp_size: int
     parts: tuple[PartShard, ...]
+    padding: int = 0
 
     @property
     def n(self) -> int:
+        return self.held + self.padding
+
+    @property
+    def held(self) -> int:
+        """Rows that come from the checkpoint; none at all where a rank holds padding only."""
         return sum(part.region.n for part in self.parts)
 
     @property
@@ -60,6 +69,9 @@ ROW_PARALLEL_MODULES = frozenset(
     {"o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "wo", "w2", "fc2"}
 )
 REPLICATED_MODULES = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "gate", "router"})
+HEAD_MODULES = frozenset({"lm_head"})
+# vLLM's DEFAULT_VOCAB_PADDING_SIZE: a vocabulary is padded to a multiple of it before it is cut.
+VOCAB_PADDING = 64
 KV_MODULES = frozenset({"k_proj", "v_proj"})
 
 
@@ -126,3 +138,16 @@ def shard_module(
         else:
             n_range = even_slice(n, tp_size, tp_rank, "out_features")
     return PartShard(module, shard_id, Region(*n_range, *k_range))
+
+
+def shard_head(module: str, n: int, k: int, tp_size: int, tp_rank: int) -> LayerShard:
+    """The rank's part of an lm_head of `n` tokens, padded as vLLM pads a vocabulary.
+
+    Raises:
+        UnevenSplit: the padded vocabulary is not divisible.
+    """
+    padded = -(-n // VOCAB_PADDING) * VOCAB_PADDING
+    start, stop = even_slice(padded, tp_size, tp_rank, "padded vocabulary entries")
+    region = Region(min(start, n), min(stop, n), 0, k)
+    part = PartShard(module, None, region)
+    return LayerShard(module, ParallelStyle.COLUMN, tp_size, (part,), stop - start - region.n)

@@ -94,6 +94,10 @@ class CheckpointFormat(ABC):
     def claims(self, module: str) -> bool:
         """Whether the config says that this linear module is quantized."""
 
+    def claims_head(self, module: str) -> bool:
+        """Whether the config says that this lm_head is quantized; few methods can."""
+        return False
+
     @abstractmethod
     def scheme(self, module: str) -> Scheme:
         """The scheme of a claimed module; PreflightError where the config refuses this module."""
@@ -163,12 +167,15 @@ class CheckpointFormat(ABC):
                 USE_VLLM,
             )
         if _is_head(module):
+            if packed and _is_lm_head(module) and self.claims_head(module):
+                self._refuse_tied(module)
+                return describe_layer(self.name, module, stored, self.scheme(module))
             if not packed:
                 return None
             raise _problem(
                 module,
                 f"a quantized embedding or lm_head ({', '.join(packed)})",
-                "quantized linear layers inside the model",
+                "quantized linear layers, and an lm_head where the config says so",
                 f"quantize again without {module.rpartition('.')[2]}, or {USE_VLLM}",
             )
         if not self.claims(module):
@@ -234,6 +241,19 @@ class CheckpointFormat(ABC):
         packed = (m for m, s in self.checkpoint.modules().items() if self.markers & s.keys())
         return frozenset(match.group() for m in packed if (match := _EXPERTS.match(m)))
 
+    def _refuse_tied(self, module: str) -> None:
+        """vLLM uses the embeddings as lm_head where they are tied, whatever else is stored."""
+        text_config = self.checkpoint.config.get("text_config")
+        sections = (self.checkpoint.config, text_config if isinstance(text_config, dict) else {})
+        if any(section.get("tie_word_embeddings") for section in sections):
+            raise _problem(
+                module,
+                "a quantized lm_head although tie_word_embeddings is true in config.json",
+                "a quantized lm_head of its own",
+                "set tie_word_embeddings to false in config.json if the lm_head was trained or "
+                "quantized apart",
+            )
+
     def _refuse_plain(self, module: str, stored: Mapping[str, TensorInfo]) -> None:
         weight = stored.get("weight")
         if weight is not None and len(weight.shape) != 2:
@@ -249,6 +269,10 @@ class CheckpointFormat(ABC):
             "config and tensors that agree",
             f"exclude it by {self.exclusion} if it is meant to stay unquantized",
         )
+
+
+def _is_lm_head(module: str) -> bool:
+    return module.rpartition(".")[2] == "lm_head"
 
 
 def _is_head(module: str) -> bool:

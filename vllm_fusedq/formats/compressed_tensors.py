@@ -77,6 +77,9 @@ class CompressedTensorsFormat(CheckpointFormat):
     def claims(self, module: str) -> bool:
         return not self._matches(module, self.ignored) and self._group_of(module) is not None
 
+    def claims_head(self, module: str) -> bool:
+        return self.claims(module)
+
     def scheme(self, module: str) -> Scheme:
         group = self._group_of(module)
         assert group is not None

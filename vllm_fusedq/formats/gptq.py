@@ -70,6 +70,9 @@ class GptqFormat(CheckpointFormat):
             return False
         return self._options_of(module) is not None
 
+    def claims_head(self, module: str) -> bool:
+        return self.config.get("lm_head") is True and self._options_of(module) is not None
+
     def scheme(self, module: str) -> Scheme:
         options = self._options_of(module)
         assert options is not None

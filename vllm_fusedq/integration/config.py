@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
 from fusedq_kernels.cpu import wna16_available
@@ -107,14 +108,15 @@ class FusedQConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Fused where the checkpoint is quantized, vLLM's own method where it is not."""
-        if not isinstance(layer, LinearBase):
+        head = isinstance(layer, ParallelLMHead)
+        if not head and not isinstance(layer, LinearBase):
             return None
         with speaking_last(self.message_file):
             state = self._worker_state()
             modules = self.modules_of(prefix)
             formats = {module: self._loaded_format().spec_for(module) for module in modules}
         if not any(formats.values()):
-            return UnquantizedLinearMethod()
+            return None if head else UnquantizedLinearMethod()
         from vllm_fusedq.integration.linear import FusedQLinearMethod
 
         return FusedQLinearMethod(state, prefix, modules, formats)

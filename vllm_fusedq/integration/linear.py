@@ -10,6 +10,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 import fusedq_kernels.op  # noqa: F401  (registers torch.ops.fusedq.matmul)
 from vllm_fusedq.errors import PreflightError, Problem
@@ -21,6 +22,7 @@ from vllm_fusedq.plan import plan_layer
 from vllm_fusedq.sharding import LayerShard, ParallelStyle, PartShard
 
 QKV_SHARD_IDS = ("q", "k", "v")
+RESIDENT = ("qweight", "scales", "zeros", "perm")
 
 
 class FusedQLinearMethod(LinearMethodBase):
@@ -48,13 +50,19 @@ class FusedQLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
-        """Register the resident tensors, and an empty parameter for each checkpoint tensor.
+        """Register the resident tensors, and a placeholder for each checkpoint tensor.
 
-        The empty parameters only carry a `weight_loader` (and the names that vLLM's LoRA looks
-        for); slicing is `sharding.py`'s, exact also where vLLM's own loaders would round.
+        The placeholders, of one element, only carry a `weight_loader` (and the names that vLLM's
+        LoRA looks for); slicing is `sharding.py`'s, exact also where vLLM's own loaders would
+        round.
         """
         with speaking_last(self.state.message_file):
-            shard = self._shard(layer, input_size_per_partition, output_partition_sizes, input_size)
+            if isinstance(layer, ParallelLMHead):
+                shard = self._head_shard(layer, output_partition_sizes)
+            else:
+                shard = self._shard(
+                    layer, input_size_per_partition, output_partition_sizes, input_size
+                )
             plan = plan_layer(shard, self.formats, self.state.target)
         self.state.plans.append(plan)
         self.op_constants = (
@@ -69,6 +77,9 @@ class FusedQLinearMethod(LinearMethodBase):
             self.state.target.batch_invariant,
         )
         device = torch.get_default_device()
+        if isinstance(layer, ParallelLMHead):
+            # vLLM's LoRA asks an lm_head for the dtype and the device of its weight
+            layer.register_buffer("weight", torch.empty(0, dtype=params_dtype), persistent=False)
         loader = LayerLoader.create(plan, params_dtype, device)
         for name, dtype in loader.tensor_dtypes.items():
             placeholder = torch.nn.Parameter(
@@ -76,9 +87,8 @@ class FusedQLinearMethod(LinearMethodBase):
             )
             placeholder.weight_loader = _WeightLoader(loader, name, self.state.message_file)
             layer.register_parameter(name, placeholder)
-        packed = loader.packed
-        for name in ("qweight", "scales", "zeros", "perm"):
-            tensor = getattr(packed, name)
+        for name in RESIDENT:
+            tensor = getattr(loader.packed, name)
             layer.register_buffer(f"fusedq_{name}", tensor, persistent=False)
         layer.fusedq_loader = loader
 
@@ -133,6 +143,21 @@ class FusedQLinearMethod(LinearMethodBase):
         self._check_sizes(totals, input_size)
         style = ParallelStyle.ROW if row else ParallelStyle.COLUMN
         return LayerShard(self.prefix, style, tp_size, tuple(parts))
+
+    def _head_shard(self, layer: ParallelLMHead, n_local: list[int]) -> LayerShard:
+        """This rank's part of the vocabulary; vLLM pads it and cuts the padding off the logits."""
+        (module,) = self.modules
+        indices = layer.shard_indices
+        start, stop = indices.org_vocab_start_index, indices.org_vocab_end_index
+        part = PartShard(module, None, Region(start, stop, 0, layer.embedding_dim))
+        self._check_sizes({module: layer.num_embeddings}, layer.embedding_dim)
+        return LayerShard(
+            self.prefix,
+            ParallelStyle.COLUMN,
+            layer.tp_size,
+            (part,),
+            padding=sum(n_local) - (stop - start),
+        )
 
     def _refuse_attention(self, parts: int) -> None:
         problem = Problem(
