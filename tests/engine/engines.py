@@ -8,7 +8,7 @@ from typing import Any
 
 from local_server import environment
 
-SCRIPT = Path(__file__).parent / "scripts" / "generate.py"
+SCRIPTS = Path(__file__).parent / "scripts"
 
 
 class EngineFailed(AssertionError):
@@ -21,28 +21,33 @@ def generate(
     prompts: list[list[int]],
     max_tokens: int = 1,
     dump: Path | None = None,
+    adapter: Path | None = None,
     env: dict[str, str] | None = None,
     **engine: Any,
 ) -> list[dict[str, Any]]:
     """Generate greedily with `vllm.LLM(model, **engine)`; one answer per prompt of token ids.
 
-    Each answer holds "tokens" and "prompt_logprobs" (natural logarithms, first one None).
+    Each answer holds "tokens", their "logprobs" and "prompt_logprobs" (natural logarithms, first
+    one None). With a LoRA `adapter` every prompt is answered without it, then every prompt with it;
+    "prompt_logprobs" is None, which vLLM cannot give beside adapters on a CPU.
     """
-    request, answer = folder / "request.json", folder / "answer.json"
+    request = {
+        "engine": {"model": str(model), "max_model_len": 256, **engine},
+        "prompts": prompts,
+        "max_tokens": max_tokens,
+        "dump": str(dump) if dump else None,
+        "adapter": str(adapter) if adapter else None,
+    }
+    return ask("generate.py", folder, request, env)
+
+
+def ask(script: str, folder: Path, request: dict[str, Any], env: dict[str, str] | None) -> Any:
+    """Run one of `scripts/` on a request; returns its answer."""
+    request_file, answer = folder / "request.json", folder / "answer.json"
     answer.unlink(missing_ok=True)
-    settings = {"model": str(model), "max_model_len": 256, **engine}
-    request.write_text(
-        json.dumps(
-            {
-                "engine": settings,
-                "prompts": prompts,
-                "max_tokens": max_tokens,
-                "dump": str(dump) if dump else None,
-            }
-        )
-    )
+    request_file.write_text(json.dumps(request))
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(request), str(answer)],
+        [sys.executable, str(SCRIPTS / script), str(request_file), str(answer)],
         env=environment(VLLM_ALLOW_INSECURE_SERIALIZATION="1", **(env or {})),
         capture_output=True,
         text=True,
@@ -51,7 +56,7 @@ def generate(
     # vLLM's main process sometimes aborts while it exits ("terminate called without an active
     # exception"), after everything was said; an answer file is written whole or not at all.
     if done.returncode and not answer.exists():
-        raise EngineFailed(f"{settings}\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}")
+        raise EngineFailed(f"{request['engine']}\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}")
     return json.loads(answer.read_text())
 
 

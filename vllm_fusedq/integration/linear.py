@@ -83,7 +83,7 @@ class FusedQLinearMethod(LinearMethodBase):
         loader = LayerLoader.create(plan, params_dtype, device)
         for name, dtype in loader.tensor_dtypes.items():
             placeholder = torch.nn.Parameter(
-                torch.empty(0, dtype=dtype, device=device), requires_grad=False
+                torch.zeros(1, dtype=dtype, device=device), requires_grad=False
             )
             placeholder.weight_loader = _WeightLoader(loader, name, self.state.message_file)
             layer.register_parameter(name, placeholder)
@@ -93,8 +93,12 @@ class FusedQLinearMethod(LinearMethodBase):
         layer.fusedq_loader = loader
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that every tensor arrived; runs again after each of vLLM's reloads."""
         with speaking_last(self.state.message_file):
             layer.fusedq_loader.check_complete()
+            for name in RESIDENT:
+                # A reload puts tensors of its own here; the loader filled those of the graphs
+                setattr(layer, f"fusedq_{name}", getattr(layer.fusedq_loader.packed, name))
             has_bias = isinstance(getattr(layer, "bias", None), torch.Tensor)
             self.state.layer_loaded(layer.fusedq_loader, has_bias)
 
@@ -187,6 +191,9 @@ class FusedQLinearMethod(LinearMethodBase):
 class _WeightLoader:
     """vLLM's per-parameter `weight_loader` callable for one checkpoint tensor name."""
 
+    # vLLM's reload tells the loaders that it wrapped from the others by name.
+    __name__ = "fusedq_weight_loader"
+
     def __init__(self, loader: LayerLoader, name: str, message_file: str | None) -> None:
         self.loader = loader
         self.name = name
@@ -199,5 +206,9 @@ class _WeightLoader:
         loaded_shard_id: object = None,
         **_: Any,
     ) -> None:
+        if param.is_meta:
+            # A reload's rehearsal, which counts copied elements; the tensor comes a second time
+            param.copy_(param)
+            return
         with speaking_last(self.message_file):
             self.loader.add(self.name, loaded_weight, loaded_shard_id)

@@ -1,7 +1,8 @@
 """Runs `vllm.LLM` on a request read from a JSON file and writes what it said to another.
 
 Request: {"engine": LLM keyword arguments, "prompts": token ids, "max_tokens": int,
-"dump": directory for the resident weights of each rank, or null}.
+"dump": directory for the resident weights of each rank, or null, "adapter": directory of a LoRA
+adapter with which the prompts are answered a second time, or null}.
 """
 
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.lora.request import LoRARequest
 
 
 def main(request_file: str, answer_file: str) -> None:
@@ -19,25 +21,39 @@ def main(request_file: str, answer_file: str) -> None:
     if request.get("dump"):
         llm.collective_rpc(dump_resident_weights, args=(request["dump"],))
     sampling = SamplingParams(
-        temperature=0, max_tokens=request["max_tokens"], prompt_logprobs=0, ignore_eos=True
+        temperature=0,
+        max_tokens=request["max_tokens"],
+        logprobs=0,
+        prompt_logprobs=None if request["engine"].get("enable_lora") else 0,
+        ignore_eos=True,
     )
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in request["prompts"]]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    if request.get("adapter"):
+        adapter = LoRARequest("adapter", 1, request["adapter"])
+        outputs += llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
     answers = []
-    for output in llm.generate(prompts, sampling, use_tqdm=False):
+    for output in outputs:
         answers.append(
             {
                 "tokens": list(output.outputs[0].token_ids),
-                "prompt_logprobs": [
-                    None if entry is None else entry[token].logprob
-                    for token, entry in zip(
-                        output.prompt_token_ids, output.prompt_logprobs, strict=True
-                    )
-                ],
+                "logprobs": chosen(output.outputs[0].token_ids, output.outputs[0].logprobs),
+                "prompt_logprobs": chosen(output.prompt_token_ids, output.prompt_logprobs),
             }
         )
     partial = Path(f"{answer_file}.partial")
     partial.write_text(json.dumps(answers))
     partial.rename(answer_file)
+
+
+def chosen(tokens: list[int], entries: list[dict[int, Any]] | None) -> list[float | None] | None:
+    """The log-probability of each token, or None where the engine was not asked."""
+    if entries is None:
+        return None
+    return [
+        None if entry is None else entry[token].logprob
+        for token, entry in zip(tokens, entries, strict=True)
+    ]
 
 
 def dump_resident_weights(worker: Any, folder: str) -> None:
