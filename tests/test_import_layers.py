@@ -14,6 +14,7 @@ ORDER = [
     "cli",
     "live",
     "warmup",
+    "convert",
     "load",
     "report_json",
     "advice",

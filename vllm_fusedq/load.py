@@ -14,7 +14,7 @@ import torch
 from fusedq_kernels import layout
 from fusedq_kernels.types import LogicalWeight, PackedWeight, layout_for
 from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.formats import Finding, decode, inspect
+from vllm_fusedq.formats import Finding, can_place, decode, inspect, place
 from vllm_fusedq.formats.layer import LayerFormat, Region, TensorLayout, stored_slices
 from vllm_fusedq.plan import LayerPlan
 from vllm_fusedq.sharding import PartShard
@@ -118,8 +118,28 @@ class LayerLoader:
         )
 
     def _pack(self) -> None:
-        codes = STRIPE_CODES[self.packed.qweight.device.type]
+        if not self._place():
+            self._decode_and_pack()
+        self._slices.clear()
+        self._packed_once = True
+
+    def _place(self) -> bool:
+        """Copy tensors that are stored as they stay resident; False if they are not."""
+        filled = [(part, fmt) for part, fmt in self._all_parts() if part.region.n]
+        if not all(can_place(fmt, part.region, self.packed) for part, fmt in filled):
+            return False
+        start = 0
+        for part, fmt in filled:
+            tensors = {stored.name: self._slices[part, stored.name] for stored in fmt.tensors}
+            perm = place(tensors, fmt, part.region, self.packed, start)
+            if perm is not None:
+                self._keep_order(part, perm)
+            start += part.region.n
+        return True
+
+    def _decode_and_pack(self) -> None:
         self._inspect()
+        codes = STRIPE_CODES[self.packed.qweight.device.type]
         rows = min(codes // self.plan.rows, self.plan.n // MIN_STRIPES)
         rows = max(rows - rows % layout.ROW_ALIGNMENT, layout.ROW_ALIGNMENT)
         held = self.plan.shard.held
@@ -130,11 +150,11 @@ class LayerLoader:
                 # Rows of padding beyond the last stripe stay as allocated, worth zero
                 weight = _padded(weight, min(-held % layout.ROW_ALIGNMENT, self.plan.n - held))
             layout.pack_rows(self.packed, start, weight)
-        self._slices.clear()
-        self._packed_once = True
 
     def _inspect(self) -> None:
         for part, fmt in self._all_parts():
+            if not part.region.n:
+                continue
             tensors = {stored.name: self._slices[part, stored.name] for stored in fmt.tensors}
             if finding := inspect(tensors, fmt, part.region):
                 self.findings[part.module] = finding

@@ -95,6 +95,14 @@ def plan_model(
     return survey.plan
 
 
+def quantized_layers(checkpoint: Checkpoint, fmt: CheckpointFormat) -> dict[str, LayerFormat]:
+    """Every quantized module by name; raises PreflightError as `plan_model` does."""
+    layers, _, errors = _read_layers(checkpoint, fmt)
+    if errors:
+        raise PreflightError(fold_problems(merge_problems(errors).problems))
+    return layers
+
+
 def working_tp_sizes(checkpoint: Checkpoint, target: Target) -> tuple[int, ...]:
     """Tensor-parallel sizes up to 16 at which every layer of the checkpoint runs fused."""
     layers, _, errors = _read_layers(checkpoint, format_for(checkpoint))

@@ -25,6 +25,7 @@ from checkpoints import Truth, write_checkpoint
 from fusedq_kernels.device import cpu_device, device_by_name
 from fusedq_kernels.layout import unpack
 from vllm_fusedq.checkpoint import read_checkpoint
+from vllm_fusedq.convert import convert
 from vllm_fusedq.errors import FusedQError
 from vllm_fusedq.load import LayerLoader
 from vllm_fusedq.plan import LayerPlan, Target
@@ -93,10 +94,13 @@ class Draft:
         return save(tensors, metadata={"format": "pt"})
 
 
-def pristine(build: str, folder: Path, **sizes: int) -> Draft:
-    """The checkpoint of a builder, read back from the files that the builder wrote."""
-    path = folder / f"pristine-{build}"
+def pristine(build: str, folder: Path, converted: bool, **sizes: int) -> Draft:
+    """The checkpoint of a builder, or what `fusedq convert` makes of it."""
+    path = folder / "pristine"
     truths = write_checkpoint(path, build, **sizes)
+    if converted:
+        convert(path, folder / "converted")
+        path = folder / "converted"
     return Draft(load_file(path / WEIGHTS), json.loads((path / CONFIG).read_text()), truths)
 
 

@@ -17,10 +17,12 @@ from fuzz.mutations import mutate
 # Ranks begin inside groups at 2 and 4 ranks; whole groups of AWQ's fast packing at 1 and 2.
 SIZES = {"hidden": 128, "intermediate": 192, "group_size": 32}
 SHOWN = 8
+CONVERTED = ("gptq-sym", "ct-asym", "gptq-asym-order")
+SUBJECTS = [(build, False) for build in ALL_BUILDS] + [(build, True) for build in CONVERTED]
 
 
 def case_count(config: pytest.Config) -> int:
-    return -(-config.getoption("fuzz_cases") // len(ALL_BUILDS))
+    return -(-config.getoption("fuzz_cases") // len(SUBJECTS))
 
 
 def settings_for(draft: Draft, path: Path) -> list[Setting]:
@@ -34,11 +36,11 @@ def settings_for(draft: Draft, path: Path) -> list[Setting]:
     return [each for each in settings if run_case(draft, path, each, torch.float16) is None]
 
 
-@pytest.mark.parametrize("build", ALL_BUILDS)
+@pytest.mark.parametrize(("build", "converted"), SUBJECTS)
 def test_damage_is_refused_by_name_or_harmless(
-    build: str, tmp_path: Path, pytestconfig: pytest.Config
+    build: str, converted: bool, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    untouched = pristine(build, tmp_path, **SIZES)
+    untouched = pristine(build, tmp_path, converted, **SIZES)
     path = tmp_path / "fuzz"
     settings = settings_for(untouched, path)
     assert settings, f"an untouched {build} checkpoint does not load anywhere"
@@ -46,7 +48,7 @@ def test_damage_is_refused_by_name_or_harmless(
     numbers = range(case_count(pytestconfig)) if only is None else [only]
     failures = []
     for number in numbers:
-        rng = random.Random(f"{build} {seed} {number}")
+        rng = random.Random(f"{build} {converted} {seed} {number}")
         draft = untouched.copy()
         mutate(draft, rng)
         setting = rng.choice(settings)

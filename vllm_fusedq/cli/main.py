@@ -4,6 +4,7 @@ import typer
 
 from vllm_fusedq import __version__
 from vllm_fusedq.cli.check import check
+from vllm_fusedq.cli.convert import convert
 
 app = typer.Typer(
     help="Weight-only quantized checkpoints in vLLM: fused on every layer, or not served.",
@@ -12,6 +13,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(check)
+app.command()(convert)
 
 
 @app.command()

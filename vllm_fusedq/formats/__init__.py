@@ -4,13 +4,14 @@ from collections.abc import Mapping
 
 import torch
 
-from fusedq_kernels.types import LogicalWeight
+from fusedq_kernels.types import LogicalWeight, PackedWeight
 from vllm_fusedq.checkpoint import Checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.formats.awq import AwqFormat
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
 from vllm_fusedq.formats.compressed_tensors import CompressedTensorsFormat
 from vllm_fusedq.formats.findings import Finding, settle
+from vllm_fusedq.formats.fusedq import FusedQFormat
 from vllm_fusedq.formats.gptq import GptqFormat
 from vllm_fusedq.formats.layer import (
     Dim,
@@ -28,9 +29,11 @@ __all__ = [
     "LayerFormat",
     "Region",
     "TensorLayout",
+    "can_place",
     "decode",
     "format_for",
     "inspect",
+    "place",
     "settle",
     "stored_slices",
 ]
@@ -39,6 +42,7 @@ FORMATS: dict[str, type[CheckpointFormat]] = {
     "awq": AwqFormat,
     "gptq": GptqFormat,
     "compressed-tensors": CompressedTensorsFormat,
+    "fusedq": FusedQFormat,
 }
 
 
@@ -71,3 +75,19 @@ def inspect(
 ) -> Finding | None:
     """`CheckpointFormat.inspect` of the layer's own format."""
     return FORMATS[layer.format].inspect(tensors, layer, region)
+
+
+def can_place(layer: LayerFormat, region: Region, packed: PackedWeight) -> bool:
+    """`CheckpointFormat.can_place` of the layer's own format."""
+    return FORMATS[layer.format].can_place(layer, region, packed)
+
+
+def place(
+    tensors: Mapping[str, torch.Tensor],
+    layer: LayerFormat,
+    region: Region,
+    packed: PackedWeight,
+    start: int,
+) -> torch.Tensor | None:
+    """`CheckpointFormat.place` of the layer's own format."""
+    return FORMATS[layer.format].place(tensors, layer, region, packed, start)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from fusedq_kernels.types import LogicalWeight
+from fusedq_kernels.types import LogicalWeight, PackedWeight
 from vllm_fusedq.checkpoint import Checkpoint
 from vllm_fusedq.errors import PreflightError, Problem, UnsupportedCheckpoint
 from vllm_fusedq.formats.findings import Finding
@@ -130,6 +130,28 @@ class CheckpointFormat(ABC):
             WeightLoadError: as `decode` does, or the values contradict the config.
         """
         return None
+
+    @staticmethod
+    def can_place(layer: LayerFormat, region: Region, packed: PackedWeight) -> bool:
+        """Whether the stored tensors of `region` are rows of `packed` as they are."""
+        return False
+
+    @staticmethod
+    def place(
+        tensors: Mapping[str, torch.Tensor],
+        layer: LayerFormat,
+        region: Region,
+        packed: PackedWeight,
+        start: int,
+    ) -> torch.Tensor | None:
+        """Where `can_place`, write the region's rows into `packed` from row `start` on.
+
+        Takes what `decode` takes and returns the activation order of an ordered layer.
+
+        Raises:
+            WeightLoadError: as `decode` does.
+        """
+        raise NotImplementedError
 
     def modules(self) -> list[str]:
         """Modules of the checkpoint that are quantized, or that the config says are."""

@@ -146,8 +146,8 @@ class LayerFormat:
 class Scheme:
     """What a format's config says of one module; sizes and dtypes come from the headers.
 
-    `layouts[0]` is the packed weight, whose dims give N and K. `group_size` may be -1: all of K.
-    The others are those of `LayerFormat`.
+    `layouts[0]` is the packed weight, whose dims give N and K unless `sizes` does. `group_size` may
+    be -1: all of K. The others are those of `LayerFormat`.
     """
 
     weight_type: WeightType
@@ -158,6 +158,7 @@ class Scheme:
     ordered: bool = False
     variant: str = ""
     bits: int = 0
+    sizes: tuple[int, int] | None = None
 
 
 def stored_slices(layout: TensorLayout, region: Region, group_size: int) -> tuple[slice, ...]:
@@ -239,7 +240,7 @@ def describe_layer(
     sizes = {
         dim.axis: dim.logical(size) for dim, size in zip(weight.dims, info.shape, strict=False)
     }
-    n, k = sizes.get("n", 0), sizes.get("k", 0)
+    n, k = scheme.sizes or (sizes.get("n", 0), sizes.get("k", 0))
     if len(info.shape) != len(weight.dims) or not n * k:
         found = f"{weight.name} of shape {list(info.shape)}"
         supported = f"{len(weight.dims)} dimensions, none of them empty"

@@ -1,0 +1,46 @@
+"""`fusedq convert`: a checkpoint that loads without repacking."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vllm_fusedq.errors import FusedQError
+
+
+def convert(
+    model: Annotated[Path, typer.Argument(help="a quantized checkpoint directory")],
+    out: Annotated[Path, typer.Argument(help="the folder to make; OUT.partial until it is whole")],
+    max_file_gb: Annotated[
+        float, typer.Option(min=0.001, help="begin a new weight file after so many GB of the model")
+    ] = 2.0,
+) -> None:
+    """Write MODEL in the layout that its kernels read, for every tensor-parallel size.
+
+    The result is served like any other checkpoint and gives bit-identical results. A run that was
+    killed continues where it stopped.
+    """
+    from vllm_fusedq.convert import convert as run
+
+    err = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=err, transient=True) as bar:
+            tasks = {}
+
+            def show(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, total=total)
+                bar.update(tasks[what], completed=done)
+
+            done = run(model, out, round(max_file_gb * 1e9), show)
+    except FusedQError as error:
+        err.print(f"refused: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    resumed = f", {done.resumed_files} files from an earlier run" if done.resumed_files else ""
+    typer.echo(
+        f"{out}: {done.layers} layers converted, {done.source_bytes / 1e6:.1f} MB became "
+        f"{done.bytes / 1e6:.1f} MB{resumed}"
+    )

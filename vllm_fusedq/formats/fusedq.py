@@ -1,0 +1,195 @@
+"""Converted checkpoints: every weight already in the layout that the tiled kernels read.
+
+Written by `convert.py`. For each module: qweight int32 `[ceil(K / 128), N, words]`, which is layout
+P4, P8 or PL4 of `fusedq_kernels.layout_tiled` without the padding of N; scales `[G, N]` in their
+own dtype; zeros uint8 `[G, N]` where the weight type has zero points; with activation reordering
+perm int32 `[K]`, the in_feature of each row, rows sorted by group. Nothing depends on a
+tensor-parallel size: N can be cut anywhere, K between blocks of 128, and a rank that begins
+elsewhere decodes and packs again, as from any other format.
+
+The config says what a header cannot: `layout_version`, the schemes, and each module's scheme and
+size.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fusedq_kernels.geometry import BLOCK_K
+from fusedq_kernels.layout_tiled import TILED
+from fusedq_kernels.types import (
+    KernelName,
+    Layout,
+    LogicalWeight,
+    PackedWeight,
+    WeightType,
+    layout_for,
+)
+from vllm_fusedq.errors import WeightLoadError
+from vllm_fusedq.formats.base import (
+    CheckpointFormat,
+    Dim,
+    LayerFormat,
+    Region,
+    Scheme,
+    TensorLayout,
+    check_slices,
+)
+from vllm_fusedq.formats.layer import SCALE_DTYPES, with_all_groups
+from vllm_fusedq.formats.ordering import sort_rows
+
+LAYOUT_VERSION = 1
+CONVERT_AGAIN = "convert the original checkpoint again with `fusedq convert`"
+QWEIGHT, SCALES, ZEROS, PERM = "qweight", "scales", "zeros", "perm"
+
+
+class FusedQFormat(CheckpointFormat):
+    """`quant_method: fusedq`, written by `fusedq convert`."""
+
+    name = "fusedq"
+    markers = frozenset({QWEIGHT, SCALES, ZEROS, PERM})
+    exclusion = "modules"
+
+    def check_config(self) -> None:
+        version = self.config.get("layout_version")
+        if type(version) is not int or version != LAYOUT_VERSION:
+            raise self.refusal(
+                f"layout_version {version!r:.40}", f"layout_version {LAYOUT_VERSION}", CONVERT_AGAIN
+            )
+        schemes, modules = self.config.get("schemes"), self.config.get("modules")
+        if not isinstance(schemes, list) or not isinstance(modules, dict) or not modules:
+            raise self.refusal(
+                "a config without schemes or modules", "what `fusedq convert` writes", CONVERT_AGAIN
+            )
+        known = [self._read_scheme(scheme) for scheme in schemes]
+        self.layers = {
+            name: self._read_module(name, entry, known) for name, entry in modules.items()
+        }
+
+    def modules(self) -> list[str]:
+        # The config lists them all, so that none can get lost with its tensors
+        return list(dict.fromkeys([*super().modules(), *self.layers]))
+
+    def claims(self, module: str) -> bool:
+        return module in self.layers
+
+    def claims_head(self, module: str) -> bool:
+        return self.claims(module)
+
+    def scheme(self, module: str) -> Scheme:
+        scheme, n, k = self.layers[module]
+        weight_type, group_size, ordered = scheme
+        words = TILED[layout_for(KernelName.TRITON_GEMM, weight_type)].words
+        blocks = Dim(None, size=-(-k // BLOCK_K)) if ordered else Dim("k", BLOCK_K)
+        layouts = [
+            TensorLayout(QWEIGHT, (blocks, Dim("n"), Dim(None, size=words)), (torch.int32,)),
+            TensorLayout(SCALES, (Dim("g"), Dim("n")), SCALE_DTYPES),
+        ]
+        if weight_type.has_zero_points:
+            layouts.append(TensorLayout(ZEROS, (Dim("g"), Dim("n")), (torch.uint8,)))
+        if ordered:
+            # Rows are sorted: which of them a rank needs, only perm tells
+            layouts = list(with_all_groups(tuple(layouts), -(-k // group_size)))
+            layouts.append(TensorLayout(PERM, (Dim(None, size=k),), (torch.int32,)))
+        return Scheme(
+            weight_type, group_size, tuple(layouts), SCALES, ordered=ordered, sizes=(n, k)
+        )
+
+    @staticmethod
+    def decode(
+        tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
+    ) -> LogicalWeight:
+        check_slices(tensors, layer, region, SCALES)
+        codes = TILED[_layout(layer)].decode(tensors[QWEIGHT])
+        scales = tensors[SCALES].T.contiguous()
+        zeros = _read_zeros(tensors, layer)
+        if not layer.ordered:
+            first = region.k_start % BLOCK_K
+            codes = codes[:, first : first + region.k].contiguous()
+            phase = region.k_start % layer.spec.group_size
+            return LogicalWeight(codes, scales, zeros, layer.spec, phase)
+        perm = _read_perm(tensors[PERM], layer)
+        if region.k == layer.k:
+            codes = codes[:, : layer.k].contiguous()
+            return LogicalWeight(codes, scales, zeros, layer.spec, 0, perm.int(), layer.k)
+        places = torch.arange(layer.k, device=perm.device)
+        place_of = torch.empty_like(perm).index_copy_(0, perm, places)
+        place_of = place_of[region.k_start : region.k_stop]
+        codes, g_idx = codes.index_select(1, place_of), place_of // layer.spec.group_size
+        return sort_rows(codes, scales, zeros, g_idx, PERM, layer, region)
+
+    @staticmethod
+    def can_place(layer: LayerFormat, region: Region, packed: PackedWeight) -> bool:
+        if layer.ordered and region.k != layer.k:
+            return False
+        begins = region.k_start % BLOCK_K == 0
+        ends = region.k_stop % BLOCK_K == 0 or region.k_stop == layer.k
+        return packed.layout is _layout(layer) and begins and ends
+
+    @staticmethod
+    def place(
+        tensors: Mapping[str, torch.Tensor],
+        layer: LayerFormat,
+        region: Region,
+        packed: PackedWeight,
+        start: int,
+    ) -> torch.Tensor | None:
+        check_slices(tensors, layer, region, SCALES)
+        zeros = _read_zeros(tensors, layer)
+        TILED[packed.layout].write_groups(packed, start, tensors[SCALES].T.contiguous(), zeros)
+        packed.qweight[:, start : start + region.n].copy_(tensors[QWEIGHT])
+        return _read_perm(tensors[PERM], layer).int() if layer.ordered else None
+
+    def _read_scheme(self, scheme: Any) -> tuple[WeightType, int, bool]:
+        types = {each.value: each for each in WeightType}
+        if not isinstance(scheme, dict) or scheme.get("weight_type") not in list(types):
+            raise self.refusal(
+                f"the scheme {scheme!r:.80}", f"weight_type {', '.join(types)}", CONVERT_AGAIN
+            )
+        group_size, ordered = scheme.get("group_size"), scheme.get("ordered")
+        if type(group_size) is not int or group_size < 1 or not isinstance(ordered, bool):
+            raise self.refusal(
+                f"the scheme {scheme!r:.80}",
+                "a group_size and ordered true or false",
+                CONVERT_AGAIN,
+            )
+        return types[scheme["weight_type"]], group_size, ordered
+
+    def _read_module(
+        self, name: str, entry: Any, schemes: list[tuple[WeightType, int, bool]]
+    ) -> tuple[tuple[WeightType, int, bool], int, int]:
+        numbers = entry if isinstance(entry, list) and len(entry) == 3 else []
+        if not numbers or any(type(each) is not int for each in numbers):
+            raise self.refusal(f"{name} as {entry!r:.80}", "scheme, N and K", CONVERT_AGAIN)
+        scheme, n, k = numbers
+        if not 0 <= scheme < len(schemes) or min(n, k) < 1:
+            raise self.refusal(f"{name} as {entry!r:.80}", "a scheme and sizes", CONVERT_AGAIN)
+        return schemes[scheme], n, k
+
+
+def _layout(layer: LayerFormat) -> Layout:
+    return layout_for(KernelName.TRITON_GEMM, layer.spec.weight_type)
+
+
+def _read_zeros(tensors: Mapping[str, torch.Tensor], layer: LayerFormat) -> torch.Tensor | None:
+    if not layer.spec.has_zero_points:
+        return None
+    zeros, bound = tensors[ZEROS].T.contiguous(), 1 << layer.spec.weight_type.bits
+    if bound <= torch.iinfo(zeros.dtype).max and int(zeros.max()) >= bound:
+        raise WeightLoadError(
+            f"{layer.module}.{ZEROS}: found the zero point {int(zeros.max())}, expected less than "
+            f"{bound}; {CONVERT_AGAIN}"
+        )
+    return zeros
+
+
+def _read_perm(stored: torch.Tensor, layer: LayerFormat) -> torch.Tensor:
+    """perm as int64 `[K]`."""
+    perm = stored.long()
+    if not torch.equal(perm.sort().values, torch.arange(layer.k, device=perm.device)):
+        raise WeightLoadError(
+            f"{layer.module}.{PERM}: found in_features twice or out of range, expected each of "
+            f"{layer.k} once; {CONVERT_AGAIN}"
+        )
+    return perm
