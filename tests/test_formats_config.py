@@ -17,7 +17,7 @@ from checkpoints import add, make_plain, with_fields, write_checkpoint
 from fusedq_kernels import reference
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import FusedQError, UnsupportedCheckpoint
-from vllm_fusedq.formats import CheckpointFormat, decode, format_for
+from vllm_fusedq.formats import FORMATS, CheckpointFormat, decode, format_for
 
 UP = "model.layers.0.mlp.up_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -30,9 +30,7 @@ def load(path: Path, build: str = "awq", **options: Any) -> CheckpointFormat:
 
 @pytest.mark.parametrize("method", ["gguf", "fp8", "hqq", "bitsandbytes", "exl2", 7, ["awq"]])
 def test_unknown_quant_method(method: object, tmp_path: Path) -> None:
-    message = (
-        "quant_method .* in quantization_config; supported: awq, gptq, compressed-tensors; drop"
-    )
+    message = f"quant_method .* in quantization_config; supported: {', '.join(FORMATS)}; drop"
     with pytest.raises(UnsupportedCheckpoint, match=message):
         load(tmp_path, config={"quant_method": method})
 

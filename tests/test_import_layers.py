@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A module may import those below it.
 ORDER = [
-    "integration",
     "cli",
+    "integration",
     "live",
     "warmup",
+    "selfcheck",
     "convert",
     "load",
     "report_json",

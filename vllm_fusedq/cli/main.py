@@ -5,6 +5,7 @@ import typer
 from vllm_fusedq import __version__
 from vllm_fusedq.cli.check import check
 from vllm_fusedq.cli.convert import convert
+from vllm_fusedq.cli.selfcheck import selfcheck
 
 app = typer.Typer(
     help="Weight-only quantized checkpoints in vLLM: fused on every layer, or not served.",
@@ -14,6 +15,7 @@ app = typer.Typer(
 )
 app.command()(check)
 app.command()(convert)
+app.command()(selfcheck)
 
 
 @app.command()

@@ -1,0 +1,99 @@
+"""`fusedq selfcheck`: every layer's packing and kernel against plain PyTorch, on this machine."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vllm_fusedq.errors import FusedQError
+
+if TYPE_CHECKING:
+    import torch
+
+PIPE_WIDTH = 160
+
+
+def selfcheck(
+    model: Annotated[Path, typer.Argument(help="a checkpoint directory")],
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: cuda where there is one")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="activation dtype: bfloat16 or float16")] = "bfloat16",
+    kernel: Annotated[
+        str, typer.Option(help='a kernel to insist on, as in additional-config "fusedq"')
+    ] = "auto",
+    only: Annotated[str, typer.Option(help="check layers whose name holds this")] = "",
+) -> None:
+    """Check each layer of MODEL: resident bits against the file, fused kernel against PyTorch.
+
+    On a CPU the fused operator of an installed vLLM is used; without vLLM, kernel cpu-striped.
+    """
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"device {device!r}; choose auto, cpu or cuda")
+    if dtype not in ("bfloat16", "float16"):
+        raise typer.BadParameter(f"dtype {dtype!r}; choose bfloat16 or float16")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    out, err = Console(), Console(stderr=True)
+    if not out.is_terminal:
+        out = Console(width=PIPE_WIDTH)
+    try:
+        failed = _run(model, torch.device(device), getattr(torch, dtype), kernel, only, out, err)
+    except FusedQError as error:
+        err.print(f"refused: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    raise typer.Exit(1 if failed else 0)
+
+
+def _run(
+    model: Path,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    kernel: str,
+    only: str,
+    out: Console,
+    err: Console,
+) -> int:
+    """Check and print; the number of layers that failed."""
+    from fusedq_kernels.device import current_device
+    from vllm_fusedq.checkpoint import read_checkpoint
+    from vllm_fusedq.integration.operators import register_cpu_operators
+    from vllm_fusedq.plan import Target
+    from vllm_fusedq.preflight import plan_model
+    from vllm_fusedq.selfcheck import check_layer
+    from vllm_fusedq.settings import parse_settings
+
+    settings = parse_settings({"kernel": kernel})
+    fused_op = device.type == "cpu" and register_cpu_operators()
+    target = Target(settings.device(current_device(device, fused_op)), dtype, settings.insisted)
+    checkpoint = read_checkpoint(model)
+    plans = [plan for plan in plan_model(checkpoint, target).layers if only in plan.prefix]
+    if not plans:
+        raise typer.BadParameter(f"no quantized layer's name holds {only!r}")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("layer", "format", "kernel", "wrong values", "max error", "limit", "RMS error"):
+        table.add_column(column, overflow="fold", justify="right" if "r" in column[-1:] else "left")
+    checks = []
+    for plan in track(plans, "checking", console=err, transient=True):
+        check = check_layer(checkpoint, plan, target, device)
+        checks.append(check)
+        table.add_row(
+            *(plan.prefix, plan.formats[0].description, plan.kernel.value, str(check.wrong_values)),
+            *(f"{check.max_error:.1e}", f"{check.limit:.1e}", f"{check.rms_error:.1e}"),
+            style="" if check.passed else "red",
+        )
+    out.print(table)
+    worst = max(checks, key=lambda check: check.max_error)
+    failed = sum(not check.passed for check in checks)
+    out.print(
+        f"{len(checks)} layers checked, {failed} failed; worst error {worst.max_error:.1e} of the "
+        f"reference's RMS in {worst.plan.prefix}",
+        highlight=False,
+    )
+    return failed
