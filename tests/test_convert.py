@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from checkpoints import ALL_BUILDS, Tensors, write_checkpoint, write_json
+from checkpoints import ALL_BUILDS, Tensors, replace, write_checkpoint, write_json
 from fusedq_kernels.device import cpu_device, device_by_name
 from heads import config_with_head, quantized_head
 from vllm_fusedq.checkpoint import Checkpoint, read_checkpoint
@@ -70,9 +70,9 @@ def test_every_rank_holds_the_same_bits(tmp_path: Path, build: str) -> None:
     write_checkpoint(tmp_path / "source", build, **SIZES)
     convert(tmp_path / "source", tmp_path / "out")
     source, out = read_checkpoint(tmp_path / "source"), read_checkpoint(tmp_path / "out")
-    for device in DEVICES:
-        for tp_size in (1, 2, 4):
-            for rank in range(tp_size):
+    for device in ("cpu", "gpu"):
+        for tp_size, ranks in ((1, [0]), (2, [1]), (4, [1, 3])):
+            for rank in ranks:
                 try:
                     wanted = load(source, device, tp_size, rank)
                 except PreflightError:
@@ -175,6 +175,20 @@ def test_a_changed_source_is_not_continued(tmp_path: Path) -> None:
     write_checkpoint(source, "ct-sym", **SIZES)
     with pytest.raises(CheckpointError, match=r"out\.partial: was begun from other files"):
         convert(source, out, 60000)
+
+
+def test_a_mislabelled_source_is_told_and_a_contradictory_one_refused(tmp_path: Path) -> None:
+    source, mixed = tmp_path / "source", tmp_path / "mixed"
+    options = {**SIZES, "config": {"checkpoint_format": "gptq"}}
+    write_checkpoint(source, "gptq-sym-v2", **options)
+    done = convert(source, tmp_path / "out", 60000)
+    assert done.note.startswith("The config says gptq, the values say gptq_v2 (")
+    assert done.note.endswith("): 7 layers are read as gptq_v2.")
+    lower = replace(f"{DOWN}.qzeros", lambda tensor: tensor - 0x11111111)
+    write_checkpoint(mixed, "gptq-sym-v2", edits=[lower], **options)
+    with pytest.raises(WeightLoadError, match="found layers that were stored in different ways"):
+        convert(mixed, tmp_path / "none", 60000)
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_existing_folder_and_a_converted_source_are_refused(tmp_path: Path) -> None:

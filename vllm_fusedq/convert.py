@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from vllm_fusedq.checkpoint import (
     read_checkpoint,
 )
 from vllm_fusedq.errors import CheckpointError, PreflightError, UnsupportedCheckpoint
-from vllm_fusedq.formats import format_for
+from vllm_fusedq.formats import Finding, format_for, settle
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.formats.fusedq import LAYOUT_VERSION, PERM, QWEIGHT, SCALES, ZEROS, FusedQFormat
 from vllm_fusedq.formats.layer import LayerFormat
@@ -51,12 +51,16 @@ Progress = Callable[[str, int, int], object]
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What a conversion did; `resumed_files` were left whole by a killed run."""
+    """What a conversion did; `resumed_files` were left whole by a killed run.
+
+    `note` says where the values prove another convention than the config names, else it is empty.
+    """
 
     layers: int
     source_bytes: int
     bytes: int
     resumed_files: int
+    note: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +99,11 @@ def convert(
     batches = _batches(items, max_file_bytes)
     partial = out.with_name(out.name + PARTIAL)
     hashes = _begin(checkpoint, partial, max_file_bytes, progress)
-    resumed = _write_weights(checkpoint, batches, partial, progress)
+    findings, resumed = _write_weights(checkpoint, batches, partial, progress)
+    note = settle(findings)
     _copy_other_files(source, partial)
     config = _config(checkpoint, fmt, items, hashes)
-    for leftover in (partial / JOURNAL, *partial.glob("*.writing")):
+    for leftover in (partial / JOURNAL, *partial.glob("*.findings"), *partial.glob("*.writing")):
         leftover.unlink()
     _write_json(partial / CONFIG_FILE, config)
     _sync(partial)
@@ -109,6 +114,7 @@ def convert(
         source_bytes=sum(item.nbytes for item in items),
         bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
         resumed_files=resumed,
+        note=note,
     )
 
 
@@ -204,36 +210,46 @@ def _hash_files(root: Path, files: list[str], progress: Progress) -> Iterator[tu
 
 def _write_weights(
     checkpoint: Checkpoint, batches: list[list[_Item]], partial: Path, progress: Progress
-) -> int:
-    """Write the weight files and, where there are several, their index; counts those found."""
+) -> tuple[dict[str, Finding], int]:
+    """Write the weight files and, where there are several, their index.
+
+    Returns what the values prove, by module, and how many files were there already.
+    """
     count = len(batches)
     total, done, resumed = sum(item.nbytes for batch in batches for item in batch), 0, 0
     weight_map: dict[str, str] = {}
+    findings: dict[str, Finding] = {}
     for number, batch in enumerate(batches, 1):
         path = partial / (
             "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
         )
+        proof = path.with_suffix(".findings")
         if path.exists():
-            # Renamed when it was whole
+            # Both were renamed when they were whole, this one last
             resumed += 1
             done += sum(item.nbytes for item in batch)
         else:
             tensors: dict[str, torch.Tensor] = {}
+            proven: dict[str, Finding] = {}
             for item in batch:
-                tensors |= _converted(checkpoint, item)
+                tensors |= _converted(checkpoint, item, proven)
                 done += item.nbytes
                 progress("converting", done, total)
+            _write_json(proof, {name: asdict(finding) for name, finding in proven.items()})
             unfinished = path.with_suffix(".writing")
             save_file(tensors, unfinished, metadata={"format": "pt"})
             _sync(unfinished)
             unfinished.rename(path)
+        findings |= {n: Finding(**found) for n, found in json.loads(proof.read_text()).items()}
         weight_map |= dict.fromkeys(read_header(path), path.name)
     if count > 1:
         _write_json(partial / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
-    return resumed
+    return findings, resumed
 
 
-def _converted(checkpoint: Checkpoint, item: _Item) -> dict[str, torch.Tensor]:
+def _converted(
+    checkpoint: Checkpoint, item: _Item, findings: dict[str, Finding]
+) -> dict[str, torch.Tensor]:
     """The tensors that stand for `item` in the converted checkpoint, by their full names."""
     stored = dict(_read(checkpoint, item.tensors))
     if item.plan is None:
@@ -242,6 +258,7 @@ def _converted(checkpoint: Checkpoint, item: _Item) -> dict[str, torch.Tensor]:
     for name, tensor in stored.items():
         loader.add(name.removeprefix(f"{item.name}."), tensor)
     loader.check_complete()
+    findings |= loader.findings
     packed = loader.packed
     scales, zeros = TILED[packed.layout].read_groups(packed, 0, packed.n)
     found = {QWEIGHT: packed.qweight[:, : packed.n], SCALES: scales.T}

@@ -40,6 +40,8 @@ def convert(
         err.print(f"refused: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     resumed = f", {done.resumed_files} files from an earlier run" if done.resumed_files else ""
+    if done.note:
+        err.print(done.note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     typer.echo(
         f"{out}: {done.layers} layers converted, {done.source_bytes / 1e6:.1f} MB became "
         f"{done.bytes / 1e6:.1f} MB{resumed}"
