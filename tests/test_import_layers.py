@@ -14,6 +14,7 @@ ORDER = [
     "integration",
     "live",
     "warmup",
+    "trace",
     "selfcheck",
     "convert",
     "load",

@@ -15,7 +15,7 @@ from fusedq_kernels.types import Layout, PackedWeight
 
 _PACK_FACTOR = 8
 # fp32 weights of one stripe: small enough to stay in a core's L2 cache until multiplied.
-_STRIPE_BYTES = 2 << 20
+STRIPE_BYTES = 2 << 20
 
 
 def wna16_available() -> bool:
@@ -119,7 +119,7 @@ def striped_gemm(
         max=geometry.num_groups - 1
     )
     features = slice(geometry.pad, geometry.pad + packed.k)
-    stripe = max(1, _STRIPE_BYTES // (4 * geometry.k_padded))
+    stripe = max(1, STRIPE_BYTES // (4 * geometry.k_padded))
     buffer = torch.empty((min(stripe, packed.n), len(runs), geometry.step), dtype=torch.float32)
     tokens = x.to(torch.float32)
     weight_type, table = packed.spec.weight_type, None

@@ -6,6 +6,7 @@ from vllm_fusedq import __version__
 from vllm_fusedq.cli.check import check
 from vllm_fusedq.cli.convert import convert
 from vllm_fusedq.cli.selfcheck import selfcheck
+from vllm_fusedq.cli.verify import verify
 
 app = typer.Typer(
     help="Weight-only quantized checkpoints in vLLM: fused on every layer, or not served.",
@@ -16,6 +17,7 @@ app = typer.Typer(
 app.command()(check)
 app.command()(convert)
 app.command()(selfcheck)
+app.command()(verify)
 
 
 @app.command()

@@ -1,0 +1,25 @@
+"""`fusedq verify` on a real engine: every layer's kernel seen, none unpacked."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from local_server import environment
+from tiny_models import asset
+
+pytestmark = pytest.mark.engine
+
+FUSEDQ = str(Path(sys.executable).with_name("fusedq"))
+
+
+def test_every_layer_is_proven_from_the_trace() -> None:
+    command = [FUSEDQ, "verify", str(asset("tiny-llama-awq-g128"))]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [line for line in done.stdout.splitlines() if "cpu-wna16" in line]
+    assert len(rows) == 8
+    # A prefill and three decode steps
+    assert all("_C::cpu_gemm_wna16" in row and " 4 " in row for row in rows)
+    assert "8 layers verified in the engine and with 1 to 4096 tokens, 0 failed" in done.stdout

@@ -1,0 +1,66 @@
+"""`fusedq verify`: what the profiler saw of every fused layer in the running engine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from vllm_fusedq.errors import FusedQError
+
+PIPE_WIDTH = 160
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(help="a checkpoint directory")],
+    dtype: Annotated[str, typer.Option(help="activation dtype: bfloat16 or float16")] = "bfloat16",
+    kernel: Annotated[
+        str, typer.Option(help='a kernel to insist on, as in additional-config "fusedq"')
+    ] = "auto",
+    max_model_len: Annotated[int, typer.Option(min=128, help="as in vllm serve")] = 256,
+) -> None:
+    """Load MODEL in vLLM's engine, run prefill and decode, and prove from the trace what ran.
+
+    For every layer: the kernel that its plan names ran, once per call, and no allocation or copy
+    was as large as an unpacked weight, with 1 to 4096 tokens.
+    """
+    from vllm_fusedq.integration.verify import SIZES
+    from vllm_fusedq.integration.verify import verify as run
+
+    if dtype not in ("bfloat16", "float16"):
+        raise typer.BadParameter(f"dtype {dtype!r}; choose bfloat16 or float16")
+    err = Console(stderr=True)
+    try:
+        traces = run(str(model), dtype, {"kernel": kernel}, max_model_len)
+    except FusedQError as error:
+        err.print(f"refused: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    out = Console()
+    out = out if out.is_terminal else Console(width=PIPE_WIDTH)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("layer", "kernel", "seen as", "calls"):
+        table.add_column(column, overflow="fold")
+    for column in ("largest MB", "explained MB", "unpacked MB"):
+        table.add_column(column, justify="right")
+    layers = {trace.plan.prefix: trace for trace in reversed(traces)}
+    failed = {}
+    for trace in traces:
+        failed |= {(trace.plan.prefix, problem): None for problem in trace.problems}
+    for prefix, trace in reversed(layers.items()):
+        sizes = (trace.largest, trace.allowed, trace.dequantized)
+        table.add_row(
+            *(prefix, trace.plan.kernel.value, ", ".join(trace.kernels), str(trace.calls)),
+            *(f"{size / 1e6:.3f}" for size in sizes),
+        )
+    out.print(table)
+    for prefix, problem in failed:
+        err.print(f"{prefix}: {problem}", style="red", markup=False, highlight=False)
+    wrong = len({prefix for prefix, _ in failed})
+    out.print(
+        f"{len(layers)} layers verified in the engine and with {SIZES[0]} to {SIZES[-1]} tokens, "
+        f"{wrong} failed",
+        highlight=False,
+    )
+    raise typer.Exit(1 if failed else 0)
