@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import write_checkpoint, write_json
-from vllm_fusedq.checkpoint import INDEX_FILE, read_checkpoint
+from vllm_fusedq.checkpoint import INDEX_FILE, Checkpoint, LocalFiles, read_checkpoint
 from vllm_fusedq.errors import CheckpointError, UnsupportedCheckpoint
 
 
@@ -221,4 +222,62 @@ def test_index_that_names_the_wrong_file(model: Path) -> None:
     wrong = next(file for file in weight_map.values() if file != actual)
     write_json(model / INDEX_FILE, {"weight_map": {**weight_map, name: wrong}})
     with pytest.raises(CheckpointError, match=f"{name} is in {wrong}, but it is in {actual}"):
+        read_checkpoint(model)
+
+
+def test_a_tensor_below_another_belongs_to_its_module() -> None:
+    infos = dict.fromkeys(["a.b.weight", "a.b.weight.x", "a.b.weight.x.y", "c.weight.x", "d"])
+    modules = Checkpoint("x", {}, {}, "", infos).modules()
+    assert {module: sorted(stored) for module, stored in modules.items()} == {
+        "a.b": ["weight", "weight.x", "weight.x.y"],
+        "c.weight": ["x"],
+        "": ["d"],
+    }
+
+
+def test_reads_small_bytes_below_another_tensor(model: Path) -> None:
+    def pattern(size: int) -> torch.Tensor:
+        return (torch.arange(size) % 251).to(torch.uint8)
+
+    extra = {
+        "a.weight": pattern(7),
+        "a.weight.state": pattern(4096),
+        "a.weight.state.inner": pattern(3),
+        "a.weight.large": pattern(4097),
+        "a.weight.empty": pattern(0),
+        "a.weight.table": pattern(16).view(4, 4),
+        "a.weight.words": pattern(16).view(torch.int32),
+        "b.state": pattern(5),
+    }
+    tensors = {**load_file(model / "model.safetensors"), **extra}
+    save_file(tensors, model / "model.safetensors")
+    assert read_checkpoint(model).metadata == {
+        name: extra[name].numpy().tobytes() for name in ("a.weight.state", "a.weight.state.inner")
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda file: file.write_bytes(b""),
+            "holds 0 of the 9 bytes of tensor a.x; the file",
+        ),
+        (Path.unlink, "model.safetensors: cannot be read: No such file"),
+    ],
+)
+def test_a_file_that_changes_while_it_is_read_is_named(
+    model: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], message: str
+) -> None:
+    file = model / "model.safetensors"
+    save_file({"a": torch.zeros(1), "a.x": torch.zeros(9, dtype=torch.uint8)}, file)
+    headers = LocalFiles.headers
+
+    def headers_before_the_change(self: LocalFiles, names: list[str]) -> list[object]:
+        found = list(headers(self, names))
+        change(file)
+        return found
+
+    monkeypatch.setattr(LocalFiles, "headers", headers_before_the_change)
+    with pytest.raises(CheckpointError, match=message):
         read_checkpoint(model)

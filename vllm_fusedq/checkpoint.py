@@ -6,7 +6,7 @@ business.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,9 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 QUANT_CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# How many names deep a tensor may lie below another one that it belongs to
+NESTED_NAMES = 2
+MAX_METADATA_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Checkpoint:
 
     `quant_config` is the quantization section and `quant_source` where it was found: a key of
     config.json ("quantization_config", "compression_config") or a file's name. `tensors` maps full
-    tensor names to what the headers say of them.
+    tensor names to what the headers say of them, `metadata` those that hold no weights to their
+    bytes: at most `MAX_METADATA_BYTES` single bytes that belong to another tensor.
     """
 
     path: str
@@ -35,6 +39,7 @@ class Checkpoint:
     quant_config: dict[str, Any]
     quant_source: str
     tensors: dict[str, TensorInfo]
+    metadata: dict[str, bytes] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         return name in self.tensors
@@ -48,15 +53,19 @@ class Checkpoint:
         return None
 
     def modules(self) -> Mapping[str, Mapping[str, TensorInfo]]:
-        """Module prefix -> {tensor suffix: TensorInfo}, in the order of the files."""
+        """Module prefix -> {tensor suffix: TensorInfo}, in the order of the files.
+
+        A tensor below the name of another one belongs to the same module: beside `up_proj.weight`,
+        `up_proj.weight.absmax` is the `weight.absmax` of `up_proj`.
+        """
         return self._modules
 
     @cached_property
     def _modules(self) -> dict[str, dict[str, TensorInfo]]:
         found: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.tensors.items():
-            module, _, suffix = name.rpartition(".")
-            found.setdefault(module, {})[suffix] = info
+            module = _owner(name, self.tensors).rpartition(".")[0]
+            found.setdefault(module, {})[name[len(module) + bool(module) :]] = info
         return found
 
 
@@ -78,6 +87,8 @@ class CheckpointFiles(Protocol):
     def read(self, name: str) -> bytes: ...
 
     def headers(self, names: list[str]) -> Iterable[dict[str, TensorInfo]]: ...
+
+    def pieces(self, tensors: list[TensorInfo]) -> Iterable[bytes]: ...
 
 
 class LocalFiles:
@@ -103,6 +114,18 @@ class LocalFiles:
 
     def headers(self, names: list[str]) -> Iterable[dict[str, TensorInfo]]:
         return (read_header(self.root / name) for name in names)
+
+    def pieces(self, tensors: list[TensorInfo]) -> Iterable[bytes]:
+        """What the files hold where these tensors are."""
+        for info in tensors:
+            try:
+                with (self.root / info.file).open("rb") as file:
+                    file.seek(info.start)
+                    yield file.read(info.nbytes)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.label(info.file)}: cannot be read: {error.strerror or error}"
+                ) from error
 
 
 def read_checkpoint(
@@ -136,7 +159,8 @@ def read_checkpoint(
                 )
             tensors[name] = info
     _check_index(files, weight_map, tensors)
-    return Checkpoint(files.name, config, quant_config, source, tensors)
+    metadata = _metadata(files, tensors)
+    return Checkpoint(files.name, config, quant_config, source, tensors, metadata)
 
 
 def _files(model: str | Path, revision: str | None, progress: Progress | None) -> CheckpointFiles:
@@ -218,6 +242,35 @@ def _weight_map(files: CheckpointFiles, names: Sequence[str]) -> dict[str, str]:
             f"{', '.join(missing[:3])}; download the checkpoint again"
         )
     return weight_map
+
+
+def _owner(name: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """The tensor that `name` lies below, or itself."""
+    owner = above = name
+    for _ in range(NESTED_NAMES):
+        above = above.rpartition(".")[0]
+        owner = above if above in tensors else owner
+    return owner
+
+
+def _metadata(files: CheckpointFiles, tensors: Mapping[str, TensorInfo]) -> dict[str, bytes]:
+    wanted = [
+        info
+        for name, info in tensors.items()
+        if info.dtype == "U8"
+        and len(info.shape) == 1
+        and 0 < info.nbytes <= MAX_METADATA_BYTES
+        and _owner(name, tensors) != name
+    ]
+    found = {}
+    for info, data in zip(wanted, files.pieces(wanted), strict=True):
+        if len(data) != info.nbytes:
+            raise CheckpointError(
+                f"{files.label(info.file)}: holds {len(data)} of the {info.nbytes} bytes of tensor "
+                f"{info.name}; the file changed while it was read"
+            )
+        found[info.name] = data
+    return found
 
 
 def _check_index(

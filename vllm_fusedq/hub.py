@@ -1,8 +1,8 @@
 """Reads a repository of the Hugging Face hub without downloading a weight.
 
-One request lists the files, each small file is read whole and of each safetensors file only the
-header, by HTTP range requests. Endpoint, token and proxies are the hub client's own settings
-(HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, ...).
+One request lists the files, each small file is read whole, and of each safetensors file only the
+header and the tensors that are metadata, by HTTP range requests. Endpoint, token and proxies are
+the hub client's own settings (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, ...).
 """
 
 import re
@@ -84,6 +84,14 @@ class HubFiles:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return (future.result() for future in pending)
+
+    def pieces(self, tensors: list[TensorInfo]) -> Iterable[bytes]:
+        """What the files hold where these tensors are."""
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            return list(pool.map(self._piece, tensors))
+
+    def _piece(self, info: TensorInfo) -> bytes:
+        return self._get(info.file, info.start, info.start + info.nbytes)[0]
 
     def _header(self, name: str) -> dict[str, TensorInfo]:
         raw, size = self._get(name, 0, FIRST_PIECE)

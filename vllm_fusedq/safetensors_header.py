@@ -8,7 +8,7 @@ in the file is trusted before it is checked.
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Never
 
@@ -44,12 +44,16 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A stored tensor: `dtype` in safetensors' names ("I32", "BF16"), `file` the file's name."""
+    """A stored tensor: `dtype` in safetensors' names ("I32", "BF16"), `file` the file's name.
+
+    `start` is the place in the file of its first byte.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: str
+    start: int = field(default=0, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -95,9 +99,10 @@ def parse_header(label: str, name: str, raw: bytes, file_bytes: int) -> dict[str
         CheckpointError: the header breaks the format's rules or is not of a file of this size.
     """
     entries = _parse(label, raw)
-    data_bytes = file_bytes - 8 - len(raw)
+    data_start = 8 + len(raw)
+    data_bytes = file_bytes - data_start
     spans = sorted(
-        (_check_entry(label, name, tensor, entry) for tensor, entry in entries.items()),
+        (_check_entry(label, name, tensor, entry, data_start) for tensor, entry in entries.items()),
         key=lambda span: (span[0], span[1]),
     )
     end = 0
@@ -154,7 +159,9 @@ def _of_strings(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
 
 
-def _check_entry(label: str, file: str, name: str, entry: Any) -> tuple[int, int, TensorInfo]:
+def _check_entry(
+    label: str, file: str, name: str, entry: Any, data_start: int
+) -> tuple[int, int, TensorInfo]:
     """Start and stop in the data section, and the tensor."""
     if not isinstance(entry, dict):
         _fail(label, f"tensor {name}: its entry is {entry!r:.80}, not an object")
@@ -169,7 +176,8 @@ def _check_entry(label: str, file: str, name: str, entry: Any) -> tuple[int, int
     found = offsets[1] - offsets[0]
     if bits != found * 8:
         _fail(label, f"tensor {name}: {found} bytes for {dtype} {shape}, expected {bits / 8:g}")
-    return offsets[0], offsets[1], TensorInfo(name, dtype, tuple(shape), file)
+    info = TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0])
+    return offsets[0], offsets[1], info
 
 
 def _naturals(value: Any) -> bool:
