@@ -44,7 +44,10 @@ def describe(
 
 def cut(layer: LayerFormat, tensors: Tensors, region: Region) -> Tensors:
     group_size = layer.spec.group_size
-    return {t.name: tensors[t.name][stored_slices(t, region, group_size)] for t in layer.tensors}
+    return {
+        t.name: layer.grid(t, tensors[t.name])[stored_slices(t, region, group_size)]
+        for t in layer.tensors
+    }
 
 
 def check(layer: LayerFormat, tensors: Tensors, region: Region, truth: Truth) -> None:

@@ -67,7 +67,8 @@ class LayerLoader:
         for part, fmt in self._parts_for(shard_id):
             stored = _find_tensor(fmt, name, part)
             _check_stored(stored, fmt, part, tensor)
-            cut = tensor[stored_slices(stored, part.region, fmt.spec.group_size)]
+            grid = fmt.grid(stored, tensor)
+            cut = grid[stored_slices(stored, part.region, fmt.spec.group_size)]
             # A copy even on the CPU: the loader's tensor is a view of the whole mapped file.
             self._slices[part, name] = torch.empty_like(
                 cut, device=self.packed.qweight.device, memory_format=torch.contiguous_format
@@ -242,9 +243,9 @@ def _find_tensor(fmt: LayerFormat, name: str, part: PartShard) -> TensorLayout:
 def _check_stored(
     stored: TensorLayout, fmt: LayerFormat, part: PartShard, tensor: torch.Tensor
 ) -> None:
-    expected = fmt.stored_shape(stored)
-    if tuple(tensor.shape) != expected or tensor.dtype != stored.dtype:
+    shape = tuple(tensor.shape)
+    if tensor.dtype != stored.dtype or not fmt.fits(stored, shape, tensor.dtype):
         raise WeightLoadError(
-            f"{part.module}.{stored.name}: loaded as {tensor.dtype} {list(tensor.shape)}; the "
-            f"header said {stored.dtype} {list(expected)}; the file changed while loading"
+            f"{part.module}.{stored.name}: loaded as {tensor.dtype} {list(shape)}; the header said "
+            f"{stored.dtype} {list(fmt.stored_shape(stored))}; the file changed while loading"
         )

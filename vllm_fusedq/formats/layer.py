@@ -7,6 +7,7 @@ tensor names and bit orders belong to the formats, the rules that all formats ob
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 import torch
@@ -60,16 +61,24 @@ class Dim:
 class TensorLayout:
     """How one stored tensor covers the logical grid; `name` is its suffix below the module.
 
-    `dtypes` are the accepted ones; in a `LayerFormat` exactly the one found in the header.
+    `dtypes` are the accepted ones; in a `LayerFormat` exactly the one found in the header. Where
+    `flat`, the file holds the same bytes in any shape, and `flat` is the dtype of the elements that
+    `dims` speak of.
     """
 
     name: str
     dims: tuple[Dim, ...]
     dtypes: tuple[torch.dtype, ...]
+    flat: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         return self.dtypes[0]
+
+    @property
+    def element(self) -> torch.dtype:
+        """What one element along `dims` is."""
+        return self.flat or self.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +134,15 @@ class LayerFormat:
     def description(self) -> str:
         """Like "awq 4-bit g128, zero points" or "gptq 3-bit g32, symmetric, resident as 4-bit"."""
         group = "per channel" if self.spec.group_size == self.k else f"g{self.spec.group_size}"
-        zeros = "zero points" if self.spec.has_zero_points else "symmetric"
+        zeros = ", zero points" if self.spec.has_zero_points else ", symmetric"
+        if self.spec.weight_type.codebook is not None:
+            zeros = ""
         order = ", act-order" if self.ordered else ""
         name = f"{self.format} {self.variant}".rstrip()
         resident = self.spec.weight_type.bits
         bits = self.bits or resident
         widened = f", resident as {resident}-bit" if bits != resident else ""
-        return f"{name} {bits}-bit {group}, {zeros}{order}{widened}"
+        return f"{name} {bits}-bit {group}{zeros}{order}{widened}"
 
     def tensor(self, name: str) -> TensorLayout | None:
         return next((layout for layout in self.tensors if layout.name == name), None)
@@ -141,13 +152,27 @@ class LayerFormat:
         slices = stored_slices(layout, region or self.whole, self.spec.group_size)
         return tuple(part.stop - part.start for part in slices)
 
+    def fits(self, layout: TensorLayout, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether a file's tensor of this shape and dtype is the whole of `layout`."""
+        expected = self.stored_shape(layout)
+        if layout.flat is None:
+            return shape == expected
+        return prod(shape) * dtype.itemsize == prod(expected) * layout.flat.itemsize
+
+    def grid(self, layout: TensorLayout, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that fits, as the grid that `layout.dims` describe; shares its memory."""
+        if layout.flat is None:
+            return tensor
+        return tensor.reshape(-1).view(layout.flat).view(self.stored_shape(layout))
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """What a format's config says of one module; sizes and dtypes come from the headers.
 
-    `layouts[0]` is the packed weight, whose dims give N and K unless `sizes` does. `group_size` may
-    be -1: all of K. The others are those of `LayerFormat`.
+    `layouts[0]` is the packed weight, whose dims give N and K unless `sizes` does. `group_size`
+    may be -1: all of K. `scale_dtype` is that of the stored scales unless it says otherwise. The
+    others are those of `LayerFormat`.
     """
 
     weight_type: WeightType
@@ -159,6 +184,7 @@ class Scheme:
     variant: str = ""
     bits: int = 0
     sizes: tuple[int, int] | None = None
+    scale_dtype: torch.dtype | None = None
 
 
 def stored_slices(layout: TensorLayout, region: Region, group_size: int) -> tuple[slice, ...]:
@@ -209,15 +235,20 @@ def check_slices(
         if tensor is None:
             raise WeightLoadError(f"{layer.module}: tensor {layout.name} was not loaded")
         expected = layer.stored_shape(layout, region)
-        if tensor.dtype != layout.dtype or tuple(tensor.shape) != expected:
+        if tensor.dtype != layout.element or tuple(tensor.shape) != expected:
             raise WeightLoadError(
                 f"{layer.module}.{layout.name}: found {tensor.dtype} {list(tensor.shape)}, "
-                f"expected {layout.dtype} {list(expected)} for {region}"
+                f"expected {layout.element} {list(expected)} for {region}"
             )
-    if not bool(torch.isfinite(tensors[scales]).all()):
-        count = int((~torch.isfinite(tensors[scales])).sum())
+    check_finite(tensors[scales], layer.module, scales)
+
+
+def check_finite(scales: torch.Tensor, module: str, name: str) -> None:
+    """Raise WeightLoadError where a scale is NaN or inf."""
+    if not bool(torch.isfinite(scales).all()):
+        count = int((~torch.isfinite(scales)).sum())
         raise WeightLoadError(
-            f"{layer.module}.{scales}: found {count} NaN or infinite values, expected finite "
+            f"{module}.{name}: found {count} NaN or infinite values, expected finite "
             f"scales; the file is damaged or was never filled: download or quantize it again"
         )
 
@@ -227,7 +258,7 @@ def describe_layer(
 ) -> LayerFormat:
     """Check a module's headers against its scheme and describe it.
 
-    N and K follow from the header of the packed weight; every other tensor has to agree.
+    N and K follow from the scheme or the header of the packed weight; all tensors have to agree.
 
     Raises:
         PreflightError: tensors are missing or unexpected, or have other dtypes or shapes.
@@ -237,16 +268,15 @@ def describe_layer(
     info = stored.get(weight.name)
     if info is None:
         raise PreflightError(problems)
-    sizes = {
-        dim.axis: dim.logical(size) for dim, size in zip(weight.dims, info.shape, strict=False)
-    }
-    n, k = scheme.sizes or (sizes.get("n", 0), sizes.get("k", 0))
-    if len(info.shape) != len(weight.dims) or not n * k:
+    n, k = scheme.sizes or _sizes(weight, info)
+    if not n * k:
         found = f"{weight.name} of shape {list(info.shape)}"
         supported = f"{len(weight.dims)} dimensions, none of them empty"
         raise PreflightError([*problems, Problem(module, found, supported, _REDO)])
     group_size = k if scheme.group_size == -1 else scheme.group_size
-    scale_dtype = TORCH_DTYPES.get(stored[scheme.scales].dtype) if scheme.scales in stored else None
+    scale_dtype = scheme.scale_dtype
+    if scale_dtype is None and scheme.scales in stored:
+        scale_dtype = TORCH_DTYPES.get(stored[scheme.scales].dtype)
     layer = LayerFormat(
         format=format_name,
         module=module,
@@ -267,6 +297,16 @@ def describe_layer(
         for layout in scheme.layouts
     )
     return replace(layer, tensors=tensors)
+
+
+def _sizes(weight: TensorLayout, info: TensorInfo) -> tuple[int, int]:
+    """N and K by the header of the packed weight; zero where it is no matrix."""
+    if len(info.shape) != len(weight.dims):
+        return 0, 0
+    sizes = {
+        dim.axis: dim.logical(size) for dim, size in zip(weight.dims, info.shape, strict=True)
+    }
+    return sizes["n"], sizes["k"]
 
 
 def _name_problems(
@@ -291,13 +331,17 @@ def _tensor_problems(layer: LayerFormat, stored: Mapping[str, TensorInfo]) -> li
         info = stored.get(layout.name)
         if info is None:
             continue
-        if TORCH_DTYPES.get(info.dtype) not in layout.dtypes:
-            names = [name for name, dtype in TORCH_DTYPES.items() if dtype in layout.dtypes]
+        dtype = TORCH_DTYPES.get(info.dtype)
+        if dtype not in layout.dtypes:
+            names = [name for name, known in TORCH_DTYPES.items() if known in layout.dtypes]
             found = f"{layout.name} stored as {info.dtype}"
             problems.append(Problem(layer.module, found, " or ".join(names), _REDO))
-        expected = layer.stored_shape(layout)
-        if info.shape != expected:
+        if not layer.fits(layout, info.shape, dtype or layout.dtype):
             found = f"{layout.name} of shape {list(info.shape)}"
-            supported = f"{list(expected)} for {grid}"
+            expected = list(layer.stored_shape(layout))
+            supported = f"{expected} for {grid}"
+            if layout.flat is not None:
+                name = str(layout.flat).removeprefix("torch.")
+                supported = f"the {prod(expected)} elements of {name} {supported}"
             problems.append(Problem(layer.module, found, supported, _REDO))
     return problems

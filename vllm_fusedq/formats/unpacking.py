@@ -15,11 +15,14 @@ NIBBLES = 8
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 
 
-def unpack_columns(words: torch.Tensor, bits: int = 4, straddling: bool = False) -> torch.Tensor:
+def unpack_columns(
+    words: torch.Tensor, bits: int = 4, straddling: bool = False, high_first: bool = False
+) -> torch.Tensor:
     """int32 `[R, W]`, column `P * w + i` in code i -> contiguous uint8 `[R, P * W]`.
 
     P is `32 // bits`; of straddling words, `bits` hold 32 columns and the last may be missing.
-    4-bit words of another integer dtype hold two codes per byte in the same way.
+    4-bit words of another integer dtype hold two codes per byte in the same way; with `high_first`
+    the first of each byte is its high nibble.
     """
     rows, width = words.shape
     if bits == 8:
@@ -31,12 +34,8 @@ def unpack_columns(words: torch.Tensor, bits: int = 4, straddling: bool = False)
     nibbles = 2 * words.dtype.itemsize
     pairs = _bytes(words).to(torch.int16)
     # One byte to two: 0x00BA becomes 0x0B0A, whose bytes are the low nibble, then the high one
-    return (
-        pairs.bitwise_or_(pairs << 4)
-        .bitwise_and_(0x0F0F)
-        .view(torch.uint8)
-        .view(rows, nibbles * width)
-    )
+    spread = (pairs << 8).bitwise_or_(pairs >> 4) if high_first else pairs.bitwise_or_(pairs << 4)
+    return spread.bitwise_and_(0x0F0F).view(torch.uint8).view(rows, nibbles * width)
 
 
 def unpack_rows(words: torch.Tensor, order: Sequence[int] = IN_ORDER) -> torch.Tensor:
