@@ -16,6 +16,10 @@ GPTQMODEL = (
     "quant_log.csv it also writes (timings) was left out.",
     "Installed with --no-deps against an older torch than the package's metadata asks for.",
 )
+BITSANDBYTES = (
+    "Made by transformers' front door: from_pretrained with a BitsAndBytesConfig, on the CPU, and "
+    "save_pretrained. Needs no calibration."
+)
 SAME_TOKENIZER = (
     "Tokenizer files and generation_config.json are the base model's, copied over the tool's "
     "rewritten ones. In the tool's JSON files only paths were dropped and torch_dtype was renamed "
@@ -136,6 +140,17 @@ CHECKPOINTS: dict[str, dict] = {
             CALIBRATION,
             SAME_TOKENIZER,
         ],
+    },
+    "tiny-llama-bnb-nf4": {
+        "tool": "bitsandbytes",
+        "requirements": "requirements-bnb.txt",
+        "command": "python scripts/quantize_bnb.py --model tiny-llama-bf16 "
+        "--out tiny-llama-bnb-nf4 --type nf4 --double-quant",
+        "format": "bitsandbytes nf4, double quantization",
+        "bits": 4,
+        "group_size": 64,
+        "symmetric": None,
+        "notes": [BITSANDBYTES, SAME_TOKENIZER],
     },
 }
 

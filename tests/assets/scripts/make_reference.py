@@ -1,7 +1,8 @@
 """Writes a checkpoint's reference: what its own producer's code says the weights are.
 
-Codes, zero points and weights come from the producing library (compressed-tensors, AutoAWQ or
-GPTQModel), so run this with that library installed. See README.md for the fields written.
+Codes, zero points and weights come from the producing library (compressed-tensors, AutoAWQ,
+GPTQModel or bitsandbytes), so run this with that library installed. See README.md for the fields
+written.
 """
 
 from __future__ import annotations
@@ -26,23 +27,28 @@ GREEDY_TOKENS = 16
 class QuantizedLinear:
     """One decoded layer: `weight` [N, K] fp32, `codes` [N, K], `zeros` and `scales` [N, G].
 
-    `g_idx` [K] is the group of each input feature, None where groups are runs of them.
+    `g_idx` [K] is the group of each input feature, None where groups are runs of them. With a
+    `codebook` there are no zeros and a code is worth an entry of it.
     """
 
     weight: torch.Tensor
     codes: torch.Tensor
-    zeros: torch.Tensor
+    zeros: torch.Tensor | None
     scales: torch.Tensor
     group_size: int
     bits: int = 4
     g_idx: torch.Tensor | None = None
+    codebook: torch.Tensor | None = None
 
     def check(self) -> None:
         """Compare the library's weights with (code - zero) * scale from the parts hashed here."""
         groups = torch.arange(self.codes.shape[1]) // self.group_size
         groups = groups if self.g_idx is None else self.g_idx.long()
-        zeros, scales = self.zeros.float()[:, groups], self.scales.float()[:, groups]
-        expected = (self.codes.float() - zeros) * scales
+        if self.codebook is not None:
+            values = self.codebook[self.codes.int()]
+        else:
+            values = self.codes.float() - self.zeros.float()[:, groups]
+        expected = values * self.scales.float()[:, groups]
         if not torch.equal(expected, self.weight):
             raise ValueError("the library's weights differ from (code - zero) * scale")
         if self.codes.min() < 0 or self.codes.max() >= 2**self.bits:
@@ -55,7 +61,7 @@ class QuantizedLinear:
             "K": k,
             "group_size": self.group_size,
             "codes_sha256": digest(self.codes.to(torch.uint8)),
-            "zeros_sha256": digest(self.zeros.to(torch.uint8)),
+            "zeros_sha256": None if self.zeros is None else digest(self.zeros.to(torch.uint8)),
             "scales_sha256": digest(self.scales),
             "scales_dtype": str(self.scales.dtype).removeprefix("torch."),
         }
@@ -157,10 +163,28 @@ def decode_gptq(parts: dict, settings: dict, module: str) -> QuantizedLinear:
     )
 
 
+def decode_bitsandbytes(parts: dict, settings: dict) -> QuantizedLinear:
+    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+
+    packed = parts["weight"]
+    stored = {name: value for name, value in parts.items() if name != "weight"}
+    state = QuantState.from_dict(stored, torch.device("cpu"))
+    n, k = state.shape
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    state.dtype = torch.float32
+    weight = dequantize_4bit(packed, state)
+    codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(n, k)
+    scales = absmax.view(n, k // state.blocksize)
+    return QuantizedLinear(weight, codes, None, scales, state.blocksize, codebook=state.code)
+
+
 DECODERS = {
     "compressed-tensors": (decode_compressed_tensors, "weight_scale"),
     "awq": (decode_awq, "qweight"),
     "gptq": (decode_gptq, "qweight"),
+    "bitsandbytes": (decode_bitsandbytes, "weight.absmax"),
 }
 
 
