@@ -220,7 +220,22 @@ def _of_one_scheme(
                 )
             ]
         )
-    return tuple(layer for _, layer in found if layer is not None)
+    layers = tuple(layer for _, layer in found if layer is not None)
+    if len({layer.k for layer in layers}) > 1:
+        raise PreflightError([_different_sizes(shard, layers)])
+    return layers
+
+
+def _different_sizes(shard: LayerShard, layers: Sequence[LayerFormat]) -> Problem:
+    sizes = ", ".join(
+        f"{layer.module.rpartition('.')[2]} [{layer.n}, {layer.k}]" for layer in layers
+    )
+    return Problem(
+        layer=shard.prefix,
+        found=f"parts with different in_features in one fused layer ({sizes})",
+        supported="parts [out_features, in_features] of one activation",
+        fix="download the checkpoint again or quantize the model again",
+    )
 
 
 def merge_problems(errors: Sequence[PreflightError]) -> PreflightError:
