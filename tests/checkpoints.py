@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from builders import awq, compressed_tensors, gptq
+from builders import awq, bitsandbytes, compressed_tensors, gptq
 from builders.awq import AWQ_BUILDS
 from builders.compressed_tensors import compressed_tensors_config
 from builders.compressed_tensors import pack_quantized_tensors as compressed_tensors_tensors
@@ -22,6 +22,7 @@ from builders.truth import Build, Tensors, Truth, random_truth, with_fields
 __all__ = [
     "ALL_BUILDS",
     "AWQ_BUILDS",
+    "BITSANDBYTES_BUILDS",
     "BUILDS",
     "ORDERED_BUILDS",
     "WIDTH_BUILDS",
@@ -55,7 +56,10 @@ WIDTH_BUILDS = gptq.WIDTH_BUILDS | compressed_tensors.WIDTH_BUILDS
 ORDERED_BUILDS = gptq.ORDERED_BUILDS | compressed_tensors.ORDERED_BUILDS
 """Builds with activation reordering, whose rows are not resident in the order of the file."""
 
-ALL_BUILDS = BUILDS | WIDTH_BUILDS | AWQ_BUILDS | ORDERED_BUILDS
+BITSANDBYTES_BUILDS = bitsandbytes.BUILDS
+"""Codebooks; the sizes are known to a tensor only."""
+
+ALL_BUILDS = BUILDS | WIDTH_BUILDS | AWQ_BUILDS | BITSANDBYTES_BUILDS | ORDERED_BUILDS
 
 
 def write_checkpoint(

@@ -16,12 +16,13 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
     torch.int8: "I8",
+    torch.uint8: "U8",
 }
 
 
 def describe(
     build: str,
-    truth: Truth,
+    truth: Truth | None,
     group_size: int,
     tensors: Tensors | None = None,
     **options: object,
@@ -32,12 +33,15 @@ def describe(
     """
     made = ALL_BUILDS[build]
     tensors = tensors or made.tensors(truth)
+    stored = {f"{MODULE}.{name}": tensor for name, tensor in tensors.items()}
     infos = {
-        f"{MODULE}.{name}": TensorInfo(name, DTYPE_NAMES[t.dtype], tuple(t.shape), "x")
-        for name, t in tensors.items()
+        name: TensorInfo(name, DTYPE_NAMES[t.dtype], tuple(t.shape), "x")
+        for name, t in stored.items()
     }
     config = {**made.config(group_size), **options}
-    layer = format_for(Checkpoint("x", {}, config, "quantization_config", infos)).spec_for(MODULE)
+    small = {n: t.numpy().tobytes() for n, t in stored.items() if t.dtype == torch.uint8}
+    checkpoint = Checkpoint("x", {}, config, "quantization_config", infos, small)
+    layer = format_for(checkpoint).spec_for(MODULE)
     assert layer is not None
     return layer, tensors
 

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from tiny_models import ASSETS, CHECKPOINTS, MIXED, UNQUANTIZED
+from tiny_models import ASSETS, BITSANDBYTES, CHECKPOINTS, MIXED, UNQUANTIZED
 
 MANIFEST = json.loads((ASSETS / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize("name", [UNQUANTIZED, *CHECKPOINTS, *MIXED])
+@pytest.mark.parametrize("name", [UNQUANTIZED, *CHECKPOINTS, *MIXED, *BITSANDBYTES])
 def test_every_file_has_the_hash_of_the_manifest(name: str) -> None:
     listed = MANIFEST["checkpoints"][name]["files"]
     assert sorted(listed) == sorted(path.name for path in (ASSETS / name).iterdir())
@@ -22,7 +22,7 @@ def test_every_file_has_the_hash_of_the_manifest(name: str) -> None:
 def test_the_model_is_clearly_better_than_a_unigram_model() -> None:
     losses = MANIFEST["training"]["heldout_nats_per_token"]
     assert losses["model_bf16"] < losses["unigram"] - 1
-    for name in [*CHECKPOINTS, *MIXED]:
+    for name in [*CHECKPOINTS, *MIXED, *BITSANDBYTES]:
         entry = MANIFEST["checkpoints"][name]
         assert entry["heldout_nats_per_token"] < losses["model_bf16"] + 0.05
         assert entry["tool_version"]

@@ -28,7 +28,7 @@ def load(path: Path, build: str = "awq", **options: Any) -> CheckpointFormat:
     return format_for(read_checkpoint(path))
 
 
-@pytest.mark.parametrize("method", ["gguf", "fp8", "hqq", "bitsandbytes", "exl2", 7, ["awq"]])
+@pytest.mark.parametrize("method", ["gguf", "fp8", "hqq", "exl2", 7, ["awq"]])
 def test_unknown_quant_method(method: object, tmp_path: Path) -> None:
     message = f"quant_method .* in quantization_config; supported: {', '.join(FORMATS)}; drop"
     with pytest.raises(UnsupportedCheckpoint, match=message):

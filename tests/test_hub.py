@@ -46,6 +46,17 @@ def test_a_repository_reads_like_its_directory(hub: Hub) -> None:
     assert list(there.tensors.items()) == list(here.tensors.items())
 
 
+def test_tensors_that_are_metadata_are_read(hub: Hub) -> None:
+    """bitsandbytes stores the sizes of a layer in one."""
+    write_checkpoint(hub.root, "bnb-nf4", layers=2)
+    here, there = read_checkpoint(hub.root), read_checkpoint(MODEL)
+    assert len(here.metadata) == 14
+    assert there.metadata == here.metadata
+    size = (hub.root / "model.safetensors").stat().st_size
+    headers, pieces = min(size, hub_reader.FIRST_PIECE), sum(map(len, here.metadata.values()))
+    assert hub.sent_of(".safetensors") == headers + pieces
+
+
 def test_no_weight_is_downloaded(hub: Hub) -> None:
     read_checkpoint(MODEL)
     weights = hub.root / "model.safetensors"

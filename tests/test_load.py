@@ -10,7 +10,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoints import AWQ_BUILDS, BUILDS, WIDTH_BUILDS, Truth, drop, write_checkpoint
+from checkpoints import (
+    AWQ_BUILDS,
+    BITSANDBYTES_BUILDS,
+    BUILDS,
+    WIDTH_BUILDS,
+    Truth,
+    drop,
+    write_checkpoint,
+)
 from fusedq_kernels.device import cpu_device, device_by_name
 from fusedq_kernels.layout import unpack
 from vllm_fusedq.checkpoint import Checkpoint, read_checkpoint
@@ -59,7 +67,7 @@ def assert_exact(loader: LayerLoader, truths: dict[str, Truth]) -> None:
 @pytest.mark.parametrize(
     ("build", "tp_size"),
     [
-        *product([*BUILDS, *AWQ_BUILDS], [1, 2, 4]),
+        *product([*BUILDS, *AWQ_BUILDS, *BITSANDBYTES_BUILDS], [1, 2, 4]),
         *product(WIDTH_BUILDS, [4]),
     ],
 )

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from checkpoints import ALL_BUILDS, AWQ_BUILDS, Truth
+from checkpoints import ALL_BUILDS, AWQ_BUILDS, BITSANDBYTES_BUILDS, Truth
 from fusedq_kernels import reference
 from fusedq_kernels.cpu import striped_gemm
 from fusedq_kernels.device import cpu_device, device_by_name
@@ -87,6 +87,8 @@ def exists(build: str, model: str) -> bool:
     k = scaled_down(full_k, group_size)
     if build.startswith("gptq-3bit") and k % 32:
         return False
+    if build in BITSANDBYTES_BUILDS and group_size < 32:
+        return False
     whole_blocks = k % group_size == 0 and k % 64 == 0 and group_size >= 32
     return build not in AWQ_BUILDS or whole_blocks
 
@@ -135,6 +137,7 @@ def test_the_ranks_hold_the_layer(build: str, model: str) -> None:
 
 
 MULTIPLIED = ("awq", "gptq-asym", "gptq-3bit-sym", "gptq-8bit-asym-order", "ct-int8-sym")
+MULTIPLIED += ("bnb-nf4-nested",)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ CHECKPOINTS = (
 )
 MIXED = ("tiny-llama-gptq-mixed", "tiny-llama-ct-mixed")
 """Every other number of bits, several schemes in one checkpoint."""
+BITSANDBYTES = ("tiny-llama-bnb-nf4",)
 
 
 def asset(name: str) -> Path:

@@ -121,6 +121,14 @@ IN_API_PROCESS: dict[str, tuple[Maker, str]] = {
         "leaves this module unquantized",
     ),
     "plain weight": (plain_weight, "although the config says that this module is quantized"),
+    "8-bit bitsandbytes": (
+        edited("bnb-nf4", load_in_4bit=False, load_in_8bit=True),
+        "load_in_8bit (LLM.int8() multiplies by quantized activations); supported by bitsandbytes",
+    ),
+    "bitsandbytes state": (
+        edited("bnb-nf4", drop(f"{DOWN}.weight.quant_state.bitsandbytes__nf4")),
+        f"{DOWN}: found no readable weight.quant_state.bitsandbytes__nf4",
+    ),
     "pickled": (pickled, "pickled weights"),
     "truncated": (truncated, "model.safetensors"),
     "absurd header": (absurd_header, "model.safetensors"),

@@ -9,6 +9,7 @@ from vllm_fusedq.checkpoint import Checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.formats.awq import AwqFormat
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
+from vllm_fusedq.formats.bitsandbytes import BitsAndBytesFormat
 from vllm_fusedq.formats.compressed_tensors import CompressedTensorsFormat
 from vllm_fusedq.formats.findings import Finding, settle
 from vllm_fusedq.formats.fusedq import FusedQFormat
@@ -42,6 +43,7 @@ FORMATS: dict[str, type[CheckpointFormat]] = {
     "awq": AwqFormat,
     "gptq": GptqFormat,
     "compressed-tensors": CompressedTensorsFormat,
+    "bitsandbytes": BitsAndBytesFormat,
     "fusedq": FusedQFormat,
 }
 

@@ -303,9 +303,7 @@ def _sizes(weight: TensorLayout, info: TensorInfo) -> tuple[int, int]:
     """N and K by the header of the packed weight; zero where it is no matrix."""
     if len(info.shape) != len(weight.dims):
         return 0, 0
-    sizes = {
-        dim.axis: dim.logical(size) for dim, size in zip(weight.dims, info.shape, strict=True)
-    }
+    sizes = {dim.axis: dim.logical(size) for dim, size in zip(weight.dims, info.shape, strict=True)}
     return sizes["n"], sizes["k"]
 
 

@@ -87,6 +87,18 @@ class FusedQConfig(QuantizationConfig):
 
         return WeightsMapper()
 
+    def get_cache_scale_mapper(self) -> Any:
+        """Rename the checkpoint tensors that no torch parameter can be named after.
+
+        This hook is older than `get_checkpoint_weight_mapper`, and every vLLM that is supported
+        applies it in the same place, to all tensors.
+        """
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        names = {f".{name}": f".{parameter_name(name)}" for name in self._loaded_format().markers}
+        renamed = {old: new for old, new in names.items() if old != new}
+        return super().get_cache_scale_mapper() | WeightsMapper(orig_to_new_suffix=renamed)
+
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None, **_: Any
     ) -> None:
@@ -233,6 +245,11 @@ def _worker_rank(vllm_config: Any) -> WorkerRank:
         pipeline_size=parallel.pipeline_parallel_size,
         data=parallel.data_parallel_rank,
     )
+
+
+def parameter_name(tensor: str) -> str:
+    """What the vLLM layer calls a checkpoint tensor; torch allows no dots."""
+    return tensor.replace(".", "_")
 
 
 def _announced_device() -> DeviceSpec:

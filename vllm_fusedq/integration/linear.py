@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 import fusedq_kernels.op  # noqa: F401  (registers torch.ops.fusedq.matmul)
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat, Region
-from vllm_fusedq.integration.config import WorkerState
+from vllm_fusedq.integration.config import WorkerState, parameter_name
 from vllm_fusedq.integration.last_words import speaking_last
 from vllm_fusedq.load import LayerLoader
 from vllm_fusedq.plan import plan_layer
@@ -86,7 +86,7 @@ class FusedQLinearMethod(LinearMethodBase):
                 torch.zeros(1, dtype=dtype, device=device), requires_grad=False
             )
             placeholder.weight_loader = _WeightLoader(loader, name, self.state.message_file)
-            layer.register_parameter(name, placeholder)
+            layer.register_parameter(parameter_name(name), placeholder)
         for name in RESIDENT:
             tensor = getattr(loader.packed, name)
             layer.register_buffer(f"fusedq_{name}", tensor, persistent=False)

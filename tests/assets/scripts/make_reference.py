@@ -163,7 +163,7 @@ def decode_gptq(parts: dict, settings: dict, module: str) -> QuantizedLinear:
     )
 
 
-def decode_bitsandbytes(parts: dict, settings: dict) -> QuantizedLinear:
+def decode_bitsandbytes(parts: dict, settings: dict, module: str) -> QuantizedLinear:
     from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
     packed = parts["weight"]
