@@ -16,6 +16,7 @@ from fusedq_kernels.types import LogicalWeight, PackedWeight
 from vllm_fusedq.checkpoint import Checkpoint
 from vllm_fusedq.errors import PreflightError, Problem, UnsupportedCheckpoint
 from vllm_fusedq.formats.findings import Finding
+from vllm_fusedq.formats.headers import describe_layer
 from vllm_fusedq.formats.layer import (
     Dim,
     LayerFormat,
@@ -23,7 +24,6 @@ from vllm_fusedq.formats.layer import (
     Scheme,
     TensorLayout,
     check_slices,
-    describe_layer,
     stored_slices,
 )
 from vllm_fusedq.safetensors_header import TensorInfo

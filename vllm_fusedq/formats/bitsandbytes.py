@@ -30,6 +30,7 @@ from vllm_fusedq.formats.base import (
     TensorLayout,
     check_slices,
 )
+from vllm_fusedq.formats.headers import REDO
 from vllm_fusedq.formats.layer import SCALE_DTYPES, check_finite
 from vllm_fusedq.formats.unpacking import take, unpack_columns
 
@@ -46,8 +47,6 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # bnb_4bit_quant_storage only relabels the bytes of the codes
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 NESTED_MAP_SIZE = 256
-
-_REDO = "download the checkpoint again or quantize the model again"
 
 
 class BitsAndBytesFormat(CheckpointFormat):
@@ -85,17 +84,17 @@ class BitsAndBytesFormat(CheckpointFormat):
         raw = self.checkpoint.metadata.get(f"{module}.{name}")
         if name is None or raw is None:
             found = f"no readable {' or '.join(STATES)} (only {', '.join(sorted(stored))})"
-            raise _refused(module, found, f"one of at most {MAX_METADATA_BYTES} bytes", _REDO)
+            raise _refused(module, found, f"one of at most {MAX_METADATA_BYTES} bytes", REDO)
         try:
             state = parse_state(raw, STATES[name])
         except BadState as error:
-            raise _refused(module, f"{error.found} in {name}", error.supported, _REDO) from error
+            raise _refused(module, f"{error.found} in {name}", error.supported, REDO) from error
         blocks = -(-state.n * state.k // state.blocksize)
         nested = NESTED_ABSMAX in stored or NESTED_MAP in stored
         if nested != (state.nested_blocksize is not None):
             found = f"{'' if nested else 'no '}tensors of double quantization"
             supported = f"tensors and {name} that agree"
-            raise _refused(module, f"{found}, of which {name} says otherwise", supported, _REDO)
+            raise _refused(module, f"{found}, of which {name} says otherwise", supported, REDO)
         layouts = [
             TensorLayout(WEIGHT, (Dim("n"), Dim("k", 2)), STORAGE_DTYPES, flat=torch.uint8),
             # Rows need not begin with a block, so every rank keeps all blocks while it loads
@@ -217,7 +216,7 @@ def _check_loaded_state(tensors: Mapping[str, torch.Tensor], layer: LayerFormat)
     try:
         state = parse_state(bytes(tensors[name].tolist()), STATES[name])
     except BadState as error:
-        raise WeightLoadError(f"{layer.module}.{name}: {error}; {_REDO}") from error
+        raise WeightLoadError(f"{layer.module}.{name}: {error}; {REDO}") from error
     if (state.n, state.k) != (layer.n, layer.k):
         raise WeightLoadError(
             f"{layer.module}.{name}: found shape {[state.n, state.k]}, expected "
