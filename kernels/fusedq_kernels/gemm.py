@@ -29,6 +29,8 @@ ALIGNMENT = 16
 ALIGNED_ARGS = ("K", "n_padded", "pad", "stride_xm")
 
 _TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+# A finer step masks rows of x, which a descriptor cannot.
+_MIN_DESCRIPTOR_STEP = 16
 # Fixed here because Triton's default is about to change and would change the last bit of results.
 FP_FUSION = True
 
@@ -149,6 +151,9 @@ def _checked_tile(packed: PackedWeight, launch: Launch) -> TileConfig:
     n_padded = packed.qweight.shape[1]
     if n_padded % tile.block_n:
         raise ValueError(f"block_n {tile.block_n} does not divide the padded N {n_padded}")
+    step = geometry.group_geometry(packed.k, packed.spec.group_size, packed.phase).step
+    if tile.x_descriptor and step < _MIN_DESCRIPTOR_STEP:
+        raise ValueError(f"x_descriptor needs groups of whole 16 rows, got steps of {step}")
     if min(tile.split_k, tile.segments) != 1:
         found = f"split_k {tile.split_k} and segments {tile.segments}"
         raise ValueError(f"split_k or segments must be 1 and none below, got {found}")

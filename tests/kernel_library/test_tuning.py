@@ -161,6 +161,12 @@ def test_a_broken_table_is_not_written(tmp_path):
         ({"kernel": "cpu-striped"}, "cpu-striped with a tile"),
         ({"x_descriptor": 1}, "x_descriptor must be true or false, got 1"),
         ({"block_n": 96}, "block_n 96 does not divide"),
+        ({"segments": 2}, r"unknown \['segments'\]"),
+        (
+            {"n": 114688, "block_n": 128, "max_m": 64, "block_m": 16},
+            "split_k of 3584 output tiles, at most 2048 can be split",
+        ),
+        ({"x_descriptor": True, "group_size": 8}, "x_descriptor needs sm_90 or newer and groups"),
         ({"split_k": 12}, "split_k 12 leaves a split of K empty"),
         ({"split_k": 8}, r"must have a tile and share one split_k, got \[4, 8\]"),
         ({"max_m": 64}, "two rows with one max_m"),
@@ -178,6 +184,15 @@ def test_a_tile_is_all_or_nothing(tmp_path):
     cells = {name: value for name, value in ROW.items() if name not in TILE}
     with pytest.raises(ValueError, match="triton-gemm without a tile"):
         read(tmp_path, table_of(cells))
+
+
+def test_a_descriptor_needs_its_device(tmp_path):
+    rows = [row | {"x_descriptor": True} for row in ROWS]
+    assert read(tmp_path, table_of(*rows))[0].rows[0].tile.x_descriptor
+    path = tmp_path / "a100.json"
+    path.write_text(json.dumps({"device": "a100", "tables": [table_of(*rows)]}))
+    with pytest.raises(ValueError, match=r"a100.json.*row 1: x_descriptor needs sm_90"):
+        tuning.read(path)
 
 
 def test_a_file_belongs_to_one_device(tmp_path):
