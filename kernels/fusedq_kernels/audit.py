@@ -33,6 +33,7 @@ from fusedq_kernels.types import DeviceSpec, QuantSpec, TileConfig, WeightType
 AUDIT_K = 1 << 16
 
 _TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_ACT_DTYPES = {name: dtype for dtype, name in _TRITON_NAMES.items()}
 _SPLIT_POINTERS = ("partial_ptr", "arrivals_ptr")
 _POINTERS = ("x_ptr", "qweight_ptr", "scales_ptr", "bias_ptr", "y_ptr", *_SPLIT_POINTERS)
 _ALIGNED = [["tt.divisibility", gemm.ALIGNMENT]]
@@ -238,38 +239,51 @@ _COLUMNS: dict[str, Callable[[AuditRow], object]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args(argv)
+    rows = _rows(args)
+    if args.json:
+        print(json.dumps([as_json(row) for row in rows], indent=1))
+    else:
+        print(f"triton {triton.__version__}\n{format_table(rows)}")
+    return 1 if any(row.problems for row in rows) else 0
+
+
+def rows_of(argv: list[str]) -> list[AuditRow]:
+    """What the command finds with these arguments."""
+    return _rows(_parser().parse_args(argv))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fusedq_kernels.audit", description=__doc__)
     add = parser.add_argument
-    act_dtypes = {name: dtype for dtype, name in _TRITON_NAMES.items()}
     add("--target", default="sm_90", help="known device or architecture, or all")
     add("--tile", nargs="+", help="only these tiles: 16x128 128x128s")
     add("--weight-type", nargs="+", type=WeightType, default=list(WeightType))
-    add("--act-dtype", nargs="+", choices=list(act_dtypes), default=list(act_dtypes))
+    add("--act-dtype", nargs="+", choices=list(_ACT_DTYPES), default=list(_ACT_DTYPES))
     add("--group-size", nargs="+", type=int, default=[128])
-    add("--scale-dtype", choices=list(act_dtypes), help="that of the activations by default")
+    add("--scale-dtype", choices=list(_ACT_DTYPES), help="that of the activations by default")
     add("--split-k", type=int, default=1)
     add("--batch-invariant", action="store_true", help="the tile of more than 64 tokens")
-    add("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args(argv)
-    rows = [
+    return parser
+
+
+def _rows(args: argparse.Namespace) -> list[AuditRow]:
+    return [
         row
         for target in (_architectures() if args.target == "all" else [args.target])
         for row in audit(
             target,
             args.tile,
             args.weight_type,
-            [act_dtypes[name] for name in args.act_dtype],
+            [_ACT_DTYPES[name] for name in args.act_dtype],
             args.group_size,
-            scale_dtype=act_dtypes.get(args.scale_dtype),
+            scale_dtype=_ACT_DTYPES.get(args.scale_dtype),
             split_k=args.split_k,
             batch_invariant=args.batch_invariant,
         )
     ]
-    if args.json:
-        print(json.dumps([_as_json(row) for row in rows], indent=1))
-    else:
-        print(f"triton {triton.__version__}\n{format_table(rows)}")
-    return 1 if any(row.problems for row in rows) else 0
 
 
 def _architectures() -> list[str]:
@@ -277,7 +291,8 @@ def _architectures() -> list[str]:
     return [f"sm_{major}{minor}" for major, minor in capabilities]
 
 
-def _as_json(row: AuditRow) -> dict[str, object]:
+def as_json(row: AuditRow) -> dict[str, object]:
+    """Its fields, and what follows from them."""
     return asdict(row) | {
         "instructions_per_weight": row.instructions_per_weight,
         "problems": row.problems,

@@ -19,85 +19,64 @@ from fusedq_kernels.device import device_by_name
 from fusedq_kernels.heuristics import tiles_for
 from fusedq_kernels.types import TileConfig, WeightType
 
-FOUR_BITS = ("--weight-type", "uint4", "uint4b8")
-EIGHT_BITS = ("--weight-type", "uint8", "uint8b128")
+# Arguments of the command. Types with stored zero points do all that those without do, and more.
 RUNS = {
-    "sm_90": ("--target=sm_90", "--act-dtype", "bf16", "--weight-type", "uint4"),
-    "sm_90-fp16": (
-        *("--target=sm_90", "--tile", "16x128", "64x256", "--act-dtype", "fp16", *FOUR_BITS),
-    ),
+    "sm_90": "--target sm_90 --act-dtype bf16 --weight-type uint4",
+    "sm_90-8bit": "--target sm_90 --act-dtype bf16 --weight-type uint8",
+    "sm_90-fp16": "--target sm_90 --act-dtype fp16 --weight-type uint4 --tile 16x128 64x256",
     "sm_90-groups": (
-        *("--target=sm_90", "--tile", "16x128", "64x128", "--act-dtype", "bf16", *FOUR_BITS),
-        *("--group-size", "32", "64", "131072"),
+        "--target sm_90 --act-dtype bf16 --weight-type uint4b8 --tile 16x128 64x128 "
+        "--group-size 32 64 131072"
     ),
-    "sm_80": (
-        *("--target=sm_80", "--tile", "8x128", "32x256", "64x256", "--act-dtype", "bf16"),
-        *FOUR_BITS,
-    ),
-    "sm_100": (
-        *("--target=sm_100", "--tile", "16x128", "32x128", "64x256", "--act-dtype", "bf16"),
-        *FOUR_BITS,
-    ),
-    "sm_120": (
-        *("--target=sm_120", "--tile", "16x64", "32x256", "64x256", "--act-dtype", "fp16"),
-        *FOUR_BITS,
-    ),
-    "sm_120-groups": (
-        *("--target=sm_120", "--tile", "32x256", "--act-dtype", "bf16", *FOUR_BITS),
-        *("--group-size", "32", "64"),
+    "sm_90-8bit-groups": (
+        "--target sm_90 --act-dtype bf16 --weight-type uint8b128 --tile 16x128 64x128 "
+        "--group-size 32 131072"
     ),
     "sm_90-codebook": (
-        *("--target=sm_90", "--tile", "8x128", "64x128", "128x128", "--act-dtype", "bf16"),
-        *("--weight-type", "nf4", "fp4", "--group-size", "64", "128"),
+        "--target sm_90 --act-dtype bf16 --weight-type nf4 --tile 8x128 64x128 128x128 "
+        "--group-size 64 128"
     ),
-    "sm_120-codebook": (
-        *("--target=sm_120", "--tile", "32x256", "64x128", "--act-dtype", "fp16"),
-        *("--weight-type", "nf4", "--group-size", "64"),
-    ),
-    "sm_90-fine": (
-        *(
-            "--target=sm_90",
-            "--act-dtype",
-            "bf16",
-            "--weight-type",
-            "uint4b8",
-            "--group-size",
-            "48",
-        ),
-    ),
-    "sm_80-finest": (
-        *("--target=sm_80", "--tile", "16x128", "--act-dtype", "bf16"),
-        *("--weight-type", "uint8", "--group-size", "8"),
-    ),
-    "sm_100-fine": (
-        *("--target=sm_100", "--tile", "16x128", "--act-dtype", "bf16"),
-        *("--weight-type", "uint4b8", "--group-size", "16"),
-    ),
+    "sm_90-fine": "--target sm_90 --act-dtype bf16 --weight-type uint4b8 --group-size 48",
     "sm_90-invariant": (
-        *("--target=sm_90", "--act-dtype", "bf16", "--batch-invariant"),
-        *("--weight-type", "uint4", "--group-size", "128", "131072"),
+        "--target sm_90 --act-dtype bf16 --weight-type uint4 --batch-invariant "
+        "--group-size 128 131072"
     ),
     "sm_90-wide-scales": (
-        *("--target=sm_90", "--tile", "128x128s", "256x128s", "--act-dtype", "bf16"),
-        *("--scale-dtype", "fp16", "--weight-type", "uint4"),
+        "--target sm_90 --act-dtype bf16 --weight-type uint4 --tile 128x128s 256x128s "
+        "--scale-dtype fp16"
     ),
     "sm_90-split": (
-        *("--target=sm_90", "--tile", "8x128", "64x256", "--act-dtype", "bf16"),
-        *("--split-k", "16", "--weight-type", "uint4"),
+        "--target sm_90 --act-dtype bf16 --weight-type uint4 --tile 8x128 64x256 --split-k 16"
     ),
-    "sm_86": ("--target=sm_86", "--tile", "16x128", "--act-dtype", "fp16", *FOUR_BITS),
-    "sm_89": ("--target=sm_89", "--tile", "64x128", "--act-dtype", "bf16", *FOUR_BITS),
-    "sm_90-8bit": ("--target=sm_90", "--act-dtype", "bf16", "--weight-type", "uint8"),
-    "sm_90-8bit-groups": (
-        *("--target=sm_90", "--tile", "16x128", "64x128", "--act-dtype", "bf16", *EIGHT_BITS),
-        *("--group-size", "32", "131072"),
+    "sm_80": "--target sm_80 --act-dtype bf16 --weight-type uint4 --tile 8x128 32x256 64x256",
+    "sm_80-8bit": "--target sm_80 --act-dtype bf16 --weight-type uint8 --tile 32x256",
+    "sm_80-finest": (
+        "--target sm_80 --act-dtype bf16 --weight-type uint8 --tile 16x128 --group-size 8"
     ),
-    "sm_80-8bit": ("--target=sm_80", "--tile", "32x256", "--act-dtype", "bf16", *EIGHT_BITS),
-    "sm_100-8bit": ("--target=sm_100", "--tile", "64x256", "--act-dtype", "bf16", *EIGHT_BITS),
-    "sm_120-8bit": (
-        *("--target=sm_120", "--tile", "32x256", "64x128", "--act-dtype", "fp16", *EIGHT_BITS),
+    "sm_86": "--target sm_86 --act-dtype fp16 --weight-type uint4b8 --tile 16x128",
+    "sm_89": "--target sm_89 --act-dtype bf16 --weight-type uint4 --tile 64x128",
+    "sm_100": "--target sm_100 --act-dtype bf16 --weight-type uint4 --tile 16x128 32x128 64x256",
+    "sm_100-8bit": "--target sm_100 --act-dtype bf16 --weight-type uint8 --tile 64x256",
+    "sm_100-fine": (
+        "--target sm_100 --act-dtype bf16 --weight-type uint4b8 --tile 16x128 --group-size 16"
+    ),
+    "sm_120": "--target sm_120 --act-dtype fp16 --weight-type uint4b8 --tile 16x64 32x256 64x256",
+    "sm_120-8bit": "--target sm_120 --act-dtype fp16 --weight-type uint8 --tile 32x256 64x128",
+    "sm_120-groups": (
+        "--target sm_120 --act-dtype bf16 --weight-type uint4 --tile 32x256 --group-size 32 64"
+    ),
+    "sm_120-codebook": (
+        "--target sm_120 --act-dtype fp16 --weight-type nf4 --tile 32x256 64x128 --group-size 64"
     ),
 }
+WORKERS = 2
+WORKER_SCRIPT = """
+import json, sys
+from fusedq_kernels import audit
+runs = json.loads(sys.argv[1])
+rows = {name: audit.rows_of(arguments.split()) for name, arguments in runs.items()}
+print(json.dumps({name: [audit.as_json(row) for row in rows[name]] for name in runs}))
+"""
 
 # Launches through the JIT with a driver that names a GPU and never reaches one.
 LAUNCH_SCRIPT = """
@@ -157,13 +136,20 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def rows_of():
-    """Rows of each run; all of them compile at the same time."""
-    command = (sys.executable, "-m", "fusedq_kernels.audit", "--json")
-    processes = {
-        name: subprocess.Popen((*command, *arguments), env=environment(), stdout=subprocess.PIPE)
-        for name, arguments in RUNS.items()
-    }
-    return {name: json.loads(process.communicate()[0]) for name, process in processes.items()}
+    """Rows of each run."""
+    shares = [list(RUNS.items())[worker::WORKERS] for worker in range(WORKERS)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER_SCRIPT, json.dumps(dict(share))],
+            env=environment(),
+            stdout=subprocess.PIPE,
+        )
+        for share in shares
+    ]
+    rows = {}
+    for process in processes:
+        rows |= json.loads(process.communicate()[0])
+    return rows
 
 
 def tile_of(row) -> str:
