@@ -26,11 +26,29 @@ SPEEDUP_TOKENS = (1, 16, 64)
 COLORS = dict(
     zip(
         (
-            *(OURS, YARDSTICK, "marlin", "machete", "humming", "gemlite", "conch"),
+            *(
+                OURS,
+                "fusedq-invariant",
+                YARDSTICK,
+                "marlin",
+                "machete",
+                "humming",
+                "gemlite",
+                "conch",
+            ),
             *("vllm-triton", "bitsandbytes", "dequant+cublas", "dequant+tiled", TWIN),
         ),
         (
-            *("#d62728", "#111111", "#1f77b4", "#17becf", "#2ca02c", "#9467bd", "#8c564b"),
+            *(
+                "#d62728",
+                "#f4a6a6",
+                "#111111",
+                "#1f77b4",
+                "#17becf",
+                "#2ca02c",
+                "#9467bd",
+                "#8c564b",
+            ),
             *("#e377c2", "#ff7f0e", "#7f7f7f", "#bcbd22", "#aaaaaa"),
         ),
         strict=True,

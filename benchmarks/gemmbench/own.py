@@ -11,7 +11,7 @@ import fusedq_kernels
 from fusedq_kernels import device as devices
 from fusedq_kernels import layout_for, pack, reference, weight_bytes
 from fusedq_kernels.heuristics import select
-from fusedq_kernels.types import DeviceSpec, GemmShape, KernelName, LogicalWeight
+from fusedq_kernels.types import DeviceSpec, GemmShape, KernelName, Launch, LogicalWeight
 from gemmbench.contender import Prepared, fused_dram_bytes, tensor_bytes
 from gemmbench.triton_kernels import dequantize, tiled_gemm
 
@@ -27,9 +27,10 @@ def device_spec(device: torch.device) -> DeviceSpec:
 
 @dataclass(frozen=True)
 class Fused:
-    """`torch.ops.fusedq.matmul` as a model calls it, with the launch that `select` gives."""
+    """`torch.ops.fusedq.matmul` as a model calls it, also in batch-invariant mode."""
 
     name: str = "fusedq"
+    batch_invariant: bool = False
 
     def version(self) -> str:
         return f"triton {triton.__version__}"
@@ -39,12 +40,16 @@ class Fused:
         n, k = logical.codes.shape
         size = sum(weight_bytes(packed).values())
         device = device_spec(logical.codes.device)
-        return Prepared(
-            lambda x: fusedq_kernels.matmul(x, packed, None, _KERNEL),
-            size,
-            fused_dram_bytes(size, n, k),
-            lambda m: select(GemmShape(m, n, k), logical.spec, device).source,
-        )
+
+        def launch(m: int) -> Launch:
+            shape = GemmShape(m, n, k)
+            return select(shape, logical.spec, device, batch_invariant=self.batch_invariant)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            invariant = self.batch_invariant
+            return fusedq_kernels.matmul(x, packed, None, _KERNEL, batch_invariant=invariant)
+
+        return Prepared(run, size, fused_dram_bytes(size, n, k), lambda m: launch(m).source)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Unfused:
 
 OWN = (
     Fused(),
+    Fused("fusedq-invariant", batch_invariant=True),
     Cublas(),
     Unfused("dequant+cublas", lambda x, w: torch.mm(x, w.t())),
     Unfused("dequant+tiled", tiled_gemm),

@@ -64,7 +64,7 @@ for tile, warps in ((triton_kernels._SMALL_TILE, 4), (triton_kernels._LARGE_TILE
     )
     assert "wgmma" in ptx or "mma.sync" in ptx
 
-for weight_type in (WeightType.UINT4B8, WeightType.UINT8B128):
+for weight_type in (WeightType.UINT4B8, WeightType.NF4):
     loops = []
     for variant in (ablation._WITHOUT, None, ablation._TWICE):
         swap = ablation._decoder(weight_type, variant[weight_type]) if variant else nullcontext()
