@@ -1,0 +1,87 @@
+"""One vLLM engine: starts it, counts its kernels, times decode and prefill; run by serve_compare.
+
+Reads a request (JSON) and writes an answer, so that an engine that dies costs its own run alone.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams, TokensPrompt
+
+
+def main(request_file: str, answer_file: str) -> None:
+    request = json.loads(Path(request_file).read_text())
+    start = time.perf_counter()
+    llm = LLM(**request["engine"])
+    found: dict[str, Any] = {
+        "start_s": time.perf_counter() - start,
+        "kernels": llm.collective_rpc(count_kernels)[0],
+    }
+    for batch in request["batches"]:
+        found[f"decode-{batch}"] = decode_rates(llm, batch, request)
+    for tokens in request["prefills"]:
+        found[f"prefill-{tokens}"] = prefill_rates(llm, tokens, request)
+    partial = Path(f"{answer_file}.partial")
+    partial.write_text(json.dumps(found))
+    partial.rename(answer_file)
+
+
+def decode_rates(llm: LLM, batch: int, request: dict[str, Any]) -> list[float]:
+    """Generated tokens per second of the whole batch; the prefill cancels in the difference."""
+    prompts = [prompt(request["prompt_tokens"], seed) for seed in range(batch)]
+    few, many = request["decode_tokens"]
+    generate_seconds(llm, prompts, few)
+    rates = []
+    for _ in range(request["repeats"]):
+        seconds = generate_seconds(llm, prompts, many) - generate_seconds(llm, prompts, few)
+        rates.append(batch * (many - few) / seconds)
+    return rates
+
+
+def prefill_rates(llm: LLM, tokens: int, request: dict[str, Any]) -> list[float]:
+    """Prompt tokens per second of one request that generates a single token."""
+    generate_seconds(llm, [prompt(tokens, 0)], 1)
+    return [
+        tokens / generate_seconds(llm, [prompt(tokens, seed)], 1)
+        for seed in range(1, request["repeats"] + 1)
+    ]
+
+
+def generate_seconds(llm: LLM, prompts: list[TokensPrompt], max_tokens: int) -> float:
+    """Wall time of one `generate` call that runs to its last token."""
+    sampling = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+    )
+    start = time.perf_counter()
+    llm.generate(prompts, sampling, use_tqdm=False)
+    return time.perf_counter() - start
+
+
+def prompt(tokens: int, seed: int) -> TokensPrompt:
+    """Token ids that differ with the seed and lie in every vocabulary."""
+    return TokensPrompt(prompt_token_ids=[(7 * seed + 13 * i) % 60 + 3 for i in range(tokens)])
+
+
+def count_kernels(worker: Any) -> dict[str, int]:
+    """Runs in the worker: linear layers by the kernel that multiplies by their weight."""
+    counts: Counter[str] = Counter()
+    for module in worker.model_runner.model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is None or "Embedding" in type(method).__name__:
+            continue
+        loader = getattr(module, "fusedq_loader", None)
+        if loader is not None:
+            counts[loader.plan.kernel.value] += 1
+            continue
+        holder = getattr(module, "scheme", method)
+        counts[type(getattr(holder, "kernel", holder)).__name__] += 1
+    return dict(counts)
+
+
+# vLLM spawns worker processes that import this file again.
+if __name__ == "__main__":
+    main(*sys.argv[1:])
