@@ -18,7 +18,7 @@ from vllm_fusedq.checkpoint import Checkpoint
 from vllm_fusedq.plan import DECODE_TOKENS, PREFILL_TOKENS, LayerPlan
 from vllm_fusedq.preflight import ModelPlan
 from vllm_fusedq.safetensors_header import TensorInfo
-from vllm_fusedq.sharding import ParallelStyle, style_of
+from vllm_fusedq.sharding import HEAD_MODULES, VOCAB_PADDING, ParallelStyle, style_of
 
 KV_DTYPE_BYTES = {"auto": None, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 """Of vLLM's `--kv-cache-dtype` those whose size is plain; "auto" is the activations' dtype."""
@@ -27,11 +27,9 @@ KV_DTYPE_BYTES = {"auto": None, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3
 MAX_BATCHED_TOKENS = 8192
 # Below this many tokens the split of K is the same for every number of them.
 _DECODE_LIMIT = 64
-_VOCAB_ALIGNMENT = 64
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 _INPUT_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings"})
-_OUTPUT_EMBEDDINGS = frozenset({"lm_head"})
 _FINAL_NORMS = frozenset({"norm", "ln_f", "final_layernorm", "final_layer_norm"})
 
 
@@ -216,7 +214,7 @@ def _stages_of(
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
     if parts & _INPUT_EMBEDDINGS:
         return (0, last) if tied and last else (0,)
-    if parts & _OUTPUT_EMBEDDINGS:
+    if parts & HEAD_MODULES:
         return () if tied else (last,)
     if match := _BLOCK.search(name):
         index = int(match.group(1))
@@ -228,8 +226,8 @@ def _rank_bytes(info: TensorInfo, tp_size: int, act_dtype: torch.dtype) -> int:
     """A tensor's bytes on one rank, cut as vLLM cuts layers of that name."""
     elements, sizes = prod(info.shape), info.shape
     module, _, suffix = info.name.rpartition(".")
-    if set(module.split(".")) & (_INPUT_EMBEDDINGS | _OUTPUT_EMBEDDINGS) and sizes:
-        elements = -(-round_up(sizes[0], _VOCAB_ALIGNMENT) // tp_size) * prod(sizes[1:])
+    if set(module.split(".")) & (_INPUT_EMBEDDINGS | HEAD_MODULES) and sizes:
+        elements = -(-round_up(sizes[0], VOCAB_PADDING) // tp_size) * prod(sizes[1:])
     elif len(sizes) == 2 or (suffix == "bias" and len(sizes) == 1):
         axis = {ParallelStyle.COLUMN: 0, ParallelStyle.ROW: 1}.get(style_of(module))
         if axis is not None and axis < len(sizes) and sizes[axis] % tp_size == 0:
