@@ -119,6 +119,7 @@ def _compressed_tensors_w8(n: int, k: int, _: int) -> Stored:
 FORMATS = {
     "gptq": (_gptq, gptq_config),
     "gptq-order": (_gptq, lambda group: gptq_config(group, desc_act=True)),
+    "gptq-head": (_gptq, lambda group: {**gptq_config(group), "lm_head": True}),
     "awq": (_awq, awq_config),
     "compressed-tensors": (_compressed_tensors, compressed_tensors_config),
     "compressed-tensors-w8": (
@@ -126,6 +127,9 @@ FORMATS = {
         lambda _: compressed_tensors_config(-1, bits=8),
     ),
 }
+
+
+QUANTIZED_HEADS = frozenset({"gptq-head"})
 
 
 def config_of(model: Model, fmt: str, group_size: int = 128) -> dict[str, Any]:
@@ -162,7 +166,10 @@ def tensors_of(model: Model, fmt: str, group_size: int = 128) -> Stored:
             norms |= {"self_attn.q_norm": model.head_dim, "self_attn.k_norm": model.head_dim}
         stored |= {f"{prefix}.{name}.weight": ("BF16", (size,)) for name, size in norms.items()}
     stored["model.norm.weight"] = ("BF16", (model.hidden,))
-    if not model.tied:
+    if fmt in QUANTIZED_HEADS:
+        packed = FORMATS[fmt][0](model.vocab, model.hidden, group_size)
+        stored |= {f"lm_head.{suffix}": tensor for suffix, tensor in packed.items()}
+    elif not model.tied:
         stored["lm_head.weight"] = ("BF16", (model.vocab, model.hidden))
     return stored
 

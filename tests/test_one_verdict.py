@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fusedq_kernels.device import cpu_device, device_by_name
-from published import FORMATS, Model, write_headers
+from published import FORMATS, QUANTIZED_HEADS, Model, write_headers
 from vllm_fusedq.checkpoint import Checkpoint, read_checkpoint
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats import format_for
@@ -18,11 +18,11 @@ from vllm_fusedq.preflight import plan_model
 from vllm_fusedq.settings import Settings
 
 # At TP 2 and 4 a rank of "straddle" begins inside a group of 128; "grouped" replicates key and
-# value heads at TP 4.
+# value heads at TP 4. A vocabulary of 1000 is padded.
 SHAPES = {
-    "even": Model("LlamaForCausalLM", "llama", 256, 512, 2, 8, 8, 64, head_dim=32),
-    "straddle": Model("LlamaForCausalLM", "llama", 256, 896, 1, 8, 4, 64, head_dim=32),
-    "grouped": Model("LlamaForCausalLM", "llama", 512, 1024, 1, 8, 2, 64, head_dim=64),
+    "even": Model("LlamaForCausalLM", "llama", 256, 512, 2, 8, 8, 1000, head_dim=32),
+    "straddle": Model("LlamaForCausalLM", "llama", 256, 896, 1, 8, 4, 1000, head_dim=32),
+    "grouped": Model("LlamaForCausalLM", "llama", 512, 1024, 1, 8, 2, 1000, head_dim=64),
 }
 GROUPS = {"even": 32, "straddle": 128, "grouped": 64}
 DEVICES = {
@@ -59,6 +59,7 @@ def engine_plans(checkpoint: Checkpoint, model: Model, target: Target) -> list[L
         QKVParallelLinear,
         RowParallelLinear,
     )
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.models.llama import LlamaForCausalLM
 
     from vllm_fusedq.integration.config import FusedQConfig, WorkerState
@@ -82,6 +83,7 @@ def engine_plans(checkpoint: Checkpoint, model: Model, target: Target) -> list[L
         MergedColumnParallelLinear(model.hidden, pair, prefix=gate_up, **common)
         down = f"{block}.mlp.down_proj"
         RowParallelLinear(model.intermediate, model.hidden, prefix=down, **common)
+    ParallelLMHead(model.vocab, model.hidden, prefix="lm_head", **common)
     return state.plans
 
 
@@ -106,7 +108,8 @@ def test_headers_and_layers_give_equal_plans(
                         plan.prefix: plan for plan in there
                     }
                     compared += len(there)
-    assert compared == len(DEVICES) * 7 * 4 * model.layers
+    layers = 4 * model.layers + (fmt in QUANTIZED_HEADS)
+    assert compared == len(DEVICES) * 7 * layers
 
 
 @pytest.mark.parametrize("device", ["cpu", "h200"])
