@@ -203,7 +203,7 @@ def damage_header_bytes(draft: Draft, rng: random.Random) -> None:
     draft.files[WEIGHTS] = _damaged(raw[:size], rng) + raw[size:]
     # A flipped name can be any name, of one tensor for each damaged byte
     draft.any_module, draft.may_lose_modules = MANY, True
-    draft.clues += [WEIGHTS, "model", "self_attn", "mlp", "fuzz"]
+    draft.clues += [WEIGHTS, "model", "self_attn", "mlp", "head", "fuzz"]
 
 
 def damage_data_bytes(draft: Draft, rng: random.Random) -> None:

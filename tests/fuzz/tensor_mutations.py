@@ -78,7 +78,10 @@ def reshape_tensor(draft: Draft, rng: random.Random) -> None:
         lambda t: t.new_zeros(0, 2**40),
         lambda t: t.new_zeros(*[1] * 40),
     ]
-    draft.tensors[name] = rng.choice(changes)(tensor).contiguous()
+    changed = rng.choice(changes)(tensor).contiguous()
+    if changed.shape == tensor.shape and not torch.equal(changed, tensor):
+        draft.may_change(module)  # a transposed square
+    draft.tensors[name] = changed
     about(draft, module)
 
 
