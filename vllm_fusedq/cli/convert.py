@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vllm_fusedq.cli.output import ExitCode, console
 from vllm_fusedq.errors import FusedQError
 
 
@@ -24,7 +24,7 @@ def convert(
     """
     from vllm_fusedq.convert import convert as run
 
-    err = Console(stderr=True)
+    err = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=err, transient=True) as bar:
@@ -38,7 +38,7 @@ def convert(
             done = run(model, out, round(max_file_gb * 1e9), show)
     except FusedQError as error:
         err.print(f"refused: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(ExitCode.REFUSED) from None
     resumed = f", {done.resumed_files} files from an earlier run" if done.resumed_files else ""
     if done.note:
         err.print(done.note, style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -9,12 +9,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from vllm_fusedq.cli.output import ExitCode, console
 from vllm_fusedq.errors import FusedQError
 
 if TYPE_CHECKING:
     import torch
-
-PIPE_WIDTH = 160
 
 
 def selfcheck(
@@ -40,15 +39,13 @@ def selfcheck(
         raise typer.BadParameter(f"dtype {dtype!r}; choose bfloat16 or float16")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    out, err = Console(), Console(stderr=True)
-    if not out.is_terminal:
-        out = Console(width=PIPE_WIDTH)
+    out, err = console(), console(stderr=True)
     try:
         failed = _run(model, torch.device(device), getattr(torch, dtype), kernel, only, out, err)
     except FusedQError as error:
         err.print(f"refused: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    raise typer.Exit(1 if failed else 0)
+        raise typer.Exit(ExitCode.REFUSED) from None
+    raise typer.Exit(ExitCode.REFUSED if failed else ExitCode.FUSED)
 
 
 def _run(

@@ -5,12 +5,10 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from vllm_fusedq.cli.output import ExitCode, console
 from vllm_fusedq.errors import FusedQError
-
-PIPE_WIDTH = 160
 
 
 def verify(
@@ -31,14 +29,12 @@ def verify(
 
     if dtype not in ("bfloat16", "float16"):
         raise typer.BadParameter(f"dtype {dtype!r}; choose bfloat16 or float16")
-    err = Console(stderr=True)
+    out, err = console(), console(stderr=True)
     try:
         traces = run(str(model), dtype, {"kernel": kernel}, max_model_len)
     except FusedQError as error:
         err.print(f"refused: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    out = Console()
-    out = out if out.is_terminal else Console(width=PIPE_WIDTH)
+        raise typer.Exit(ExitCode.REFUSED) from None
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in ("layer", "kernel", "seen as", "calls"):
         table.add_column(column, overflow="fold")
@@ -63,4 +59,4 @@ def verify(
         f"{wrong} failed",
         highlight=False,
     )
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(ExitCode.REFUSED if failed else ExitCode.FUSED)
