@@ -196,6 +196,16 @@ def test_layers_that_contradict_each_other_are_refused(other: Finding) -> None:
     assert "set it to gptq" in text
 
 
+@pytest.mark.parametrize("group", [-1, 32])
+def test_refuses_groups_that_do_not_exist_before_it_judges_them(group: int) -> None:
+    truth = like_weights(4, ordered=True)
+    made = ALL_BUILDS["gptq-asym"].tensors(truth)
+    put("g_idx", (7,), group)(made)
+    layer, _ = describe("gptq-asym", truth, 32, made, desc_act=True)
+    with pytest.raises(WeightLoadError, match=f"g_idx: found group {group}, expected 0 to 31"):
+        inspected(layer, made)
+
+
 def test_refuses_values_before_it_judges_them() -> None:
     layer, tensors = describe("gptq-asym", ALL_BUILDS["gptq-asym"].truth(16, 64, 32), 32)
     put("scales", (0, 0), float("nan"))(tensors)

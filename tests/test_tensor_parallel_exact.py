@@ -124,8 +124,7 @@ def test_the_ranks_hold_the_layer(build: str, model: str) -> None:
     layer, tensors = describe(build, truth, group_size)
     # Slices of N do not depend on K: one model stands for all
     styles = [ParallelStyle.ROW, *[ParallelStyle.COLUMN] * (model == "Qwen2.5-0.5B")]
-    # Groups below 32 have no kernel on a GPU
-    for device, style, tp in product(TARGETS if group_size >= 32 else ["cpu"], styles, TP_SIZES):
+    for device, style, tp in product(TARGETS, styles, TP_SIZES):
         if style is ParallelStyle.ROW and tp in refused(build, model):
             with pytest.raises(PreflightError, match="in_features per rank; supported: multiples"):
                 list(ranks(layer, tensors, style, tp, device))
@@ -140,9 +139,7 @@ MULTIPLIED = ("awq", "gptq-asym", "gptq-3bit-sym", "gptq-8bit-asym-order", "ct-i
 MULTIPLIED += ("bnb-nf4-nested",)
 
 
-@pytest.mark.parametrize(
-    ("build", "model"), [case for case in cases(MULTIPLIED) if MODELS[case[1]][1] >= 32]
-)
+@pytest.mark.parametrize(("build", "model"), cases(MULTIPLIED))
 def test_partial_products_add_up(build: str, model: str) -> None:
     full_k, group_size = MODELS[model]
     k = scaled_down(full_k, group_size)

@@ -29,7 +29,7 @@ from vllm_fusedq.formats.base import (
 from vllm_fusedq.formats.findings import Finding
 from vllm_fusedq.formats.gptq_zeros import ZERO_OFFSETS
 from vllm_fusedq.formats.layer import SCALE_DTYPES, Axis, with_all_groups
-from vllm_fusedq.formats.ordering import sort_rows
+from vllm_fusedq.formats.ordering import checked_groups, sort_rows
 from vllm_fusedq.formats.widening import resident_type, widen
 
 BITS = (2, 3, 4, 8)
@@ -114,7 +114,7 @@ class GptqFormat(CheckpointFormat):
     ) -> Finding | None:
         check_slices(tensors, layer, region, "scales")
         if layer.ordered:
-            groups = tensors["g_idx"].long()
+            groups = checked_groups(tensors["g_idx"], "g_idx", layer)
         else:
             rows = torch.arange(region.k_start, region.k_stop)
             groups = (rows // layer.spec.group_size).to(tensors["qzeros"].device)

@@ -80,14 +80,7 @@ def sort_rows(
 
 def order_rows(g_idx: torch.Tensor, name: str, layer: LayerFormat, region: Region) -> RowOrder:
     """The stable order of a region's rows by group; raises as `sort_rows` does."""
-    group_of, num_groups = g_idx.long(), _num_groups(layer)
-    low, high = (int(bound) for bound in group_of.aminmax())
-    if low < 0 or high >= num_groups:
-        raise WeightLoadError(
-            f"{layer.module}.{name}: found group {low if low < 0 else high}, expected 0 to "
-            f"{num_groups - 1} ({layer.k} in_features, group_size {layer.spec.group_size}); "
-            "download the checkpoint again or quantize the model again"
-        )
+    group_of, num_groups = checked_groups(g_idx, name, layer), _num_groups(layer)
     counts = torch.bincount(group_of, minlength=num_groups)
     _check_counts(counts, name, layer, region)
     perm = torch.argsort(group_of, stable=True)
@@ -108,6 +101,19 @@ def order_rows(g_idx: torch.Tensor, name: str, layer: LayerFormat, region: Regio
     step_groups = perm.new_zeros(rows // STEP)
     step_groups[: int(steps.sum())] = groups.repeat_interleave(steps)
     return RowOrder(padded, empty.nonzero()[:, 0], step_groups)
+
+
+def checked_groups(g_idx: torch.Tensor, name: str, layer: LayerFormat) -> torch.Tensor:
+    """g_idx in int64; WeightLoadError where it names a group that does not exist."""
+    group_of, num_groups = g_idx.long(), _num_groups(layer)
+    low, high = (int(bound) for bound in group_of.aminmax())
+    if low < 0 or high >= num_groups:
+        raise WeightLoadError(
+            f"{layer.module}.{name}: found group {low if low < 0 else high}, expected 0 to "
+            f"{num_groups - 1} ({layer.k} in_features, group_size {layer.spec.group_size}); "
+            "download the checkpoint again or quantize the model again"
+        )
+    return group_of
 
 
 def _check_counts(counts: torch.Tensor, name: str, layer: LayerFormat, region: Region) -> None:
