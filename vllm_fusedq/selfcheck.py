@@ -113,11 +113,10 @@ def _cut(
     region: Region,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
+    grids = {each: fmt.grid(each, stored[part, each.name]) for each in fmt.tensors}
     return {
-        each.name: stored[part, each.name][stored_slices(each, region, fmt.spec.group_size)].to(
-            device
-        )
-        for each in fmt.tensors
+        each.name: grid[stored_slices(each, region, fmt.spec.group_size)].to(device)
+        for each, grid in grids.items()
     }
 
 

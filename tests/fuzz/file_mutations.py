@@ -117,7 +117,7 @@ def change_header(draft: Draft, rng: random.Random) -> None:
     header, data = _split(draft.serialized(WEIGHTS))
     name = rng.choice([name for name in header if name != "__metadata__"])
     entry, other = header[name], header[rng.choice([n for n in header if n != "__metadata__"])]
-    module = name.rpartition(".")[0]
+    module = draft.module_of(name)
 
     def put(key: str, value: Any) -> None:
         entry[key] = value
@@ -167,7 +167,7 @@ def swap_header_entries(draft: Draft, rng: random.Random) -> None:
     header[a], header[b] = header[b], header[a]
     draft.files[WEIGHTS] = _join(json.dumps(header).encode(), data)
     for name in (a, b):
-        module = name.rpartition(".")[0]
+        module = draft.module_of(name)
         if module in draft.truths:
             draft.may_change(module)
         about(draft, module, WEIGHTS)

@@ -69,6 +69,11 @@ class Draft:
             for module in self.truths
         }
 
+    def module_of(self, name: str) -> str:
+        """The quantized module that a tensor belongs to, else what stands before its last dot."""
+        owners = (module for module in self.truths if name.startswith(f"{module}."))
+        return next(owners, name.rpartition(".")[0])
+
     def may_change(self, module: str, values: int = MANY) -> None:
         self.changed[module] = self.changed.get(module, 0) + values
 
@@ -150,17 +155,22 @@ def _sinks(loader: LayerLoader) -> Iterator[tuple[str, Callable[[torch.Tensor], 
 
 
 def resident_values(loader: LayerLoader) -> torch.Tensor:
-    """What the resident weight multiplies each in_feature by: fp64 `[N, K]`."""
+    """What the resident weight multiplies each in_feature by: fp64 `[N, K]`.
+
+    A codebook's entries meet their scale in fp32, as the format defines.
+    """
     weight = unpack(loader.packed)
     group_of = (torch.arange(weight.codes.shape[1]) + weight.phase) // weight.spec.group_size
     codebook = weight.spec.weight_type.codebook
     if codebook is not None:
-        values = torch.tensor(codebook, dtype=torch.float64)[weight.codes.long()]
+        entries = torch.tensor(codebook)[weight.codes.long()]
+        values = (entries * weight.scales.float()[:, group_of]).double()
     elif weight.zeros is None:
         values = weight.codes.double() - weight.spec.weight_type.bias
     else:
         values = weight.codes.double() - weight.zeros.double()[:, group_of]
-    values *= weight.scales.double()[:, group_of]
+    if codebook is None:
+        values *= weight.scales.double()[:, group_of]
     if weight.perm is None:
         return values
     dense = values.new_zeros(values.shape[0], weight.in_features)
