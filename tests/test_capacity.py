@@ -20,10 +20,10 @@ LLAMA_8B = MODELS["Llama-3.1-8B"]
 
 
 def plan(
-    path: Path, model: Model, tp: int, demand: Demand, device: str = "h200"
+    path: Path, model: Model, tp: int, demand: Demand, device: str = "h200", fmt: str = "gptq"
 ) -> tuple[Checkpoint, Capacity]:
     if not (path / "config.json").exists():
-        write_headers(path, model, "gptq")
+        write_headers(path, model, fmt)
     checkpoint = read_checkpoint(path)
     target = Target(device_by_name(device), torch.bfloat16)
     layers = plan_model(checkpoint, target, tp)
@@ -53,6 +53,14 @@ def test_key_value_heads_are_replicated_where_ranks_outnumber_them(tmp_path: Pat
     # Tied: no lm_head beside the embeddings; biases of q, k and v are cut with their rows
     embeddings = 151936 * 896 // 2
     assert found.unquantized == 2 * (embeddings + 49 * 896 + 24 * (896 + 128 + 128) // 2)
+
+
+def test_a_quantized_lm_head_is_weight_and_no_activation(tmp_path: Path) -> None:
+    _, plain = plan(tmp_path / "plain", LLAMA_8B, 2, Demand())
+    _, packed = plan(tmp_path / "packed", LLAMA_8B, 2, Demand(), fmt="gptq-head")
+    assert packed.weights - plain.weights == 128256 * 4096 // 2 // 2
+    assert plain.unquantized - packed.unquantized == 2 * 128256 * 4096 // 2
+    assert packed.activations == plain.activations
 
 
 def test_fp8_halves_the_kv_cache(tmp_path: Path) -> None:

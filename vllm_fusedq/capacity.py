@@ -238,8 +238,12 @@ def _rank_bytes(info: TensorInfo, tp_size: int, act_dtype: torch.dtype) -> int:
 def _activations(
     checkpoint: Checkpoint, layers: Sequence[LayerPlan], demand: Demand, last: bool
 ) -> int:
-    """An estimate: the widest layer's input and output beside the residual, and fp32 logits."""
+    """An estimate: the widest layer's input and output beside the residual, and fp32 logits.
+
+    An lm_head runs for one token of each sequence.
+    """
     hidden = checkpoint.number("hidden_size") or 0
-    widest = max((layer.n for layer in layers), default=0)
+    inner = (layer for layer in layers if layer.prefix.rpartition(".")[2] not in HEAD_MODULES)
+    widest = max((layer.n for layer in inner), default=0)
     logits = 2 * 4 * demand.max_num_seqs * (checkpoint.number("vocab_size") or 0) if last else 0
     return 2 * MAX_BATCHED_TOKENS * (2 * hidden + widest + widest // 2) + logits
