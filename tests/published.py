@@ -13,7 +13,7 @@ from builders.awq import awq_config
 from builders.compressed_tensors import compressed_tensors_config
 from builders.gptq import gptq_config
 
-DTYPE_BYTES = {"I32": 4, "I64": 8, "F16": 2, "BF16": 2}
+DTYPE_BYTES = {"I32": 4, "I64": 8, "F16": 2, "BF16": 2, "F32": 4, "U8": 1}
 Stored = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -116,7 +116,40 @@ def _compressed_tensors_w8(n: int, k: int, _: int) -> Stored:
     }
 
 
+def _nf4_state(n: int, k: int) -> bytes:
+    """What bitsandbytes says of a weight, in a tensor of its own."""
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [n, k]}
+    nested = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.2}
+    return json.dumps(state | nested).encode()
+
+
+def _nf4(n: int, k: int, _: int) -> Stored:
+    blocks = n * k // 64
+    return {
+        "weight": ("U8", (n * k // 2, 1)),
+        "weight.absmax": ("U8", (blocks,)),
+        "weight.nested_absmax": ("F32", (-(-blocks // 256),)),
+        "weight.nested_quant_map": ("F32", (256,)),
+        "weight.quant_map": ("F32", (16,)),
+        NF4_STATE: ("U8", (len(_nf4_state(n, k)),)),
+    }
+
+
+def _nf4_config(_: int) -> dict[str, Any]:
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    }
+
+
+NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 FORMATS = {
+    "nf4": (_nf4, _nf4_config),
     "gptq": (_gptq, gptq_config),
     "gptq-order": (_gptq, lambda group: gptq_config(group, desc_act=True)),
     "gptq-head": (_gptq, lambda group: {**gptq_config(group), "lm_head": True}),
@@ -180,17 +213,21 @@ def write_headers(
     """Write the checkpoint; its weights are holes in sparse files, which take no room."""
     path.mkdir(parents=True, exist_ok=True)
     stored = list(tensors_of(model, fmt, group_size).items())
+    states = {f"{name}.{NF4_STATE}": _nf4_state(n, k) for name, (n, k) in model.linears().items()}
     weight_map: dict[str, str] = {}
     for shard in range(shards):
         name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = stored[shard * len(stored) // shards : (shard + 1) * len(stored) // shards]
-        _write_sparse(path / name, part)
+        _write_sparse(path / name, part, states)
         weight_map |= {tensor: name for tensor, _ in part}
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (path / "config.json").write_text(json.dumps(config_of(model, fmt, group_size)))
 
 
-def _write_sparse(path: Path, part: list[tuple[str, tuple[str, tuple[int, ...]]]]) -> None:
+def _write_sparse(
+    path: Path, part: list[tuple[str, tuple[str, tuple[int, ...]]]], states: dict[str, bytes]
+) -> None:
+    """Holes, but for the tensors that are metadata (`states`, by their names inside a block)."""
     header, offset = {}, 0
     for name, (dtype, shape) in part:
         size = prod(shape) * DTYPE_BYTES[dtype]
@@ -200,3 +237,7 @@ def _write_sparse(path: Path, part: list[tuple[str, tuple[str, tuple[int, ...]]]
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + offset)
+        for name, entry in header.items():
+            if name.endswith(NF4_STATE):
+                file.seek(8 + len(raw) + entry["data_offsets"][0])
+                file.write(states[".".join(name.split(".")[3:])])
