@@ -87,6 +87,7 @@ def test_the_last_run_of_a_problem_counts_and_failures_do_not(tmp_path: Path) ->
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    done = CliRunner().invoke(plots.app, [str(tmp_path)])
+    # Wide enough that no line breaks inside a name.
+    done = CliRunner().invoke(plots.app, [str(tmp_path)], env={"COLUMNS": "400"})
     assert done.exit_code == 2
     assert "gemm_decode.csv" in done.output
