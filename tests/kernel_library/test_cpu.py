@@ -1,5 +1,7 @@
 """CPU kernels against the oracle."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,6 +81,35 @@ def test_wna16(weight_type, group_size, k, phase, act_dtype, isa) -> None:
         assert y.dtype == act_dtype
         assert y.is_contiguous()
         assert_rounded_close(y, problem.expected, roundings=2)
+
+
+@wna16_types
+@pytest.mark.usefixtures("wna16_op")
+def test_the_traced_call_gives_the_same_bits(weight_type) -> None:
+    for act_dtype in (HALF, torch.bfloat16):
+        spec = QuantSpec(weight_type, 64, act_dtype)
+        problem = make_problem(5, 96, 128, spec, act_dtype=act_dtype, has_bias=True)
+        packed = layout.pack(problem.logical, Layout.CPU_WNA16, act_dtype)
+        call = cpu.wna16_call(packed, act_dtype)
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        y = torch.empty((5, 96), dtype=act_dtype)
+        compiled(y, problem.x, packed.qweight, packed.scales, packed.zeros, problem.bias)
+        expected = cpu.wna16_gemm(problem.x, packed, problem.bias, cpu.wna16_isa(act_dtype))
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.usefixtures("wna16_op")
+def test_no_traced_call_where_operands_need_more() -> None:
+    def call(n: int, k: int, phase: int, **order):
+        logical = random_logical(n, k, QuantSpec(WeightType.UINT4, 32, HALF), phase)
+        packed = layout.pack(replace(logical, **order), Layout.CPU_WNA16, HALF)
+        return cpu.wna16_call(packed, HALF)
+
+    assert call(64, 64, 0) is not None
+    assert call(40, 64, 0) is None
+    assert call(64, 64, 16) is None
+    assert call(64, 64, 0, perm=torch.arange(64, dtype=torch.int32), in_features=64) is None
 
 
 @wna16_types

@@ -1,7 +1,7 @@
 """The linear method: registers what the plan says, hands tensors to the loader, calls the op."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 import fusedq_kernels.op  # noqa: F401  (registers torch.ops.fusedq.matmul)
+from fusedq_kernels.cpu import wna16_call
+from fusedq_kernels.types import KernelName
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat, Region
 from vllm_fusedq.integration.config import WorkerState, parameter_name
@@ -39,6 +41,7 @@ class FusedQLinearMethod(LinearMethodBase):
         self.prefix = prefix
         self.modules = modules
         self.formats = formats
+        self.traced_call: Callable[..., None] | None = None
 
     def create_weights(
         self,
@@ -99,6 +102,9 @@ class FusedQLinearMethod(LinearMethodBase):
             for name in RESIDENT:
                 # A reload puts tensors of its own here; the loader filled those of the graphs
                 setattr(layer, f"fusedq_{name}", getattr(layer.fusedq_loader.packed, name))
+            if layer.fusedq_loader.plan.kernel is KernelName.CPU_WNA16:
+                act_dtype = self.state.target.act_dtype
+                self.traced_call = wna16_call(layer.fusedq_loader.packed, act_dtype)
             has_bias = isinstance(getattr(layer, "bias", None), torch.Tensor)
             self.state.layer_loaded(layer.fusedq_loader, has_bias)
 
@@ -106,6 +112,10 @@ class FusedQLinearMethod(LinearMethodBase):
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         out = x.new_empty((*x.shape[:-1], self.op_constants[0]))
+        if self.traced_call is not None and x.ndim == 2 and torch.compiler.is_compiling():
+            weight = (layer.fusedq_qweight, layer.fusedq_scales, layer.fusedq_zeros)
+            self.traced_call(out, x, *weight, bias)
+            return out
         torch.ops.fusedq.matmul_out(
             out,
             x,
