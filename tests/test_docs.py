@@ -2,24 +2,70 @@
 
 import importlib.util
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from vllm_fusedq.formats import FORMATS
+from vllm_fusedq.formats.awq import VERSIONS
+from vllm_fusedq.formats.bitsandbytes import STATES
+from vllm_fusedq.formats.compressed_tensors_packing import PACKINGS
+from vllm_fusedq.formats.fusedq import LAYOUT_VERSION
+from vllm_fusedq.formats.gptq_zeros import ZERO_OFFSETS
+from vllm_fusedq.formats.support import bit_widths
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("serving_configs/*.md")])
 
 
-@pytest.fixture(scope="module")
-def catalogue() -> ModuleType:
-    path = ROOT / "scripts" / "error_catalogue.py"
-    spec = importlib.util.spec_from_file_location("error_catalogue", path)
+def script(name: str) -> ModuleType:
+    """A module of `scripts/`, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def catalogue() -> ModuleType:
+    return script("error_catalogue")
+
+
+def test_the_support_table_is_up_to_date() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text == script("support_table").with_table(text), "run python scripts/support_table.py"
+
+
+@pytest.mark.parametrize(
+    ("format_name", "variants"),
+    [
+        ("awq", VERSIONS),
+        ("gptq", ZERO_OFFSETS),
+        ("compressed-tensors", PACKINGS),
+        ("bitsandbytes", [weight_type.name for weight_type in STATES.values()]),
+        ("fusedq", [f"version {LAYOUT_VERSION}"]),
+    ],
+)
+def test_the_support_table_names_every_variant(format_name: str, variants: Iterable[str]) -> None:
+    told = " ".join(row.checkpoint for row in FORMATS[format_name].support)
+    for variant in variants:
+        assert re.search(rf"\b{variant}\b", told), f"{format_name} says nothing of {variant}"
+
+
+def test_every_format_is_in_the_support_table() -> None:
+    assert all(known.support for known in FORMATS.values())
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [((4,), "4 bits"), ((2, 3, 4, 8), "2, 3, 4, 8 bits"), (range(2, 9), "2 to 8 bits")],
+)
+def test_bit_widths_in_words(bits: Sequence[int], words: str) -> None:
+    assert bit_widths(bits) == words
 
 
 def test_the_error_catalogue_is_up_to_date(catalogue: ModuleType) -> None:

@@ -33,6 +33,7 @@ from vllm_fusedq.formats.base import (
     check_slices,
 )
 from vllm_fusedq.formats.layer import SCALE_DTYPES, with_all_groups
+from vllm_fusedq.formats.support import Support, bit_widths
 from vllm_fusedq.formats.unpacking import NIBBLES, take, unpack_columns, unpack_rows
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -42,6 +43,9 @@ Tensors = Mapping[str, torch.Tensor]
 Unpacked = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+BITS = (4,)
+
+
 class AwqFormat(CheckpointFormat):
     """`quant_method: awq`, version gemm, gemv or gemv_fast."""
 
@@ -49,11 +53,20 @@ class AwqFormat(CheckpointFormat):
     config_sources = ("quant_config.json",)
     markers = frozenset({"qweight", "qzeros"})
     leftovers = frozenset({"scales"})
+    support = (
+        Support("AWQ `gemm`", bit_widths(BITS), "yes"),
+        Support(
+            "AWQ `gemv` and `gemv_fast`",
+            bit_widths(BITS),
+            "yes",
+            groups="32, 64, multiples of 32 from 128",
+        ),
+    )
     exclusion = "modules_to_not_convert"
 
     def check_config(self) -> None:
         bits = self._option("bits", "w_bit")
-        if bits != 4:
+        if bits not in BITS:
             # AutoAWQ packs nothing else, and others order the bytes of 8-bit words differently
             raise self.refusal(f"bits {bits!r:.80}", "4 bits, the one width that AutoAWQ packs")
         self.group_size = self.check_group_size(self._option("group_size", "q_group_size"))

@@ -26,6 +26,7 @@ from vllm_fusedq.formats.layer import (
     check_slices,
     stored_slices,
 )
+from vllm_fusedq.formats.support import Support
 from vllm_fusedq.safetensors_header import TensorInfo
 
 __all__ = [
@@ -61,6 +62,8 @@ class CheckpointFormat(ABC):
     """Tensor suffixes that only a quantized module has."""
     leftovers: ClassVar[frozenset[str]] = frozenset()
     """Further suffixes that show, without a weight, that a module was quantized once."""
+    support: ClassVar[tuple[Support, ...]]
+    """What users are told of the method, a row for each kind of checkpoint."""
     exclusion: ClassVar[str]
     """What in the config excludes modules, for messages."""
 

@@ -32,6 +32,7 @@ from vllm_fusedq.formats.base import (
 )
 from vllm_fusedq.formats.headers import REDO
 from vllm_fusedq.formats.layer import SCALE_DTYPES, check_finite
+from vllm_fusedq.formats.support import Support
 from vllm_fusedq.formats.unpacking import take, unpack_columns
 
 WEIGHT, ABSMAX, QUANT_MAP = "weight", "weight.absmax", "weight.quant_map"
@@ -54,6 +55,14 @@ class BitsAndBytesFormat(CheckpointFormat):
 
     name = "bitsandbytes"
     markers = frozenset({ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_MAP, *STATES}) | ORPHANS
+    support = (
+        Support(
+            "bitsandbytes NF4 and FP4, already quantized, with and without double quantization",
+            "4 bits",
+            "codebook",
+            groups=f"blocks of {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}",
+        ),
+    )
     exclusion = "llm_int8_skip_modules"
 
     def check_config(self) -> None:

@@ -32,6 +32,7 @@ from vllm_fusedq.formats.compressed_tensors_packing import (
 )
 from vllm_fusedq.formats.layer import with_all_groups
 from vllm_fusedq.formats.ordering import sort_rows
+from vllm_fusedq.formats.support import Support, bit_widths
 from vllm_fusedq.formats.widening import resident_type, widen
 
 G_IDX = TensorLayout("weight_g_idx", (Dim("k"),), (torch.int32, torch.int64))
@@ -57,6 +58,18 @@ class CompressedTensorsFormat(CheckpointFormat):
     config_sources = ("compression_config",)
     markers = frozenset(
         {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"}
+    )
+    support = (
+        Support(
+            "compressed-tensors `pack-quantized`, weight-only, any `actorder`, also `lm_head`",
+            bit_widths(BITS),
+            "symmetric and asymmetric",
+        ),
+        Support(
+            "compressed-tensors `int-quantized` and `naive-quantized`, weight-only (W8A16)",
+            f"{bit_widths(BITS)} in int8",
+            "symmetric and asymmetric",
+        ),
     )
     exclusion = "ignore"
 

@@ -38,6 +38,7 @@ from vllm_fusedq.formats.base import (
 )
 from vllm_fusedq.formats.layer import SCALE_DTYPES, with_all_groups
 from vllm_fusedq.formats.ordering import sort_rows
+from vllm_fusedq.formats.support import Support
 
 LAYOUT_VERSION = 1
 CONVERT_AGAIN = "convert the original checkpoint again with `fusedq convert`"
@@ -49,6 +50,13 @@ class FusedQFormat(CheckpointFormat):
 
     name = "fusedq"
     markers = frozenset({QWEIGHT, SCALES, ZEROS, PERM})
+    support = (
+        Support(
+            f"any of these after `fusedq convert` (layout version {LAYOUT_VERSION})",
+            *("as the original", "as the original"),
+            groups="as the original",
+        ),
+    )
     exclusion = "modules"
 
     def check_config(self) -> None:

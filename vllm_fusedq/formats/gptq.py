@@ -30,6 +30,7 @@ from vllm_fusedq.formats.findings import Finding
 from vllm_fusedq.formats.gptq_zeros import ZERO_OFFSETS
 from vllm_fusedq.formats.layer import SCALE_DTYPES, Axis, with_all_groups
 from vllm_fusedq.formats.ordering import checked_groups, sort_rows
+from vllm_fusedq.formats.support import Support, bit_widths
 from vllm_fusedq.formats.widening import resident_type, widen
 
 BITS = (2, 3, 4, 8)
@@ -47,6 +48,13 @@ class GptqFormat(CheckpointFormat):
     config_sources = ("quantize_config.json",)
     markers = frozenset({"qweight", "qzeros", "g_idx"})
     leftovers = frozenset({"scales"})
+    support = (
+        Support(
+            "GPTQ `gptq` and `gptq_v2`, also `desc_act` (act-order), `dynamic`, `lm_head`",
+            bit_widths(BITS),
+            "symmetric and asymmetric",
+        ),
+    )
     exclusion = '"-:regex" in dynamic'
 
     def check_config(self) -> None:
