@@ -62,7 +62,8 @@ def engine_plans(checkpoint: Checkpoint, model: Model, target: Target) -> list[L
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.models.llama import LlamaForCausalLM
 
-    from vllm_fusedq.integration.config import FusedQConfig, WorkerState
+    from vllm_fusedq.integration.config import FusedQConfig
+    from vllm_fusedq.integration.worker import WorkerState
 
     config = FusedQConfig()
     config.checkpoint, config.format = checkpoint, format_for(checkpoint)

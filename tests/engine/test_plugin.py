@@ -17,7 +17,7 @@ def in_vllm_process(code: str) -> str:
     )
 
 
-def test_register_is_idempotent_and_imports_no_triton_and_no_kernels_package() -> None:
+def test_register_is_idempotent_and_imports_next_to_nothing() -> None:
     code = """
 import json, sys
 import vllm.model_executor.layers.quantization as q
@@ -25,16 +25,26 @@ import vllm.model_executor.layers.linear
 before = set(sys.modules)
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-new = {name.split(".")[0] for name in set(sys.modules) - before}
+new = sorted(set(sys.modules) - before)
 import vllm_fusedq
 vllm_fusedq.register()
 vllm_fusedq.register()
 config = q.get_quantization_config("fusedq")
 print("RESULT " + json.dumps([
-    q.QUANTIZATION_METHODS.count("fusedq"), config.__name__, sorted(new & {"triton", "kernels"}),
+    q.QUANTIZATION_METHODS.count("fusedq"), config.__name__, new,
 ]))
 """
-    assert json.loads(in_vllm_process(code)) == [1, "FusedQConfig", []]
+    count, name, new = json.loads(in_vllm_process(code))
+    assert (count, name) == (1, "FusedQConfig")
+    assert not {module.split(".")[0] for module in new} & {"triton", "kernels", "fusedq_kernels"}
+    # Every vLLM process pays for these, whatever it serves.
+    assert [module for module in new if module.startswith("vllm_fusedq.")] == [
+        "vllm_fusedq.errors",
+        "vllm_fusedq.integration",
+        "vllm_fusedq.integration.config",
+        "vllm_fusedq.integration.register",
+        "vllm_fusedq.integration.versions",
+    ]
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0", "dev"])

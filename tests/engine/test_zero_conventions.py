@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path[:0] = {path!r}
 import torch
 from test_load import load, plans_of, read_checkpoint
-from vllm_fusedq.integration.config import WorkerState
+from vllm_fusedq.integration.worker import WorkerState
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.plan import Target
 from vllm_fusedq.settings import parse_settings

@@ -1,44 +1,23 @@
-"""`--quantization fusedq`: vLLM's configuration hooks, each delegating to the planner."""
+"""`--quantization fusedq`: vLLM's configuration hooks, each delegating to the planner.
 
-import logging
-from pathlib import Path
-from typing import Any
+Every vLLM process imports this module, also those that serve something else: what a hook needs is
+imported where it is used.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 import torch
-import vllm._custom_ops  # noqa: F401  (registers the CPU operators that planning looks for)
-from vllm import __version__ as VLLM_VERSION
-from vllm.config import get_current_vllm_config
-from vllm.distributed import (
-    get_pp_group,
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-)
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.platforms import current_platform
 
-from fusedq_kernels.cpu import wna16_available
-from fusedq_kernels.device import cpu_device, current_device, device_by_name
-from fusedq_kernels.heuristics import kernels_for
-from fusedq_kernels.types import DeviceSpec, KernelName
-from vllm_fusedq.checkpoint import Checkpoint, read_checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
-from vllm_fusedq.formats import Finding, format_for, settle
-from vllm_fusedq.formats.base import CheckpointFormat
-from vllm_fusedq.integration.last_words import open_message_file, speaking_last
-from vllm_fusedq.integration.versions import batch_invariant
-from vllm_fusedq.integration.worker_methods import install_worker_methods
-from vllm_fusedq.live import LiveReport, WorkerRank
-from vllm_fusedq.load import LayerLoader
-from vllm_fusedq.plan import LayerPlan, Target
-from vllm_fusedq.preflight import plan_model
-from vllm_fusedq.settings import Settings, parse_settings
 
-logger = logging.getLogger("vllm.fusedq")
+if TYPE_CHECKING:
+    from vllm_fusedq.checkpoint import Checkpoint
+    from vllm_fusedq.formats.base import CheckpointFormat
+    from vllm_fusedq.integration.worker import WorkerState
 
 
 class FusedQConfig(QuantizationConfig):
@@ -107,9 +86,16 @@ class FusedQConfig(QuantizationConfig):
         The tensor-parallel size is not known yet; what depends on it is refused by the workers
         before they read a weight.
         """
+        from vllm_fusedq.checkpoint import read_checkpoint
+        from vllm_fusedq.formats import format_for
+        from vllm_fusedq.integration.devices import announced_device
+        from vllm_fusedq.integration.last_words import open_message_file
+        from vllm_fusedq.plan import Target
+        from vllm_fusedq.preflight import plan_model
+
         self.checkpoint = read_checkpoint(model_name, revision)
         self.format = format_for(self.checkpoint)
-        plan_model(self.checkpoint, Target(_announced_device(), torch.bfloat16))
+        plan_model(self.checkpoint, Target(announced_device(), torch.bfloat16))
         self.message_file = open_message_file()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -120,6 +106,12 @@ class FusedQConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Fused where the checkpoint is quantized, vLLM's own method where it is not."""
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        from vllm_fusedq.integration.last_words import speaking_last
+        from vllm_fusedq.integration.linear import FusedQLinearMethod
+
         head = isinstance(layer, ParallelLMHead)
         if not head and not isinstance(layer, LinearBase):
             return None
@@ -129,8 +121,6 @@ class FusedQConfig(QuantizationConfig):
             formats = {module: self._loaded_format().spec_for(module) for module in modules}
         if not any(formats.values()):
             return None if head else UnquantizedLinearMethod()
-        from vllm_fusedq.integration.linear import FusedQLinearMethod
-
         return FusedQLinearMethod(state, prefix, modules, formats)
 
     def modules_of(self, prefix: str) -> tuple[str, ...]:
@@ -151,7 +141,7 @@ class FusedQConfig(QuantizationConfig):
             raise UnsupportedCheckpoint("this process has built no fused layer")
         return self._worker.document()
 
-    def _loaded_format(self) -> CheckpointFormat:
+    def _loaded_format(self) -> "CheckpointFormat":
         if self.format is None:
             raise UnsupportedCheckpoint(
                 "--quantization fusedq needs a quantized checkpoint of its own; "
@@ -160,106 +150,14 @@ class FusedQConfig(QuantizationConfig):
         return self.format
 
     def _worker_state(self) -> "WorkerState":
-        """Once per worker, before any layer exists: the whole model at this TP size."""
+        """Once per worker, before any layer exists."""
         if self._worker is None:
-            vllm_config = get_current_vllm_config()
-            settings = parse_settings(vllm_config.additional_config.get(self.NAME, {}))
-            device = settings.device(_worker_device())
-            striped = kernels_for(device)[0] is KernelName.CPU_STRIPED
-            if striped and settings.kernel == "auto":
-                logger.warning(
-                    "This build of vLLM has no fused CPU operator: quantized layers run on "
-                    "cpu-striped, which is several times slower."
-                )
-            dtype = vllm_config.model_config.dtype
-            target = Target(device, dtype, settings.insisted, batch_invariant())
-            install_worker_methods()
-            self._worker = WorkerState(
-                *(target, settings, self.message_file),
-                model=self._loaded_format().checkpoint.path,
-                rank=_worker_rank(vllm_config),
-                max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            )
-            plan = plan_model(
-                self._loaded_format().checkpoint, target, get_tensor_model_parallel_world_size()
-            )
-            self._worker.unquantized = plan.unquantized
+            from vllm_fusedq.integration.worker import start_worker
+
+            self._worker = start_worker(self._loaded_format().checkpoint, self.message_file)
         return self._worker
-
-
-class WorkerState:
-    """What one worker process knows: its target, and the layers as they are created and loaded."""
-
-    def __init__(
-        self,
-        target: Target,
-        settings: Settings,
-        message_file: str | None,
-        model: str = "",
-        rank: WorkerRank | None = None,
-        max_tokens: int = 1,
-    ) -> None:
-        self.target = target
-        self.settings = settings
-        self.message_file = message_file
-        self.plans: list[LayerPlan] = []
-        self.unquantized: tuple[str, ...] = ()
-        self._findings: dict[str, Finding] = {}
-        self.live = LiveReport(target, model, rank or WorkerRank(), max_tokens)
-
-    def layer_loaded(self, loader: LayerLoader, has_bias: bool) -> None:
-        """Take note of a finished layer; after the last one, warm up and report.
-
-        Raises:
-            WeightLoadError: the layers contradict each other about how they were stored.
-        """
-        if self.live.warmed is not None:
-            return  # A weight update: nothing new to compile or to tell
-        self._findings |= loader.findings
-        self.live.add(loader, has_bias)
-        if len(self.live.loaders) < len(self.plans):
-            return
-        note = settle(self._findings)
-        self.live.finish()
-        if self.live.rank.reports:
-            if note:
-                logger.warning(note)
-            self.live.log(self.plans, self.unquantized)
-            if self.settings.report is not None:
-                # Tables cost every vLLM process 30 ms of import; only one engine prints one.
-                from vllm_fusedq.report_json import write_document
-
-                path = self.live.rank.report_file(Path(self.settings.report))
-                write_document(path, self.document())
-
-    def document(self) -> dict[str, Any]:
-        return self.live.document(self.plans, self.unquantized, VLLM_VERSION)
-
-
-def _worker_rank(vllm_config: Any) -> WorkerRank:
-    parallel = vllm_config.parallel_config
-    return WorkerRank(
-        tensor=get_tensor_model_parallel_rank(),
-        tensor_size=get_tensor_model_parallel_world_size(),
-        pipeline=get_pp_group().rank_in_group,
-        pipeline_size=parallel.pipeline_parallel_size,
-        data=parallel.data_parallel_rank,
-    )
 
 
 def parameter_name(tensor: str) -> str:
     """What the vLLM layer calls a checkpoint tensor; torch allows no dots."""
     return tensor.replace(".", "_")
-
-
-def _announced_device() -> DeviceSpec:
-    """The device as the API process may know it: CUDA must not be initialised there."""
-    if current_platform.is_cpu():
-        return cpu_device(wna16_available())
-    capability = current_platform.get_device_capability()
-    return device_by_name(f"sm_{capability.major}{capability.minor}")
-
-
-def _worker_device() -> DeviceSpec:
-    device = torch.device("cpu") if current_platform.is_cpu() else torch.device("cuda")
-    return current_device(device, wna16_available())

@@ -17,8 +17,9 @@ from fusedq_kernels.cpu import wna16_call
 from fusedq_kernels.types import KernelName
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat, Region
-from vllm_fusedq.integration.config import WorkerState, parameter_name
+from vllm_fusedq.integration.config import parameter_name
 from vllm_fusedq.integration.last_words import speaking_last
+from vllm_fusedq.integration.worker import WorkerState
 from vllm_fusedq.load import LayerLoader
 from vllm_fusedq.plan import plan_layer
 from vllm_fusedq.sharding import LayerShard, ParallelStyle, PartShard

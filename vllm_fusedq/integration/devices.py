@@ -1,0 +1,23 @@
+"""The device that vLLM runs on, as planning describes it."""
+
+import torch
+import vllm._custom_ops  # noqa: F401  (registers the CPU operators that planning looks for)
+from vllm.platforms import current_platform
+
+from fusedq_kernels.cpu import wna16_available
+from fusedq_kernels.device import cpu_device, current_device, device_by_name
+from fusedq_kernels.types import DeviceSpec
+
+
+def announced_device() -> DeviceSpec:
+    """The device as the API process may know it: CUDA must not be initialised there."""
+    if current_platform.is_cpu():
+        return cpu_device(wna16_available())
+    capability = current_platform.get_device_capability()
+    return device_by_name(f"sm_{capability.major}{capability.minor}")
+
+
+def worker_device() -> DeviceSpec:
+    """The device of this worker process."""
+    device = torch.device("cpu") if current_platform.is_cpu() else torch.device("cuda")
+    return current_device(device, wna16_available())
