@@ -61,7 +61,7 @@ def check(layer: LayerFormat, tensors: Tensors, region: Region, truth: Truth) ->
     codes, zeros, scales = truth.slice(*bounds)
     assert weight.codes.dtype == torch.uint8
     assert torch.equal(weight.codes, codes)
-    assert weight.scales.dtype == layer.spec.scale_dtype
+    assert weight.scales.dtype == layer.spec.scale_dtype.torch
     assert torch.equal(weight.scales, scales)
     assert weight.phase == region.k_start % truth.group_size
     assert weight.spec == layer.spec

@@ -153,9 +153,10 @@ def test_slow_kernels_rounded_scales_and_padding_are_warned_of(tmp_path: Path) -
     checkpoint = read_checkpoint(tmp_path)
 
     def messages(fused_op: bool, tp: int) -> list[str]:
-        layers = plan_model(checkpoint, Target(cpu_device(fused_op), torch.bfloat16), tp)
-        found = capacity_of(checkpoint, layers, torch.bfloat16, Demand(), None)
-        warned = warnings_for(checkpoint, layers, torch.bfloat16, found)
+        target = Target(cpu_device(fused_op), torch.bfloat16)
+        layers = plan_model(checkpoint, target, tp)
+        found = capacity_of(checkpoint, layers, target.act_dtype, Demand(), None)
+        warned = warnings_for(checkpoint, layers, target.act_dtype, found)
         return [f"{each.layer}: {each.message}" for each in warned]
 
     rounded = messages(True, 1)

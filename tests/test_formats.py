@@ -47,7 +47,7 @@ def test_describes_every_layer(build: str, group_size: int, tmp_path: Path) -> N
         assert (layer.n, layer.k) == truth.codes.shape
         assert layer.spec.group_size == truth.group_size
         assert layer.spec.has_zero_points == (truth.zeros is not None)
-        assert layer.spec.scale_dtype == torch.float16
+        assert layer.spec.scale_dtype.torch == torch.float16
         for layout in layer.tensors:
             info = fmt.checkpoint.tensors[f"{module}.{layout.name}"]
             assert layer.stored_shape(layout) == info.shape
@@ -61,14 +61,14 @@ def test_describes_every_layer(build: str, group_size: int, tmp_path: Path) -> N
 def test_scales_keep_their_dtype(build: str, dtype: torch.dtype, tmp_path: Path) -> None:
     layer = load(tmp_path, build, dtype=dtype).spec_for(UP)
     assert layer is not None
-    assert layer.spec.scale_dtype == dtype
+    assert layer.spec.scale_dtype.torch == dtype
 
 
 def test_layouts_are_data(tmp_path: Path) -> None:
     layer = load(tmp_path).spec_for(UP)
     assert layer is not None
     assert layer.description == "awq 4-bit g32, zero points"
-    assert [(t.name, t.dims, t.dtype) for t in layer.tensors] == [
+    assert [(t.name, t.dims, t.dtype.torch) for t in layer.tensors] == [
         ("qweight", (Dim("k"), Dim("n", 8)), torch.int32),
         ("qzeros", (Dim("g"), Dim("n", 8)), torch.int32),
         ("scales", (Dim("g"), Dim("n")), torch.float16),

@@ -69,7 +69,7 @@ def engine_plans(checkpoint: Checkpoint, model: Model, target: Target) -> list[L
     config.checkpoint, config.format = checkpoint, format_for(checkpoint)
     config.packed_modules_mapping = LlamaForCausalLM.packed_modules_mapping
     state = config._worker = WorkerState(target, Settings(), None)
-    common = {"bias": False, "quant_config": config, "params_dtype": target.act_dtype}
+    common = {"bias": False, "quant_config": config, "params_dtype": target.act_dtype.torch}
     for index in range(model.layers):
         block = f"model.layers.{index}"
         QKVParallelLinear(

@@ -3,8 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
-import torch
-
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import KernelName
 from vllm_fusedq.capacity import Capacity
 from vllm_fusedq.checkpoint import Checkpoint
@@ -27,7 +26,7 @@ class Warned:
 
 
 def warnings_for(
-    checkpoint: Checkpoint, plan: ModelPlan, act_dtype: torch.dtype, capacity: Capacity
+    checkpoint: Checkpoint, plan: ModelPlan, act_dtype: DType, capacity: Capacity
 ) -> list[Warned]:
     """Everything worth a word, equal words for numbered layers folded."""
     found: dict[str, list[str]] = defaultdict(list)
@@ -39,7 +38,7 @@ def warnings_for(
         if layer.kernel in SLOW_KERNELS:
             found[f"{layer.kernel.value} {SLOW_KERNELS[layer.kernel]}"].append(layer.prefix)
         if layer.kernel is KernelName.CPU_WNA16 and layer.spec.scale_dtype != act_dtype:
-            rounded = f"{_name(layer.spec.scale_dtype)} scales are rounded to {_name(act_dtype)}"
+            rounded = f"{layer.spec.scale_dtype} scales are rounded to {act_dtype}"
             found[f"{rounded}, as cpu-wna16 demands"].append(layer.prefix)
         if layer.rows > layer.k:
             padded = f"its activation order takes {layer.rows / layer.k:.2f} times its share of the"
@@ -73,7 +72,3 @@ def _of_memory(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
     asked = f"{capacity.sequences} x {capacity.max_model_len}"
     advice = "lower --max-model-len or --max-num-seqs, or use more ranks"
     return [Warned(checkpoint.path, f"{fits}, fewer than the {asked} asked for; {advice}")]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-import torch
-
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import round_up
 from fusedq_kernels.types import Launch
 from vllm_fusedq.checkpoint import Checkpoint
@@ -93,7 +92,7 @@ class Capacity:
 def capacity_of(
     checkpoint: Checkpoint,
     plan: ModelPlan,
-    act_dtype: torch.dtype,
+    act_dtype: DType,
     demand: Demand,
     memory: int | None,
 ) -> Capacity:
@@ -163,7 +162,7 @@ def block_count(checkpoint: Checkpoint) -> int:
 
 
 def kv_bytes_per_layer(
-    checkpoint: Checkpoint, tp_size: int, kv_cache_dtype: str, act_dtype: torch.dtype
+    checkpoint: Checkpoint, tp_size: int, kv_cache_dtype: str, act_dtype: DType
 ) -> int | None:
     """Bytes that one token takes in one layer's KV cache on one rank; None if not to be known.
 
@@ -222,7 +221,7 @@ def _stages_of(
     return (last,) if parts & _FINAL_NORMS else (0,)
 
 
-def _rank_bytes(info: TensorInfo, tp_size: int, act_dtype: torch.dtype) -> int:
+def _rank_bytes(info: TensorInfo, tp_size: int, act_dtype: DType) -> int:
     """A tensor's bytes on one rank, cut as vLLM cuts layers of that name."""
     elements, sizes = prod(info.shape), info.shape
     module, _, suffix = info.name.rpartition(".")

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fusedq_kernels.device import cpu_device
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.layout_tiled import TILED
 from vllm_fusedq import __version__
 from vllm_fusedq.checkpoint import (
@@ -43,7 +44,7 @@ from vllm_fusedq.sharding import LayerShard, ParallelStyle, PartShard
 JOURNAL = "convert.json"
 PARTIAL = ".partial"
 # The striped CPU kernel reads the same layouts as the Triton kernels and refuses the fewest shapes.
-TARGET = Target(cpu_device(fused_op=False), torch.float16)
+TARGET = Target(cpu_device(fused_op=False), DType.FLOAT16)
 
 Progress = Callable[[str, int, int], object]
 """Called with what is going on, the bytes of the source done and those in all."""

@@ -104,7 +104,7 @@ class LiveReport:
             model=self.model,
             rank=asdict(self.rank),
             device=device_json(self.target.device, None),
-            dtype=str(self.target.act_dtype).removeprefix("torch."),
+            dtype=self.target.act_dtype.value,
             layers=layers_json(plans),
             unquantized=list(unquantized),
             counts=counts_json(plans, unquantized),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fusedq_kernels import layout
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import LogicalWeight, PackedWeight, layout_for
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats import Finding, can_place, decode, inspect, place
@@ -43,7 +44,7 @@ class LayerLoader:
     _packed_once: bool = False
 
     @classmethod
-    def create(cls, plan: LayerPlan, act_dtype: torch.dtype, device: torch.device) -> "LayerLoader":
+    def create(cls, plan: LayerPlan, act_dtype: DType, device: torch.device) -> "LayerLoader":
         """Allocate the resident tensors of `plan` on `device`."""
         packed = layout.empty_packed(
             layout_for(plan.kernel, plan.spec.weight_type),
@@ -55,7 +56,7 @@ class LayerLoader:
     @property
     def tensor_dtypes(self) -> dict[str, torch.dtype]:
         """Every tensor suffix that any part of this layer reads, with its stored dtype."""
-        return {t.name: t.dtype for fmt in self.plan.formats for t in fmt.tensors}
+        return {t.name: t.dtype.torch for fmt in self.plan.formats for t in fmt.tensors}
 
     def add(self, name: str, tensor: torch.Tensor, shard_id: object = None) -> None:
         """Take one whole checkpoint tensor of the part `shard_id` (None: of the only part).
@@ -243,9 +244,9 @@ def _find_tensor(fmt: LayerFormat, name: str, part: PartShard) -> TensorLayout:
 def _check_stored(
     stored: TensorLayout, fmt: LayerFormat, part: PartShard, tensor: torch.Tensor
 ) -> None:
-    shape = tuple(tensor.shape)
-    if tensor.dtype != stored.dtype or not fmt.fits(stored, shape, tensor.dtype):
+    shape, dtype = tuple(tensor.shape), stored.dtype.torch
+    if tensor.dtype != dtype or not fmt.fits(stored, shape, stored.dtype):
         raise WeightLoadError(
             f"{part.module}.{stored.name}: loaded as {tensor.dtype} {list(shape)}; the header said "
-            f"{stored.dtype} {list(fmt.stored_shape(stored))}; the file changed while loading"
+            f"{dtype} {list(fmt.stored_shape(stored))}; the file changed while loading"
         )

@@ -4,15 +4,16 @@
 method (real partition sizes), so the pre-flight verdict is the runtime verdict.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
 
-import torch
-
-from fusedq_kernels import heuristics, layout
+from fusedq_kernels import heuristics
+from fusedq_kernels.dtype import DType
+from fusedq_kernels.resident import PERM_DTYPE, ResidentTensor, resident_tensors
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,
@@ -38,13 +39,17 @@ class Target:
     """Where a plan is for: the device decides the kernels, the dtype what they multiply by.
 
     A layer that `insisted` cannot run is refused; None lets the device decide for each layer. With
-    `batch_invariant` a row's bits do not depend on its batch.
+    `batch_invariant` a row's bits do not depend on its batch. A torch dtype may be given as
+    `act_dtype` and is kept by name.
     """
 
     device: DeviceSpec
-    act_dtype: torch.dtype
+    act_dtype: DType
     insisted: KernelName | None = None
     batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "act_dtype", DType.of(self.act_dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +131,7 @@ def plan_layer(
         raise PreflightError([_batch_dependent(shard, decode.kernel)])
     resident = choice.resident
     if first.ordered:
-        resident = (*resident, ("perm", rows * layout.PERM_DTYPE.itemsize))
+        resident = (*resident, ("perm", ResidentTensor((rows,), PERM_DTYPE).nbytes))
     return LayerPlan(
         shard=shard,
         formats=layer_formats,
@@ -161,10 +166,8 @@ def _choose(size: tuple[int, int], spec: QuantSpec, phase: int, target: Target) 
         for m in (DECODE_TOKENS, PREFILL_TOKENS)
     )
     form = layout_for(launches[0].kernel, spec.weight_type)
-    shapes = layout.packed_shapes(form, n, rows, spec, phase, act_dtype)
-    resident = tuple(
-        (name, prod(shape) * dtype.itemsize) for name, (shape, dtype) in shapes.items()
-    )
+    tensors = resident_tensors(form, n, rows, spec, phase, act_dtype)
+    resident = tuple((name, tensor.nbytes) for name, tensor in tensors.items())
     return _Choice((), launches, resident)
 
 

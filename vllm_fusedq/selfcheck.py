@@ -62,7 +62,10 @@ def check_layer(
     loader.check_complete()
     resident = layout.unpack(loader.packed)
     generator = torch.Generator().manual_seed(0)
-    xs = [torch.randn(m, plan.k, generator=generator).to(device, target.act_dtype) for m in TOKENS]
+    xs = [
+        torch.randn(m, plan.k, generator=generator).to(device, target.act_dtype.torch)
+        for m in TOKENS
+    ]
     found = [op.matmul(x, loader.packed, None, plan.kernel).double() for x in xs]
     wrong, expected, start = 0, [[] for _ in xs], 0
     for weight in _decoded(plan, stored, device):
@@ -80,7 +83,7 @@ def check_layer(
         wrong,
         max(worst for worst, _ in errors),
         max(rms for _, rms in errors),
-        _limit(target.act_dtype),
+        _limit(target.act_dtype.torch),
     )
 
 

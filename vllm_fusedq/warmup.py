@@ -56,12 +56,12 @@ def _run(layer: LoadedLayer, target: Target, max_tokens: int) -> int:
         from fusedq_kernels.warmup import warm_up as compile_launches
 
         return compile_launches(
-            *(packed, target.device, target.act_dtype, max_tokens),
+            *(packed, target.device, target.act_dtype.torch, max_tokens),
             with_bias=with_bias,
             batch_invariant=target.batch_invariant,
         )
     features = packed.k if packed.perm is None else packed.in_features
-    x = torch.zeros(1, features, dtype=target.act_dtype, device=packed.qweight.device)
+    x = torch.zeros(1, features, dtype=target.act_dtype.torch, device=packed.qweight.device)
     for has_bias in with_bias:
         matmul(x, packed, x.new_zeros(packed.n) if has_bias else None, layer.kernel)
     return len(with_bias)

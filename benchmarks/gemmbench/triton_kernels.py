@@ -130,7 +130,7 @@ def dequantize(packed: PackedWeight, out: torch.Tensor) -> torch.Tensor:
         n_padded,
         groups.num_groups - 1,
         DECODE=DECODERS[spec.weight_type],
-        SCALE_DTYPE=_TL_DTYPES[spec.scale_dtype] if spec.has_zero_points else tl.float32,
+        SCALE_DTYPE=_TL_DTYPES[spec.scale_dtype.torch] if spec.has_zero_points else tl.float32,
         WORDS=words,
         STEP=step,
         STEPS=BLOCK_K // step,

@@ -42,7 +42,7 @@ def random_weight(n: int, k: int, spec: QuantSpec, device: torch.device, seed=0)
     if spec.has_zero_points:
         # Zero points lie near the middle in checkpoints; 1 and above, as GPTQ v1 can store.
         zeros = torch.randint(bound // 4, 3 * bound // 4, grouped, **options)
-    return LogicalWeight(codes, scales.to(spec.scale_dtype), zeros, spec)
+    return LogicalWeight(codes, scales.to(spec.scale_dtype.torch), zeros, spec)
 
 
 def random_tokens(m: int, k: int, dtype: torch.dtype, device: torch.device, seed=1) -> torch.Tensor:

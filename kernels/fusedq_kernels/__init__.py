@@ -1,16 +1,11 @@
 """Fused dequantize-and-multiply kernels for quantized weights; torch and Triton only.
 
-Importing this package imports no Triton: planning runs where there is none.
+Importing this package imports neither: planning needs none, and runs where there is no Triton.
 """
 
-from fusedq_kernels.layout import (
-    empty_packed,
-    pack,
-    pack_rows,
-    packed_shapes,
-    unpack,
-    weight_bytes,
-)
+from importlib import import_module
+
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,
@@ -27,6 +22,7 @@ from fusedq_kernels.types import (
 )
 
 __all__ = [
+    "DType",
     "DeviceSpec",
     "GemmShape",
     "KernelName",
@@ -49,10 +45,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    # Registering the operator takes half of the package's import time; planning needs none.
-    if name == "matmul":
-        from fusedq_kernels.op import matmul
+_LAYOUT_NAMES = ("empty_packed", "pack", "pack_rows", "packed_shapes", "unpack", "weight_bytes")
+_IMPORTED_WHEN_USED = {"matmul": "op", **dict.fromkeys(_LAYOUT_NAMES, "layout")}
 
-        return matmul
+
+def __getattr__(name: str) -> object:
+    if name in _IMPORTED_WHEN_USED:
+        return getattr(import_module(f"fusedq_kernels.{_IMPORTED_WHEN_USED[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

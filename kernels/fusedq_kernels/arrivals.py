@@ -19,7 +19,8 @@ from collections.abc import Iterator
 
 import torch
 
-MAX_TILES = 4096
+from fusedq_kernels.geometry import MAX_TILES
+
 MAX_STREAMS = 64
 
 

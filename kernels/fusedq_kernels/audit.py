@@ -27,7 +27,7 @@ from fusedq_kernels import gemm
 from fusedq_kernels.audit_row import AuditRow, tile_name
 from fusedq_kernels.device import KNOWN_DEVICES, device_by_name
 from fusedq_kernels.geometry import GroupGeometry, group_geometry
-from fusedq_kernels.heuristics import ACT_DTYPES, tiles_for
+from fusedq_kernels.heuristics import tiles_for
 from fusedq_kernels.types import DeviceSpec, QuantSpec, TileConfig, WeightType
 
 AUDIT_K = 1 << 16
@@ -50,7 +50,7 @@ def audit(
     target: str,
     tiles: Collection[str] | None = None,
     weight_types: Iterable[WeightType] = tuple(WeightType),
-    act_dtypes: Iterable[torch.dtype] = ACT_DTYPES,
+    act_dtypes: Iterable[torch.dtype] = gemm.ACT_DTYPES,
     group_sizes: Iterable[int] = (128,),
     *,
     scale_dtype: torch.dtype | None = None,

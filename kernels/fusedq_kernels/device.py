@@ -3,11 +3,15 @@
 `heuristics.py` decides from a `DeviceSpec` alone and never asks a driver.
 """
 
+from __future__ import annotations
+
+import ctypes
+import functools
 import re
 from dataclasses import replace
+from pathlib import Path
 
-import torch
-
+from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import DeviceSpec
 
 _KIB = 1024
@@ -85,8 +89,16 @@ def cpu_device(fused_op: bool) -> DeviceSpec:
     """This machine's CPU; `fused_op` says whether vLLM's fused CPU operator is available."""
     if not fused_op:
         return DeviceSpec("cpu", "cpu")
-    has_amx = torch.cpu._is_amx_tile_supported()
-    return DeviceSpec("cpu", "cpu", cpu_isa="amx" if has_amx else "vec")
+    return DeviceSpec("cpu", "cpu", cpu_isa="amx" if _has_amx() else "vec")
+
+
+@functools.cache
+def _has_amx() -> bool:
+    """`torch.cpu._is_amx_tile_supported` as Linux tells it, without importing torch."""
+    try:
+        return " amx_tile" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def current_device(device: torch.device, fused_op: bool) -> DeviceSpec:
@@ -108,6 +120,21 @@ def current_device(device: torch.device, fused_op: bool) -> DeviceSpec:
         smem_per_block=properties.shared_memory_per_block_optin,
     )
     return replace(spec, name=_device_name(properties.name, spec))
+
+
+def current_gpu() -> tuple[DeviceSpec, int] | None:
+    """The first GPU and its memory in bytes, None without one; torch is asked only if it may help.
+
+    Without NVIDIA's driver there is no GPU, which is known two seconds before torch says it.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    gpu = torch.device("cuda")
+    return current_device(gpu, False), torch.cuda.get_device_properties(gpu).total_memory
 
 
 def _device_name(driver_name: str, spec: DeviceSpec) -> str:

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fusedq_kernels import geometry
+from fusedq_kernels import geometry, heuristics
 from fusedq_kernels.arrivals import MAX_TILES, arrival_counters
 from fusedq_kernels.decode import DECODERS
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.gemm_kernel import fused_gemm_kernel
-from fusedq_kernels.heuristics import ACT_DTYPES
 from fusedq_kernels.types import (
     KernelName,
     Launch,
@@ -28,7 +28,13 @@ from fusedq_kernels.types import (
 ALIGNMENT = 16
 ALIGNED_ARGS = ("K", "n_padded", "pad", "stride_xm")
 
-_TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+ACT_DTYPES = tuple(dtype.torch for dtype in heuristics.ACT_DTYPES)
+
+_TL_DTYPES = {
+    DType.FLOAT16: tl.float16,
+    DType.BFLOAT16: tl.bfloat16,
+    DType.FLOAT32: tl.float32,
+}
 # A finer step masks rows of x, which a descriptor cannot.
 _MIN_DESCRIPTOR_STEP = 16
 # Fixed here because Triton's default is about to change and would change the last bit of results.
@@ -52,7 +58,7 @@ def kernel_constants(
         "DECODE": DECODERS[spec.weight_type],
         "SCALE_DTYPE": _TL_DTYPES[spec.scale_dtype] if has_zero_points else tl.float32,
         "SCALE_WEIGHTS": tile.scale_weights,
-        "NARROW_SCALE": tile.scale_weights and spec.scale_dtype == act_dtype,
+        "NARROW_SCALE": tile.scale_weights and spec.scale_dtype.torch == act_dtype,
         "X_DESCRIPTOR": tile.x_descriptor,
         "WORDS": geometry.BLOCK_K * spec.weight_type.bits // 32,
         "STEP": step,

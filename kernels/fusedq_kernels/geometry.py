@@ -3,21 +3,13 @@
 import functools
 from dataclasses import dataclass
 from math import gcd
-from typing import NamedTuple
-
-import torch
 
 BLOCK_K = 128
 # The tiled layouts pad N to this.
 BLOCK_N = 128
 WNA16_ALIGNMENT = 32
-
-
-class TensorSpec(NamedTuple):
-    """Shape and dtype of one resident tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+# Output tiles that split-K can count at once (`arrivals.py`).
+MAX_TILES = 4096
 
 
 @dataclass(frozen=True, slots=True)

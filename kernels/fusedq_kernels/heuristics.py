@@ -5,12 +5,14 @@ driver, so the answer given while planning is the answer at run time. `tiles.py`
 the rules, `tuning.py` the measured rows, which come before them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from fusedq_kernels import tuning
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, group_geometry, round_up, whole_splits
 from fusedq_kernels.tiles import Rule, rules_for
 from fusedq_kernels.types import (
@@ -26,9 +28,12 @@ from fusedq_kernels.types import (
     runs,
 )
 
-ACT_DTYPES = (torch.float16, torch.bfloat16)
+if TYPE_CHECKING:
+    import torch
 
-_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ACT_DTYPES = (DType.FLOAT16, DType.BFLOAT16)
+
+_SCALE_DTYPES = (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32)
 _MIN_CAPABILITY = (8, 0)
 _MIN_STEP = 8
 # With 8 tokens Triton 3.6 chooses mma.sync where it has wgmma for more.
@@ -136,7 +141,12 @@ def reachable_launches(
 
 
 def unsupported_reasons(
-    n: int, k: int, spec: QuantSpec, phase: int, device: DeviceSpec, act_dtype: torch.dtype
+    n: int,
+    k: int,
+    spec: QuantSpec,
+    phase: int,
+    device: DeviceSpec,
+    act_dtype: DType | torch.dtype,
 ) -> tuple[Reason, ...]:
     """Every reason why this device cannot run this layer fused; empty if it can.
 
@@ -156,8 +166,8 @@ def unsupported_reasons(
         reasons.append(Reason(f"{n} out_features per rank", "multiples of 8"))
     if k % 16:
         reasons.append(Reason(f"{k} in_features per rank", "multiples of 16"))
-    if act_dtype not in ACT_DTYPES:
-        reasons.append(Reason(f"activations in {_name(act_dtype)}", _names(ACT_DTYPES)))
+    if DType.of(act_dtype) not in ACT_DTYPES:
+        reasons.append(Reason(f"activations in {DType.of(act_dtype)}", ", ".join(ACT_DTYPES)))
     if kernel is KernelName.TRITON_GEMM and device.capability < _MIN_CAPABILITY:
         found, needed = ("{}.{}".format(*c) for c in (device.capability, _MIN_CAPABILITY))
         reasons.append(
@@ -214,11 +224,11 @@ def _scale_reasons(spec: QuantSpec, kernel: KernelName) -> list[Reason]:
     supported = _SCALE_DTYPES
     if spec.has_zero_points and kernel is not KernelName.CPU_WNA16:
         # P4 keeps scale and zero point in one 32-bit word.
-        supported = (torch.float16, torch.bfloat16)
+        supported = (DType.FLOAT16, DType.BFLOAT16)
     if spec.scale_dtype in supported:
         return []
     beside = " beside zero points" if spec.has_zero_points else ""
-    return [Reason(f"scales in {_name(spec.scale_dtype)}{beside}", _names(supported))]
+    return [Reason(f"scales in {spec.scale_dtype}{beside}", ", ".join(supported))]
 
 
 def _group_reasons(k: int, spec: QuantSpec, phase: int, kernel: KernelName) -> list[Reason]:
@@ -240,11 +250,3 @@ def _group_reasons(k: int, spec: QuantSpec, phase: int, kernel: KernelName) -> l
         found = f"a rank that starts {phase} in_features into a group"
         reasons.append(Reason(found, f"multiples of {unit}"))
     return reasons
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(_name(dtype) for dtype in dtypes)

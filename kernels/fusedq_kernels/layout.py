@@ -6,21 +6,20 @@ groups. This module checks, works in stripes and dispatches. The readers of a pa
 """
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from fusedq_kernels import bits, layout_wna16
+from fusedq_kernels import bits, layout_wna16, resident
 from fusedq_kernels.geometry import (
     GroupGeometry,
-    TensorSpec,
     Wna16Geometry,
     count_groups,
     group_geometry,
     wna16_geometry,
 )
 from fusedq_kernels.layout_tiled import TILED
-from fusedq_kernels.types import Layout, LogicalWeight, PackedWeight, QuantSpec, holds
+from fusedq_kernels.types import Layout, LogicalWeight, PackedWeight, QuantSpec
 
 __all__ = [
     "PERM_DTYPE",
@@ -42,23 +41,25 @@ __all__ = [
 # Stripes of rows start and end on this, so that no stripe splits a block of any layout.
 ROW_ALIGNMENT = 32
 
-PERM_DTYPE = torch.int32
+PERM_DTYPE = resident.PERM_DTYPE.torch
 
 # Codes per stripe: a stripe and its temporaries stay within a few MB and mostly in cache.
 _STRIPE_CODES = 1 << 20
 
 
+class TensorSpec(NamedTuple):
+    """Shape and dtype of one resident tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 def packed_shapes(
     layout: Layout, n: int, k: int, spec: QuantSpec, phase: int, act_dtype: torch.dtype
 ) -> dict[str, TensorSpec]:
-    """Shape and dtype of each resident tensor, by `PackedWeight` field name.
-
-    `zeros` is present only where the layout keeps zero points apart. `act_dtype` matters to
-    CPU_WNA16 alone. Raises ValueError for a scheme that the layout cannot hold.
-    """
-    if not holds(layout, spec.weight_type):
-        raise ValueError(f"layout {layout.value} does not hold {spec.weight_type.value}")
-    return _CODECS[layout].shapes(n, k, spec, phase, act_dtype)
+    """`resident.resident_tensors` in torch's dtypes."""
+    tensors = resident.resident_tensors(layout, n, k, spec, phase, act_dtype)
+    return {name: TensorSpec(each.shape, each.dtype.torch) for name, each in tensors.items()}
 
 
 def empty_packed(
@@ -143,7 +144,6 @@ def weight_bytes(packed: PackedWeight) -> dict[str, int]:
 class _Codec(Protocol):
     """What a layout offers."""
 
-    shapes: Callable[..., dict[str, TensorSpec]]
     write_groups: Callable[..., None]
     write_codes: Callable[..., None]
     read_groups: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -166,7 +166,10 @@ def _check_rows(packed: PackedWeight, start: int, rows: LogicalWeight) -> None:
             f"rows {start}:{stop} of {packed.n} must start and end at multiples of {ROW_ALIGNMENT}"
         )
     grouped = (count, count_groups(k, packed.spec.group_size, packed.phase))
-    expected = {"codes": ((count, k), torch.uint8), "scales": (grouped, packed.spec.scale_dtype)}
+    expected = {
+        "codes": ((count, k), torch.uint8),
+        "scales": (grouped, packed.spec.scale_dtype.torch),
+    }
     if packed.spec.has_zero_points:
         expected["zeros"] = (grouped, torch.uint8)
     elif rows.zeros is not None:

@@ -28,40 +28,21 @@ from dataclasses import dataclass
 import torch
 
 from fusedq_kernels import bits
-from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, TensorSpec, group_geometry, round_up
-from fusedq_kernels.types import Layout, PackedWeight, QuantSpec
+from fusedq_kernels.geometry import group_geometry
+from fusedq_kernels.types import Layout, PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
 class TiledCodec:
-    """One tiled layout: `words` per row and K block, and the two functions that fill them.
+    """The two functions that fill the words of one tiled layout.
 
     Zero points are below `zero_bound`.
     """
 
     layout: Layout
-    words: int
     zero_bound: int
     encode: Callable[[torch.Tensor, torch.Tensor], None]
     decode: Callable[[torch.Tensor], torch.Tensor]
-
-    def shapes(
-        self, n: int, k: int, spec: QuantSpec, phase: int, act_dtype: torch.dtype
-    ) -> dict[str, TensorSpec]:
-        """Shape and dtype of each resident tensor."""
-        if spec.has_zero_points and spec.scale_dtype.itemsize != 2:
-            raise ValueError(
-                f"layout {self.layout.value} keeps a 16-bit scale beside each zero point, "
-                f"got {spec.scale_dtype}"
-            )
-        geometry = group_geometry(k, spec.group_size, phase)
-        n_padded = round_up(n, BLOCK_N)
-        num_blocks = geometry.k_padded // BLOCK_K
-        scale_dtype = torch.int32 if spec.has_zero_points else torch.float32
-        return {
-            "qweight": TensorSpec((num_blocks, n_padded, self.words), torch.int32),
-            "scales": TensorSpec((geometry.num_groups, n_padded), scale_dtype),
-        }
 
     def write_groups(
         self, packed: PackedWeight, start: int, scales: torch.Tensor, zeros: torch.Tensor | None
@@ -81,8 +62,8 @@ class TiledCodec:
         """Scales and zero points `[stop - start, G]` of outputs `[start, stop)`."""
         groups = packed.scales[:, start:stop].t().contiguous()
         if not packed.spec.has_zero_points:
-            return groups.to(packed.spec.scale_dtype), None
-        scales = (groups >> 16).to(torch.int16).view(packed.spec.scale_dtype)
+            return groups.to(packed.spec.scale_dtype.torch), None
+        scales = (groups >> 16).to(torch.int16).view(packed.spec.scale_dtype.torch)
         return scales, groups.to(torch.uint8)
 
     def write_codes(
@@ -108,8 +89,8 @@ TILED = {
     codec.layout: codec
     for codec in (
         # A stored GPTQ v1 zero point of 15 means 16, and the kernels are exact up to it.
-        TiledCodec(Layout.P4, 16, 17, bits.p4_encode, bits.p4_decode),
-        TiledCodec(Layout.P8, 32, 256, bits.p8_encode, bits.p8_decode),
-        TiledCodec(Layout.PL4, 16, 0, bits.pl4_encode, bits.pl4_decode),
+        TiledCodec(Layout.P4, 17, bits.p4_encode, bits.p4_decode),
+        TiledCodec(Layout.P8, 256, bits.p8_encode, bits.p8_decode),
+        TiledCodec(Layout.PL4, 0, bits.pl4_encode, bits.pl4_decode),
     )
 }

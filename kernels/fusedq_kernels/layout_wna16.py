@@ -12,33 +12,9 @@ nibble i of word `[g, w]` is the zero point of output `8 w + i`.
 import torch
 
 from fusedq_kernels import bits
-from fusedq_kernels.geometry import (
-    WNA16_ALIGNMENT,
-    TensorSpec,
-    count_groups,
-    round_up,
-    wna16_geometry,
-)
-from fusedq_kernels.types import PackedWeight, QuantSpec
-
-_BLOCK_N = 16
-
-
-def shapes(
-    n: int, k: int, spec: QuantSpec, phase: int, act_dtype: torch.dtype
-) -> dict[str, TensorSpec]:
-    """Shape and dtype of each resident tensor."""
-    if act_dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"layout CPU_WNA16 needs fp16 or bf16 activations, got {act_dtype}")
-    geometry = wna16_geometry(k, spec.group_size, phase)
-    n_padded = round_up(n, WNA16_ALIGNMENT)
-    tensors = {
-        "qweight": TensorSpec((n_padded // _BLOCK_N, 2 * geometry.k_padded), torch.int32),
-        "scales": TensorSpec((geometry.num_groups, n_padded), act_dtype),
-    }
-    if spec.has_zero_points:
-        tensors["zeros"] = TensorSpec((geometry.num_groups, n_padded // 8), torch.int32)
-    return tensors
+from fusedq_kernels.geometry import count_groups, round_up, wna16_geometry
+from fusedq_kernels.resident import WNA16_BLOCK_N
+from fusedq_kernels.types import PackedWeight
 
 
 def write_groups(
@@ -50,7 +26,7 @@ def write_groups(
     if zeros is None or packed.zeros is None:
         return
     bits.check_below(zeros, 16, "zeros")
-    values = zeros.new_zeros((num_groups, round_up(count, _BLOCK_N)))
+    values = zeros.new_zeros((num_groups, round_up(count, WNA16_BLOCK_N)))
     values[:, :count] = zeros.t()
     words = bits.nibbles_encode(values)
     packed.zeros[:num_groups, start // 8 : start // 8 + words.shape[1]] = words
@@ -76,15 +52,15 @@ def write_codes(
     geometry = wna16_geometry(k, packed.spec.group_size, packed.phase)
     # A padding code equals its zero point, so that it is worth nothing whatever x holds there.
     front, back = (8, 8) if zeros is None else (zeros[:, :1], zeros[:, -1:])
-    rows = round_up(count, _BLOCK_N)
+    rows = round_up(count, WNA16_BLOCK_N)
     padded = bits.padded(codes, rows, geometry.pad, geometry.k_padded, front, back)
-    first = start // _BLOCK_N
-    bits.wna16_encode(padded, packed.qweight[first : first + rows // _BLOCK_N])
+    first = start // WNA16_BLOCK_N
+    bits.wna16_encode(padded, packed.qweight[first : first + rows // WNA16_BLOCK_N])
 
 
 def read_codes(packed: PackedWeight, start: int, stop: int) -> torch.Tensor:
     """Codes uint8 `[stop - start, K]` of outputs `[start, stop)`."""
     pad = wna16_geometry(packed.k, packed.spec.group_size, packed.phase).pad
-    first, last = start // _BLOCK_N, -(-stop // _BLOCK_N)
+    first, last = start // WNA16_BLOCK_N, -(-stop // WNA16_BLOCK_N)
     codes = bits.wna16_decode(packed.qweight[first:last])
     return codes[: stop - start, pad : pad + packed.k]

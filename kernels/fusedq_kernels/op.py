@@ -42,7 +42,6 @@ _SCALE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-_SCALE_DTYPE_NAMES = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
 
 # Tokens [M, K], weight, bias, out [M, N].
 Runner = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None, torch.Tensor], object]
@@ -92,7 +91,7 @@ def matmul(
         spec.group_size,
         packed.phase,
         spec.weight_type.value,
-        _SCALE_DTYPE_NAMES[spec.scale_dtype],
+        spec.scale_dtype.value,
         kernel.value,
         batch_invariant,
     )

@@ -7,10 +7,9 @@ caches other than L2 are left out.
 
 from dataclasses import dataclass
 
-import torch
-
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, group_geometry, round_up
-from fusedq_kernels.layout import packed_shapes
+from fusedq_kernels.resident import resident_tensors
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,
@@ -131,8 +130,8 @@ def rates_for(device: DeviceSpec) -> Rates | None:
 def packed_bytes(n: int, k: int, spec: QuantSpec) -> int:
     """Resident bytes of a packed weight `[n, k]` in its tiled layout, padding included."""
     layout = layout_for(KernelName.TRITON_GEMM, spec.weight_type)
-    shapes = packed_shapes(layout, n, k, spec, 0, torch.bfloat16)
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
+    shapes = resident_tensors(layout, n, k, spec, 0, DType.BFLOAT16)
+    return sum(tensor.nbytes for tensor in shapes.values())
 
 
 def instructions_per_weight(spec: QuantSpec, tile: TileConfig, k: int) -> float:

@@ -32,7 +32,7 @@ def random_logical(n: int, k: int, spec: QuantSpec, phase: int = 0, seed: int = 
     zeros = None
     if spec.has_zero_points:
         zeros = torch.randint(0, bound, grouped, generator=generator, dtype=torch.uint8)
-    return LogicalWeight(codes, scales.to(spec.scale_dtype), zeros, spec, phase)
+    return LogicalWeight(codes, scales.to(spec.scale_dtype.torch), zeros, spec, phase)
 
 
 def one_hot(

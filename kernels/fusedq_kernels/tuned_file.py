@@ -31,9 +31,15 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fusedq_kernels.arrivals import MAX_TILES
 from fusedq_kernels.device import device_by_name
-from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, group_geometry, round_up, whole_splits
+from fusedq_kernels.geometry import (
+    BLOCK_K,
+    BLOCK_N,
+    MAX_TILES,
+    group_geometry,
+    round_up,
+    whole_splits,
+)
 from fusedq_kernels.types import KernelName, TileConfig, WeightType, runs
 
 # Up to this many tokens `split_k` depends on N and K alone.

@@ -6,9 +6,12 @@ a `Launch`, `op.py` runs it.
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+from fusedq_kernels.dtype import DType
+
+if TYPE_CHECKING:
+    import torch
 
 
 class WeightType(Enum):
@@ -141,12 +144,16 @@ class QuantSpec:
     """One layer's quantization scheme.
 
     `group_size` counts input features per scale and is resolved: a per-channel scheme has
-    `group_size == in_features` of the unsharded layer, never -1.
+    `group_size == in_features` of the unsharded layer, never -1. A torch dtype may be given as
+    `scale_dtype` and is kept by name.
     """
 
     weight_type: WeightType
     group_size: int
-    scale_dtype: torch.dtype
+    scale_dtype: DType
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale_dtype", DType.of(self.scale_dtype))
 
     @property
     def has_zero_points(self) -> bool:
@@ -227,12 +234,12 @@ class LogicalWeight:
     reads feature k and `in_features` means nothing.
     """
 
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
+    codes: "torch.Tensor"
+    scales: "torch.Tensor"
+    zeros: "torch.Tensor | None"
     spec: QuantSpec
     phase: int = 0
-    perm: torch.Tensor | None = None
+    perm: "torch.Tensor | None" = None
     in_features: int = 0
 
 
@@ -244,13 +251,13 @@ class PackedWeight:
     are the logical sizes, without padding. `perm` and `in_features` are those of `LogicalWeight`.
     """
 
-    qweight: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
+    qweight: "torch.Tensor"
+    scales: "torch.Tensor"
+    zeros: "torch.Tensor | None"
     layout: Layout
     spec: QuantSpec
     n: int
     k: int
     phase: int = 0
-    perm: torch.Tensor | None = None
+    perm: "torch.Tensor | None" = None
     in_features: int = 0

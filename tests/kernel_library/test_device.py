@@ -32,12 +32,21 @@ def test_unknown_name_lists_the_known_ones(name):
         device.device_by_name(name)
 
 
+def test_amx_is_what_torch_finds() -> None:
+    assert device._has_amx() == torch.cpu._is_amx_tile_supported()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu_is_found_without_one() -> None:
+    assert device.current_gpu() is None
+
+
 @pytest.mark.parametrize(
     ("fused_op", "amx", "isa"),
     [(False, True, ""), (False, False, ""), (True, True, "amx"), (True, False, "vec")],
 )
 def test_cpu_device(monkeypatch, fused_op, amx, isa):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(device, "_has_amx", lambda: amx)
     expected = DeviceSpec("cpu", "cpu", cpu_isa=isa)
     assert device.cpu_device(fused_op) == expected
     assert device.current_device(torch.device("cpu"), fused_op) == expected

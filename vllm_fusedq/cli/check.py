@@ -12,6 +12,7 @@ from vllm_fusedq.cli.output import ExitCode, console, progress_bar
 from vllm_fusedq.errors import FusedQError, Problem
 
 if TYPE_CHECKING:
+    from fusedq_kernels.dtype import DType
     from fusedq_kernels.types import DeviceSpec
     from vllm_fusedq.advice import Warned
     from vllm_fusedq.capacity import Capacity, Demand
@@ -112,7 +113,7 @@ def check(
     except FusedQError as error:
         _refuse(error, document("check", **content, error=error_json(error)) if as_json else None)
     if as_json:
-        content["dtype"] = str(target.act_dtype).removeprefix("torch.")
+        content["dtype"] = target.act_dtype.value
         content["results"] = [_result_json(result, demand) for result in results]
         print(json.dumps(document("check", **content), indent=2))
     else:
@@ -138,24 +139,21 @@ def _sizes(text: str) -> list[int]:
 
 def _device(name: str) -> tuple["DeviceSpec", int | None]:
     """A device and its memory in bytes; what is refused by name stands as a device of no kind."""
-    import torch
-
     from fusedq_kernels.device import (
         MEMORY_BYTES,
         UNSUPPORTED_DEVICES,
         cpu_device,
-        current_device,
+        current_gpu,
         device_by_name,
     )
     from fusedq_kernels.types import DeviceSpec
 
     if name in UNSUPPORTED_DEVICES:
         return DeviceSpec(name, "unsupported"), None
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if name == "auto" and (found := current_gpu()) is not None:
+        return found
+    if name in ("auto", "cpu"):
         return cpu_device(fused_op=True), None
-    if name == "auto":
-        gpu = torch.device("cuda")
-        return current_device(gpu, False), torch.cuda.get_device_properties(gpu).total_memory
     try:
         return device_by_name(name), MEMORY_BYTES.get(name)
     except ValueError as error:
@@ -173,10 +171,9 @@ def _refuse_unsupported(name: str) -> None:
         raise PreflightError([Problem(f"device {name}", found, supported, fix)])
 
 
-def _act_dtype(dtype: Dtype, checkpoint: "Checkpoint") -> Any:
+def _act_dtype(dtype: Dtype, checkpoint: "Checkpoint") -> "DType":
     """vLLM's rule: the config's dtype where it is a 16-bit one, bfloat16 in place of float32."""
-    import torch
-
+    from fusedq_kernels.dtype import DType
     from vllm_fusedq.checkpoint import config_sections
 
     name = dtype.value
@@ -184,7 +181,7 @@ def _act_dtype(dtype: Dtype, checkpoint: "Checkpoint") -> Any:
         sections = config_sections(checkpoint.config)
         stated = [s.get(key) for s in sections for key in ("dtype", "torch_dtype") if s.get(key)]
         name = "float16" if stated[:1] == ["float16"] else "bfloat16"
-    return getattr(torch, name)
+    return DType(name)
 
 
 def _result(

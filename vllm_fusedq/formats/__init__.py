@@ -1,8 +1,9 @@
 """The checkpoint formats that are supported, by the `quant_method` of their config."""
 
-from collections.abc import Mapping
+from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from fusedq_kernels.types import LogicalWeight, PackedWeight
 from vllm_fusedq.checkpoint import Checkpoint
@@ -21,6 +22,9 @@ from vllm_fusedq.formats.layer import (
     TensorLayout,
     stored_slices,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "FORMATS",

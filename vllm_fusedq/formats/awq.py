@@ -15,11 +15,13 @@ Zero points are integers below 16, stored as they are where they are stored. Aut
 `(code - zero) * scale` whatever `zero_point` in the config says.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-import torch
-
+from fusedq_kernels.dtype import DType
+from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import LogicalWeight, WeightType
 from vllm_fusedq.errors import PreflightError, Problem, WeightLoadError
 from vllm_fusedq.formats.base import (
@@ -39,8 +41,8 @@ from vllm_fusedq.formats.unpacking import NIBBLES, take, unpack_columns, unpack_
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 FAST_ROWS, FAST_COLUMNS = 4, 64
 
-Tensors = Mapping[str, torch.Tensor]
-Unpacked = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors: TypeAlias = "Mapping[str, torch.Tensor]"
+Unpacked: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor]"
 
 
 BITS = (4,)
@@ -212,16 +214,16 @@ class _Version(NamedTuple):
 VERSIONS = {
     "gemm": _Version(
         (
-            TensorLayout("qweight", (Dim("k"), Dim("n", 8)), (torch.int32,)),
-            TensorLayout("qzeros", (Dim("g"), Dim("n", 8)), (torch.int32,)),
+            TensorLayout("qweight", (Dim("k"), Dim("n", 8)), (DType.INT32,)),
+            TensorLayout("qzeros", (Dim("g"), Dim("n", 8)), (DType.INT32,)),
             TensorLayout("scales", (Dim("g"), Dim("n")), SCALE_DTYPES),
         ),
         _unpack_gemm,
     ),
     "gemv": _Version(
         (
-            TensorLayout("qweight", (Dim("n"), Dim("k", 8)), (torch.int32,)),
-            TensorLayout("qzeros", (Dim("n"), Dim("g", 8)), (torch.int32,)),
+            TensorLayout("qweight", (Dim("n"), Dim("k", 8)), (DType.INT32,)),
+            TensorLayout("qzeros", (Dim("n"), Dim("g", 8)), (DType.INT32,)),
             TensorLayout("scales", (Dim("n"), Dim("g")), SCALE_DTYPES),
         ),
         _unpack_gemv,
@@ -231,7 +233,7 @@ VERSIONS = {
             TensorLayout(
                 "qweight",
                 (Dim("n", FAST_ROWS), Dim("k", block=FAST_COLUMNS)),
-                (torch.int16,),
+                (DType.INT16,),
             ),
             TensorLayout("qzeros", (Dim("g"), Dim("n")), SCALE_DTYPES),
             TensorLayout("scales", (Dim("g"), Dim("n")), SCALE_DTYPES),

@@ -4,13 +4,13 @@ A format's tensor names, config keys and bit order live in its own file; what a 
 as data lives in `layer.py`.
 """
 
+from __future__ import annotations
+
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar, Self
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from fusedq_kernels.types import LogicalWeight, PackedWeight
 from vllm_fusedq.checkpoint import Checkpoint
@@ -28,6 +28,9 @@ from vllm_fusedq.formats.layer import (
 )
 from vllm_fusedq.formats.support import Support
 from vllm_fusedq.safetensors_header import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "CheckpointFormat",

@@ -10,13 +10,15 @@ weight.quant_state.bitsandbytes__nf4 (or fp4) is a JSON object as bytes, which a
 Source: `QuantState`, `dequantize_4bit` and `dequantize_blockwise` of bitsandbytes.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-
+from fusedq_kernels.dtype import DType
+from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import LogicalWeight, WeightType
 from vllm_fusedq.checkpoint import MAX_METADATA_BYTES
 from vllm_fusedq.errors import PreflightError, Problem, WeightLoadError
@@ -46,7 +48,7 @@ ORPHANS = frozenset({"absmax", "quant_map"})
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # bnb_4bit_quant_storage only relabels the bytes of the codes
-STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+STORAGE_DTYPES = (DType.UINT8, DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32)
 NESTED_MAP_SIZE = 256
 
 
@@ -105,16 +107,16 @@ class BitsAndBytesFormat(CheckpointFormat):
             supported = f"tensors and {name} that agree"
             raise _refused(module, f"{found}, of which {name} says otherwise", supported, REDO)
         layouts = [
-            TensorLayout(WEIGHT, (Dim("n"), Dim("k", 2)), STORAGE_DTYPES, flat=torch.uint8),
+            TensorLayout(WEIGHT, (Dim("n"), Dim("k", 2)), STORAGE_DTYPES, flat=DType.UINT8),
             # Rows need not begin with a block, so every rank keeps all blocks while it loads
-            _vector(ABSMAX, blocks, *((torch.uint8,) if nested else SCALE_DTYPES)),
-            _vector(QUANT_MAP, len(STATES[name].codebook), torch.float32),
-            _vector(name, len(raw), torch.uint8),
+            _vector(ABSMAX, blocks, *((DType.UINT8,) if nested else SCALE_DTYPES)),
+            _vector(QUANT_MAP, len(STATES[name].codebook), DType.FLOAT32),
+            _vector(name, len(raw), DType.UINT8),
         ]
         if state.nested_blocksize is not None:
             layouts += [
-                _vector(NESTED_ABSMAX, -(-blocks // state.nested_blocksize), torch.float32),
-                _vector(NESTED_MAP, NESTED_MAP_SIZE, torch.float32),
+                _vector(NESTED_ABSMAX, -(-blocks // state.nested_blocksize), DType.FLOAT32),
+                _vector(NESTED_MAP, NESTED_MAP_SIZE, DType.FLOAT32),
             ]
         return Scheme(
             STATES[name],
@@ -124,7 +126,7 @@ class BitsAndBytesFormat(CheckpointFormat):
             scales=ABSMAX,
             variant=STATES[name].value,
             sizes=(state.n, state.k),
-            scale_dtype=torch.float32,
+            scale_dtype=DType.FLOAT32,
         )
 
     @staticmethod
@@ -215,7 +217,7 @@ def _is_finite(value: object) -> bool:
     return type(value) is float and math.isfinite(value)
 
 
-def _vector(name: str, size: int, *dtypes: torch.dtype) -> TensorLayout:
+def _vector(name: str, size: int, *dtypes: DType) -> TensorLayout:
     return TensorLayout(name, (Dim(None, size=size),), dtypes)
 
 

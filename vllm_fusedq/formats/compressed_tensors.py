@@ -5,12 +5,14 @@ each in_feature's group, or -1 throughout. Source: `QuantizationConfig` and `deq
 compressed_tensors package.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
-
+from fusedq_kernels.dtype import DType
+from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import LogicalWeight
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.base import (
@@ -35,7 +37,7 @@ from vllm_fusedq.formats.ordering import sort_rows
 from vllm_fusedq.formats.support import Support, bit_widths
 from vllm_fusedq.formats.widening import resident_type, widen
 
-G_IDX = TensorLayout("weight_g_idx", (Dim("k"),), (torch.int32, torch.int64))
+G_IDX = TensorLayout("weight_g_idx", (Dim("k"),), (DType.INT32, DType.INT64))
 
 BITS = range(2, 9)
 # 3-, 5-, 6- and 7-bit codes straddle words from this version of the package on
@@ -135,7 +137,7 @@ class CompressedTensorsFormat(CheckpointFormat):
         phase = region.k_start % layer.spec.group_size
         return LogicalWeight(codes, scales, zeros, layer.spec, phase)
 
-    def _read_group(self, name: str, group: Any) -> "_Group":
+    def _read_group(self, name: str, group: Any) -> _Group:
         """One of config_groups."""
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             raise self.refusal(f"{name} without a weights section", "groups that describe weights")
@@ -191,7 +193,7 @@ class CompressedTensorsFormat(CheckpointFormat):
             return -1
         raise self.refusal(f"strategy {strategy!r} in {name}", "strategy group or channel")
 
-    def _group_of(self, module: str) -> "_Group | None":
+    def _group_of(self, module: str) -> _Group | None:
         """The group that targets a module: a name or regex wins over the class of all linears."""
         for group in self.groups:
             if self._matches(module, (t for t in group.targets if t != LINEAR_CLASS)):

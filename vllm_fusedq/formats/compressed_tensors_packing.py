@@ -10,12 +10,14 @@ int-quantized: weight int8 `[N, K]` and weight_zero_point int8 `[N, G]` are the 
 In both weight_scale is `[N, G]`. Source: `pack_to_int32` of the compressed_tensors package.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-import torch
-
+from fusedq_kernels.dtype import DType
+from fusedq_kernels.lazy import torch
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats.layer import (
     SCALE_DTYPES,
@@ -28,11 +30,11 @@ from vllm_fusedq.formats.layer import (
 from vllm_fusedq.formats.unpacking import take, unpack_columns
 from vllm_fusedq.formats.widening import symmetric_zero
 
-Tensors = Mapping[str, torch.Tensor]
-Unpacked = tuple[torch.Tensor, torch.Tensor | None]
+Tensors: TypeAlias = "Mapping[str, torch.Tensor]"
+Unpacked: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None]"
 
 SCALE = TensorLayout("weight_scale", (Dim("n"), Dim("g")), SCALE_DTYPES)
-SHAPE = TensorLayout("weight_shape", (Dim(None, size=2),), (torch.int64, torch.int32))
+SHAPE = TensorLayout("weight_shape", (Dim(None, size=2),), (DType.INT64, DType.INT32))
 # The last word of a row holds one multiple of 16 at most, and every rank needs one
 ROW_MULTIPLE = 16
 
@@ -46,10 +48,10 @@ def _packed_layouts(bits: int, streaming: bool = True) -> tuple[TensorLayout, ..
         return Dim(axis, 32 // bits, multiple=multiple)
 
     return (
-        TensorLayout("weight_packed", (Dim("n"), packed("k", ROW_MULTIPLE)), (torch.int32,)),
+        TensorLayout("weight_packed", (Dim("n"), packed("k", ROW_MULTIPLE)), (DType.INT32,)),
         SCALE,
         SHAPE,
-        TensorLayout("weight_zero_point", (packed("n"), Dim("g")), (torch.int32,)),
+        TensorLayout("weight_zero_point", (packed("n"), Dim("g")), (DType.INT32,)),
     )
 
 
@@ -75,9 +77,9 @@ def _unpack_packed(
 
 def _plain_layouts(bits: int) -> tuple[TensorLayout, ...]:
     return (
-        TensorLayout("weight", (Dim("n"), Dim("k")), (torch.int8,)),
+        TensorLayout("weight", (Dim("n"), Dim("k")), (DType.INT8,)),
         SCALE,
-        TensorLayout("weight_zero_point", (Dim("n"), Dim("g")), (torch.int8,)),
+        TensorLayout("weight_zero_point", (Dim("n"), Dim("g")), (DType.INT8,)),
     )
 
 

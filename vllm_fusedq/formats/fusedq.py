@@ -11,13 +11,15 @@ The config says what a header cannot: `layout_version`, the schemes, and each mo
 size.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K
-from fusedq_kernels.layout_tiled import TILED
+from fusedq_kernels.lazy import torch
+from fusedq_kernels.resident import TILED_WORDS
 from fusedq_kernels.types import (
     KernelName,
     Layout,
@@ -39,6 +41,9 @@ from vllm_fusedq.formats.base import (
 from vllm_fusedq.formats.layer import SCALE_DTYPES, with_all_groups
 from vllm_fusedq.formats.ordering import sort_rows
 from vllm_fusedq.formats.support import Support
+
+if TYPE_CHECKING:
+    from fusedq_kernels.layout_tiled import TiledCodec
 
 LAYOUT_VERSION = 1
 CONVERT_AGAIN = "convert the original checkpoint again with `fusedq convert`"
@@ -88,18 +93,18 @@ class FusedQFormat(CheckpointFormat):
     def scheme(self, module: str) -> Scheme:
         scheme, n, k = self.layers[module]
         weight_type, group_size, ordered = scheme
-        words = TILED[layout_for(KernelName.TRITON_GEMM, weight_type)].words
+        words = TILED_WORDS[layout_for(KernelName.TRITON_GEMM, weight_type)]
         blocks = Dim(None, size=-(-k // BLOCK_K)) if ordered else Dim("k", BLOCK_K)
         layouts = [
-            TensorLayout(QWEIGHT, (blocks, Dim("n"), Dim(None, size=words)), (torch.int32,)),
+            TensorLayout(QWEIGHT, (blocks, Dim("n"), Dim(None, size=words)), (DType.INT32,)),
             TensorLayout(SCALES, (Dim("g"), Dim("n")), SCALE_DTYPES),
         ]
         if weight_type.has_zero_points:
-            layouts.append(TensorLayout(ZEROS, (Dim("g"), Dim("n")), (torch.uint8,)))
+            layouts.append(TensorLayout(ZEROS, (Dim("g"), Dim("n")), (DType.UINT8,)))
         if ordered:
             # Rows are sorted: which of them a rank needs, only perm tells
             layouts = list(with_all_groups(tuple(layouts), -(-k // group_size)))
-            layouts.append(TensorLayout(PERM, (Dim(None, size=k),), (torch.int32,)))
+            layouts.append(TensorLayout(PERM, (Dim(None, size=k),), (DType.INT32,)))
         return Scheme(
             weight_type, group_size, tuple(layouts), SCALES, ordered=ordered, sizes=(n, k)
         )
@@ -109,7 +114,7 @@ class FusedQFormat(CheckpointFormat):
         tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
     ) -> LogicalWeight:
         check_slices(tensors, layer, region, SCALES)
-        codes = TILED[_layout(layer)].decode(tensors[QWEIGHT])
+        codes = _codec(layer).decode(tensors[QWEIGHT])
         scales = tensors[SCALES].T.contiguous()
         zeros = _read_zeros(tensors, layer)
         if not layer.ordered:
@@ -145,7 +150,7 @@ class FusedQFormat(CheckpointFormat):
     ) -> torch.Tensor | None:
         check_slices(tensors, layer, region, SCALES)
         zeros = _read_zeros(tensors, layer)
-        TILED[packed.layout].write_groups(packed, start, tensors[SCALES].T.contiguous(), zeros)
+        _codec(layer).write_groups(packed, start, tensors[SCALES].T.contiguous(), zeros)
         packed.qweight[:, start : start + region.n].copy_(tensors[QWEIGHT])
         return _read_perm(tensors[PERM], layer).int() if layer.ordered else None
 
@@ -178,6 +183,12 @@ class FusedQFormat(CheckpointFormat):
 
 def _layout(layer: LayerFormat) -> Layout:
     return layout_for(KernelName.TRITON_GEMM, layer.spec.weight_type)
+
+
+def _codec(layer: LayerFormat) -> TiledCodec:
+    from fusedq_kernels.layout_tiled import TILED
+
+    return TILED[_layout(layer)]
 
 
 def _read_zeros(tensors: Mapping[str, torch.Tensor], layer: LayerFormat) -> torch.Tensor | None:

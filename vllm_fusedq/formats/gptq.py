@@ -8,12 +8,14 @@ int32 `[K]` is each in_feature's group, any group with activation reordering (de
 GPTQModel.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-
+from fusedq_kernels.dtype import DType
+from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import LogicalWeight
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats import gptq_zeros
@@ -34,7 +36,7 @@ from vllm_fusedq.formats.support import Support, bit_widths
 from vllm_fusedq.formats.widening import resident_type, widen
 
 BITS = (2, 3, 4, 8)
-G_IDX = TensorLayout("g_idx", (Dim("k"),), (torch.int32, torch.int64))
+G_IDX = TensorLayout("g_idx", (Dim("k"),), (DType.INT32, DType.INT64))
 
 STORED_OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act", "pack_dtype"})
 # The others only change how the quantizer calibrates, not what it stores
@@ -129,7 +131,7 @@ class GptqFormat(CheckpointFormat):
             groups -= region.k_start // layer.spec.group_size
         return gptq_zeros.judge(tensors["qweight"], tensors["qzeros"], groups, layer, region)
 
-    def _read_options(self, config: Mapping[str, Any], where: str = "") -> "_Options":
+    def _read_options(self, config: Mapping[str, Any], where: str = "") -> _Options:
         """What the config, or the config with one module's overrides, says of a module."""
         bits = config.get("bits")
         if type(bits) is not int or bits not in BITS:
@@ -152,7 +154,7 @@ class GptqFormat(CheckpointFormat):
             return names
         raise self.refusal(f"modules_in_block_to_quantize {blocks!r:.80}", "lists of names")
 
-    def _rules(self, dynamic: object) -> list[tuple[re.Pattern[str], "_Options | None"]]:
+    def _rules(self, dynamic: object) -> list[tuple[re.Pattern[str], _Options | None]]:
         """GPTQModel's `dynamic`: the first regex that matches a module decides.
 
         "-:regex" excludes a module; "+:regex" or a bare one overrides entries of the config.
@@ -175,7 +177,7 @@ class GptqFormat(CheckpointFormat):
             rules.append((pattern, self._read_options({**self.config, **overrides}, where)))
         return rules
 
-    def _options_of(self, module: str) -> "_Options | None":
+    def _options_of(self, module: str) -> _Options | None:
         """None where a rule excludes the module."""
         for pattern, options in self.rules:
             if pattern.match(module):
@@ -199,8 +201,8 @@ def _layouts(bits: int) -> tuple[TensorLayout, ...]:
         return Dim(axis, 32 // bits)
 
     return (
-        TensorLayout("qweight", (packed("k"), Dim("n")), (torch.int32,)),
-        TensorLayout("qzeros", (Dim("g"), packed("n")), (torch.int32,)),
+        TensorLayout("qweight", (packed("k"), Dim("n")), (DType.INT32,)),
+        TensorLayout("qzeros", (Dim("g"), packed("n")), (DType.INT32,)),
         TensorLayout("scales", (Dim("g"), Dim("n")), SCALE_DTYPES),
     )
 

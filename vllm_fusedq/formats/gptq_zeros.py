@@ -3,8 +3,9 @@
 Configs name the wrong one of the two (with either error), so the values are asked as well.
 """
 
-import torch
+from __future__ import annotations
 
+from fusedq_kernels.lazy import torch
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats.findings import Finding
 from vllm_fusedq.formats.layer import LayerFormat, Region

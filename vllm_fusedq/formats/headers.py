@@ -1,14 +1,15 @@
 """Checks what the headers say of a module against its scheme: names, dtypes, shapes."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
-import torch
-
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import QuantSpec
 from vllm_fusedq.errors import PreflightError, Problem
-from vllm_fusedq.formats.layer import TORCH_DTYPES, LayerFormat, Scheme, TensorLayout
+from vllm_fusedq.formats.layer import DTYPES, LayerFormat, Scheme, TensorLayout
 from vllm_fusedq.safetensors_header import TensorInfo
 
 REDO = "download the checkpoint again or quantize the model again"
@@ -37,11 +38,11 @@ def describe_layer(
     group_size = k if scheme.group_size == -1 else scheme.group_size
     scale_dtype = scheme.scale_dtype
     if scale_dtype is None and scheme.scales in stored:
-        scale_dtype = TORCH_DTYPES.get(stored[scheme.scales].dtype)
+        scale_dtype = DTYPES.get(stored[scheme.scales].dtype)
     layer = LayerFormat(
         format=format_name,
         module=module,
-        spec=QuantSpec(scheme.weight_type, group_size, scale_dtype or torch.float16),
+        spec=QuantSpec(scheme.weight_type, group_size, scale_dtype or DType.FLOAT16),
         n=n,
         k=k,
         tensors=scheme.layouts,
@@ -54,8 +55,7 @@ def describe_layer(
     if problems:
         raise PreflightError(problems)
     tensors = tuple(
-        replace(layout, dtypes=(TORCH_DTYPES[stored[layout.name].dtype],))
-        for layout in scheme.layouts
+        replace(layout, dtypes=(DTYPES[stored[layout.name].dtype],)) for layout in scheme.layouts
     )
     return replace(layer, tensors=tensors)
 
@@ -90,9 +90,9 @@ def _tensor_problems(layer: LayerFormat, stored: Mapping[str, TensorInfo]) -> li
         info = stored.get(layout.name)
         if info is None:
             continue
-        dtype = TORCH_DTYPES.get(info.dtype)
+        dtype = DTYPES.get(info.dtype)
         if dtype not in layout.dtypes:
-            names = [name for name, known in TORCH_DTYPES.items() if known in layout.dtypes]
+            names = [name for name, known in DTYPES.items() if known in layout.dtypes]
             found = f"{layout.name} stored as {info.dtype}"
             problems.append(Problem(layer.module, found, " or ".join(names), REDO))
         if not layer.fits(layout, info.shape, dtype or layout.dtype):
@@ -100,7 +100,6 @@ def _tensor_problems(layer: LayerFormat, stored: Mapping[str, TensorInfo]) -> li
             expected = list(layer.stored_shape(layout))
             supported = f"{expected} for {grid}"
             if layout.flat is not None:
-                name = str(layout.flat).removeprefix("torch.")
-                supported = f"the {prod(expected)} elements of {name} {supported}"
+                supported = f"the {prod(expected)} elements of {layout.flat} {supported}"
             problems.append(Problem(layer.module, found, supported, REDO))
     return problems

@@ -6,31 +6,33 @@ tensor names and bit orders belong to the formats, comparing headers with a desc
 `headers.py`, the rules that all formats obey to `base.py`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-import torch
-
+from fusedq_kernels.dtype import DType
+from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import QuantSpec, WeightType
 from vllm_fusedq.errors import WeightLoadError
 
 Axis = Literal["n", "k", "g"]
 
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPES = {
+    "F64": DType.FLOAT64,
+    "F32": DType.FLOAT32,
+    "F16": DType.FLOAT16,
+    "BF16": DType.BFLOAT16,
+    "I64": DType.INT64,
+    "I32": DType.INT32,
+    "I16": DType.INT16,
+    "I8": DType.INT8,
+    "U8": DType.UINT8,
+    "BOOL": DType.BOOL,
 }
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SCALE_DTYPES = (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +68,15 @@ class TensorLayout:
 
     name: str
     dims: tuple[Dim, ...]
-    dtypes: tuple[torch.dtype, ...]
-    flat: torch.dtype | None = None
+    dtypes: tuple[DType, ...]
+    flat: DType | None = None
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         return self.dtypes[0]
 
     @property
-    def element(self) -> torch.dtype:
+    def element(self) -> DType:
         """What one element along `dims` is."""
         return self.flat or self.dtype
 
@@ -150,7 +152,7 @@ class LayerFormat:
         slices = stored_slices(layout, region or self.whole, self.spec.group_size)
         return tuple(part.stop - part.start for part in slices)
 
-    def fits(self, layout: TensorLayout, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    def fits(self, layout: TensorLayout, shape: tuple[int, ...], dtype: DType) -> bool:
         """Whether a file's tensor of this shape and dtype is the whole of `layout`."""
         expected = self.stored_shape(layout)
         if layout.flat is None:
@@ -161,7 +163,7 @@ class LayerFormat:
         """A tensor that fits, as the grid that `layout.dims` describe; shares its memory."""
         if layout.flat is None:
             return tensor
-        return tensor.reshape(-1).view(layout.flat).view(self.stored_shape(layout))
+        return tensor.reshape(-1).view(layout.flat.torch).view(self.stored_shape(layout))
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,7 @@ class Scheme:
     variant: str = ""
     bits: int = 0
     sizes: tuple[int, int] | None = None
-    scale_dtype: torch.dtype | None = None
+    scale_dtype: DType | None = None
 
 
 def stored_slices(layout: TensorLayout, region: Region, group_size: int) -> tuple[slice, ...]:
@@ -232,11 +234,11 @@ def check_slices(
         tensor = tensors.get(layout.name)
         if tensor is None:
             raise WeightLoadError(f"{layer.module}: tensor {layout.name} was not loaded")
-        expected = layer.stored_shape(layout, region)
-        if tensor.dtype != layout.element or tuple(tensor.shape) != expected:
+        expected, dtype = layer.stored_shape(layout, region), layout.element.torch
+        if tensor.dtype != dtype or tuple(tensor.shape) != expected:
             raise WeightLoadError(
                 f"{layer.module}.{layout.name}: found {tensor.dtype} {list(tensor.shape)}, "
-                f"expected {layout.element} {list(expected)} for {region}"
+                f"expected {dtype} {list(expected)} for {region}"
             )
     check_finite(tensors[scales], layer.module, scales)
 

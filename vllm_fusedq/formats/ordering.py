@@ -6,11 +6,12 @@ step is a group of its own, with its group's scale repeated. That is exact; what
 follows from sizes alone (`resident_rows`), because a plan is made before any value is read.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
+from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import LogicalWeight, QuantSpec
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats.layer import LayerFormat, Region

@@ -7,9 +7,11 @@ every platform torch runs on) because wider intermediates cost up to 8 times the
 the codes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
-import torch
+from fusedq_kernels.lazy import torch
 
 NIBBLES = 8
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)

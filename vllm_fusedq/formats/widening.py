@@ -4,10 +4,15 @@ A code needs no more than the next wider type. A zero point that is stored comes
 constant one moves to the wider type's: 3-bit `code - 4` is 4-bit `(code + 4) - 8`.
 """
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from fusedq_kernels.types import WeightType
 from vllm_fusedq.formats.layer import LayerFormat
+
+if TYPE_CHECKING:
+    import torch
 
 
 def resident_type(bits: int, symmetric: bool) -> WeightType:

@@ -76,7 +76,7 @@ class FusedQLinearMethod(LinearMethodBase):
             plan.spec.group_size,
             plan.phase,
             plan.spec.weight_type.value,
-            str(plan.spec.scale_dtype).removeprefix("torch."),
+            plan.spec.scale_dtype.value,
             plan.kernel.value,
             self.state.target.batch_invariant,
         )
@@ -104,7 +104,7 @@ class FusedQLinearMethod(LinearMethodBase):
                 # A reload puts tensors of its own here; the loader filled those of the graphs
                 setattr(layer, f"fusedq_{name}", getattr(layer.fusedq_loader.packed, name))
             if layer.fusedq_loader.plan.kernel is KernelName.CPU_WNA16:
-                act_dtype = self.state.target.act_dtype
+                act_dtype = self.state.target.act_dtype.torch
                 self.traced_call = wna16_call(layer.fusedq_loader.packed, act_dtype)
             has_bias = isinstance(getattr(layer, "bias", None), torch.Tensor)
             self.state.layer_loaded(layer.fusedq_loader, has_bias)
