@@ -158,6 +158,7 @@ def compile_gemm(
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
             "enable_fp_fusion": gemm.FP_FUSION,
+            "launch_pdl": tile.pdl,
         },
     )
 

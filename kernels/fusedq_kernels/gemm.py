@@ -69,6 +69,9 @@ def kernel_constants(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "NUM_STAGES": tile.num_stages,
+        # The interpreter runs one launch after the other and no inline assembly.
+        "PDL": tile.pdl and not INTERPRETED,
+        "PREFETCH": tile.prefetch,
         "INTERPRET": INTERPRETED,
     }
 
@@ -143,6 +146,7 @@ def fused_gemm(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         enable_fp_fusion=FP_FUSION,
+        launch_pdl=tile.pdl,
     )
     return y
 
@@ -160,6 +164,8 @@ def _checked_tile(packed: PackedWeight, launch: Launch) -> TileConfig:
     step = geometry.group_geometry(packed.k, packed.spec.group_size, packed.phase).step
     if tile.x_descriptor and step < _MIN_DESCRIPTOR_STEP:
         raise ValueError(f"x_descriptor needs groups of whole 16 rows, got steps of {step}")
+    if tile.prefetch and not tile.pdl:
+        raise ValueError("prefetch fills the wait of pdl, which this tile does not have")
     if min(tile.split_k, tile.segments) != 1:
         found = f"split_k {tile.split_k} and segments {tile.segments}"
         raise ValueError(f"split_k or segments must be 1 and none below, got {found}")

@@ -129,6 +129,24 @@ kernel = audit.compile_gemm(
 print(json.dumps(kernel.asm["amdgcn"]))
 """
 
+PDL_SCRIPT = """
+import json, re, torch
+from triton.backends.compiler import GPUTarget
+from fusedq_kernels import audit
+from fusedq_kernels.types import QuantSpec, TileConfig, WeightType
+
+spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
+found = []
+for pdl, prefetch in ((False, False), (True, False), (True, True)):
+    tile = TileConfig(8, 64, 4, 4, 4, pdl=pdl, prefetch=prefetch)
+    kernel = audit.compile_gemm(GPUTarget("cuda", 90, 32), tile, spec, torch.bfloat16)
+    marks = r"griddepcontrol\\.\\w+|prefetch\\.global\\.L2|cp\\.async\\.cg|atom\\."
+    order = re.findall(marks, kernel.asm["ptx"])
+    first = list(dict.fromkeys(order))
+    found.append([first, order.count("prefetch.global.L2"), kernel.metadata.launch_pdl])
+print(json.dumps(found))
+"""
+
 
 def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -230,6 +248,20 @@ def test_one_audited_binary_serves_every_size():
         [sys.executable, "-c", LAUNCH_SCRIPT], env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_dependent_launch_waits_before_it_reads_and_lets_go_before_it_counts():
+    """What a predecessor may still write, x and the counters, is behind the wait."""
+    done = subprocess.run(
+        [sys.executable, "-c", PDL_SCRIPT], env=environment(), stdout=subprocess.PIPE, check=True
+    )
+    plain, waiting, prefetching = json.loads(done.stdout)
+    load, count = "cp.async.cg", "atom."
+    wait, let_go = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+    assert plain == [[load, count], 0, False]
+    assert waiting == [[wait, load, let_go, count], 0, True]
+    # One prefetch for each pipeline stage, none of which waits
+    assert prefetching == [["prefetch.global.L2", wait, load, let_go, count], 4, True]
 
 
 @pytest.mark.parametrize("weight_type", ["uint4", "uint8b128"])
