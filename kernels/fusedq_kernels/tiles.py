@@ -87,6 +87,14 @@ _WGMMA = Rules(
 _PL4_WGMMA = replace(
     _WGMMA, prefill=(Rule(None, (_tile(128, 128, 8, 3, 64), _tile(64, 128, 8, 4))),)
 )
+# So do 8-bit values less a zero point, in the narrow tile with Triton 3.6.
+_NARROW_P8 = _tile(64, 128, 8, 4)
+_P8_WGMMA = replace(
+    _WGMMA,
+    prefill=tuple(
+        replace(rule, choices=(*rule.choices[:-1], _NARROW_P8)) for rule in _WGMMA.prefill
+    ),
+)
 _MMA_SYNC_IN_ORDER = TileConfig(32, 64, 1, 2, 4)
 _MMA_SYNC_FINE = _fine(32, 128, 4, 3)
 
@@ -147,7 +155,7 @@ _PL4_MMA_SYNC = _as_decode(
 _RULES = {
     Layout.P4: (_WGMMA, _TCGEN05, _P4_MMA_SYNC),
     Layout.PL4: (_PL4_WGMMA, _TCGEN05, _PL4_MMA_SYNC),
-    Layout.P8: (_WGMMA, _TCGEN05, _P8_MMA_SYNC),
+    Layout.P8: (_P8_WGMMA, _TCGEN05, _P8_MMA_SYNC),
 }
 
 
