@@ -5,7 +5,8 @@
     python benchmarks/kernels_correct.py --dry-run    # no GPU: the same in the interpreter
 
 Every weight type, group size and activation dtype against float64 on all outputs; the same bits in
-repeated runs, on two streams and from a CUDA graph; every batch size alike in batch-invariant mode.
+repeated runs, on two streams and from a CUDA graph; every batch size alike in batch-invariant mode;
+slices through cuBLAS against float64 and from a CUDA graph.
 Results go to benchmarks/results/<device>/correct.csv; cases that passed at this commit are not run
 again. Compiling takes longer than running, so that `--jobs` processes share the GPU. The exit
 status is 1 if a check failed.
@@ -39,6 +40,7 @@ COLUMNS = ("run", "commit", "case", "check", "passed", "found")
 TOKENS = (1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 128, 300, 1024, 4096, 8192)
 EVERY_TILE_TOKENS = (64, 300)
 INVARIANT_TOKENS = range(1, 513)
+SLICED_TOKENS = (65, 512, 4096)
 RUNS = 100
 TINY_SHAPES, TINY_TOKENS, TINY_RUNS = [(72, 272)], (1, 17, 70), 3
 TINY_INVARIANT_TOKENS = (1, 17, 70)
@@ -145,7 +147,17 @@ def _batch_invariant(subject: exactness.Subject, small: bool) -> str:
     return exactness.check_batch_invariant(subject, list(tokens))
 
 
-CHECKS = {"right": _right, "repeatable": _repeatable, "batch-invariant": _batch_invariant}
+def _sliced(subject: exactness.Subject, small: bool) -> str:
+    runs, tokens = (TINY_RUNS, (70,)) if small else (RUNS, SLICED_TOKENS)
+    return "; ".join(exactness.check_sliced(subject, m, runs) for m in tokens)
+
+
+CHECKS = {
+    "right": _right,
+    "repeatable": _repeatable,
+    "batch-invariant": _batch_invariant,
+    "sliced": _sliced,
+}
 
 
 def _run(case: exactness.Case, check: str, device: torch.device, small: bool) -> dict[str, object]:

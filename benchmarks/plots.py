@@ -29,6 +29,7 @@ COLORS = dict(
             *(
                 OURS,
                 "fusedq-invariant",
+                "fusedq-sliced",
                 YARDSTICK,
                 "marlin",
                 "machete",
@@ -42,6 +43,7 @@ COLORS = dict(
             *(
                 "#d62728",
                 "#f4a6a6",
+                "#c06060",
                 "#111111",
                 "#1f77b4",
                 "#17becf",

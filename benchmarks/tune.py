@@ -28,7 +28,7 @@ import typer
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fusedq_kernels import gemm, layout_for, pack, tuning, weight_bytes
+from fusedq_kernels import launchers, layout_for, pack, tuning, weight_bytes
 from fusedq_kernels.device import KNOWN_DEVICES
 from fusedq_kernels.roofline import rates_for
 from fusedq_kernels.types import (
@@ -48,11 +48,11 @@ from gemmbench.timing import copies_for, measure
 
 KERNEL = KernelName.TRITON_GEMM
 COLUMNS = (
-    *("run", "weight_type", "group_size", "act_dtype", "n", "k", "m"),
+    *("run", "weight_type", "group_size", "act_dtype", "n", "k", "m", "kernel"),
     *(*candidates.TILE_FIELDS, "us", "iqr_us", "rms_error", "note"),
 )
 BUCKETS = (*candidates.DECODE_BUCKETS, *candidates.PREFILL_BUCKETS)
-DRY_BUCKETS = (8, 64)
+DRY_BUCKETS = (8, 64, candidates.MIN_SLICED_M)
 
 app = typer.Typer(add_completion=False)
 
@@ -148,7 +148,10 @@ class Weight:
         self._copies = [first, *(self._pack() for _ in range(count - 1))]
 
     def measure(self, m: int, keep: int) -> list[Row]:
-        """A row per candidate, the rules' choice first; those that fail have no time."""
+        """A row per candidate, the rules' choice first; those that fail have no time.
+
+        `keep` bounds the tiles; sliced-cublas comes beside them.
+        """
         n, k = self._logical.codes.shape
         hardware = device_spec(self._device)
         rates = rates_for(hardware)
@@ -156,21 +159,23 @@ class Weight:
         tiles = candidates.candidates(GemmShape(m, n, k), self._spec, hardware, rates, keep)
         x = weights.random_tokens(m, k, torch.bfloat16, self._device)
         problem = _problem(n, k, self._spec, m)._asdict()
-        return [{**problem, **asdict(tile), **self._time(tile, x)} for tile in tiles]
+        launches = [Launch(KERNEL, tile, "candidate") for tile in tiles]
+        if m >= candidates.MIN_SLICED_M:
+            launches.append(Launch(KernelName.SLICED_CUBLAS, None, "candidate"))
+        return [{**problem, **_cells(launch), **self._time(launch, x)} for launch in launches]
 
     def _pack(self) -> PackedWeight:
         layout = layout_for(KERNEL, self._spec.weight_type)
         return pack(self._logical, layout, torch.bfloat16)
 
-    def _time(self, tile: TileConfig, x: torch.Tensor) -> Row:
-        launch = Launch(KERNEL, tile, "candidate")
+    def _time(self, launch: Launch, x: torch.Tensor) -> Row:
         try:
-            y = gemm.fused_gemm(x, self._copies[0], None, launch)
+            y = launchers.run(x, self._copies[0], None, launch)
             error = weights.rms_error(y, x, self._logical)
             if error > weights.MAX_RMS_ERROR:
                 return {"us": "", "note": f"WRONG: RMS error {error:.2e}"}
             calls = [
-                lambda packed=packed: gemm.fused_gemm(x, packed, None, launch)
+                lambda packed=packed: launchers.run(x, packed, None, launch)
                 for packed in self._copies
             ]
             timing = measure(calls, self._device)
@@ -204,9 +209,14 @@ def _measurement(row: dict[str, str]) -> candidates.Measurement:
     spec = weights.default_spec(
         WeightType(row["weight_type"]), int(row["group_size"]), shape.k, torch.bfloat16
     )
-    cells = {name: row[name] for name in candidates.TILE_FIELDS}
-    tile = TileConfig(**{name: _parse(text) for name, text in cells.items()})
-    return candidates.Measurement(shape, spec, tile, float(row["us"]))
+    cells = {name: row[name] for name in candidates.TILE_FIELDS if row[name]}
+    tile = TileConfig(**{name: _parse(text) for name, text in cells.items()}) if cells else None
+    return candidates.Measurement(shape, spec, tile, float(row["us"]), KernelName(row["kernel"]))
+
+
+def _cells(launch: Launch) -> Row:
+    tile = dict.fromkeys(candidates.TILE_FIELDS, "") if launch.tile is None else asdict(launch.tile)
+    return {"kernel": launch.kernel.value, **tile}
 
 
 def _parse(text: str) -> int | bool:
@@ -219,8 +229,9 @@ def _problem(n: int, k: int, spec: QuantSpec, m: int) -> Problem:
 
 def _describe(best: Row, rules: Row) -> str:
     tile = "{block_m}x{block_n} split {split_k} warps {num_warps} stages {num_stages}"
+    chosen = tile.format(**best) if best["block_m"] else best["kernel"]
     against = f", the rules' tile {rules['us']} us" if rules["us"] else ""
-    return f"{best['us']} us, {tile.format(**best)}{against}"
+    return f"{best['us']} us, {chosen}{against}"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter."""
 
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +39,42 @@ def wna16_op() -> None:
         current_platform.import_kernels()
     if not wna16_available():
         pytest.skip("the installed vLLM registers no CPU operator cpu_gemm_wna16")
+
+
+@pytest.fixture
+def sliced_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """`sliced_rows(weight_type, group_size, n, k)`: measured rows of an sm_90 for such weights.
+
+    Row 3 sends 65 to 128 tokens to sliced-cublas; row 2 is the fused one beside it.
+    """
+    from fusedq_kernels import op, tuning
+    from vllm_fusedq import plan
+
+    caches = (tuning._packaged, op._launch, plan._choose)
+    tile = {"block_m": 16, "block_n": 64, "split_k": 1, "num_warps": 4, "num_stages": 3}
+    rows = []
+
+    def add(weight_type: str, group_size: int, n: int, k: int) -> None:
+        shape = {"weight_type": weight_type, "group_size": group_size, "n": n, "k": k}
+        fused = {"kernel": "triton-gemm", **tile, "us": 9.0}
+        rows.extend(
+            [
+                {**shape, "max_m": 64, **fused},
+                {**shape, "max_m": 128, **fused, "block_m": 64},
+                {**shape, "max_m": 128, "kernel": "sliced-cublas", "us": 5.0},
+            ]
+        )
+        table = {"triton": version("triton"), "date": "2026-01-31", "commit": "0", "rows": rows}
+        path = tmp_path / "tuned" / "sm_90.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"device": "sm_90", "tables": [table]}))
+        for cache in caches:
+            cache.cache_clear()
+
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "tuned")
+    yield add
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -20,14 +20,22 @@ def test_default_is_the_rule() -> None:
     ("section", "message"),
     [
         ([], 'additional-config "fusedq": found list; supported: an object'),
-        ({"kernels": "auto"}, "unknown key 'kernels'; supported: kernel, report"),
+        ({"kernels": "auto"}, "unknown key 'kernels'; supported: kernel, prefill, report"),
         ({"kernel": "marlin"}, "kernel 'marlin' does not exist; supported: auto, triton-gemm"),
+        ({"kernel": "sliced-cublas"}, "kernel 'sliced-cublas' does not exist; supported: auto, t"),
+        ({"prefill": "sliced"}, "prefill is 'sliced'; supported: auto, fused"),
+        ({"prefill": None}, "prefill is None; supported: auto, fused"),
     ],
 )
 def test_wrong_settings_are_refused(section: object, message: str) -> None:
     with pytest.raises(SettingsError) as error:
         parse_settings(section)
     assert message in str(error.value)
+
+
+def test_sliced_prefill_can_be_forbidden() -> None:
+    assert parse_settings({}).sliced_prefill
+    assert not parse_settings({"prefill": "fused"}).sliced_prefill
 
 
 def test_a_report_goes_where_it_can_be_written(tmp_path: Path) -> None:

@@ -181,8 +181,10 @@ def kv_bytes_per_layer(
 
 
 def workspace_bytes(plan: LayerPlan) -> int:
-    """The partial sums of split K, fp32, at the most tokens for which the launch holds."""
+    """The largest of what a call can need beside its output: the slice of a sliced prefill, or the
+    partial sums of split K, fp32, at the most tokens for which the launch holds."""
     return max(
+        plan.declared.workspace_bytes if plan.declared else 0,
         _split_bytes(plan.decode, max(DECODE_TOKENS, _DECODE_LIMIT), plan.n),
         _split_bytes(plan.prefill, PREFILL_TOKENS, plan.n),
     )

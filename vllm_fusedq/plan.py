@@ -39,14 +39,15 @@ class Target:
     """Where a plan is for: the device decides the kernels, the dtype what they multiply by.
 
     A layer that `insisted` cannot run is refused; None lets the device decide for each layer. With
-    `batch_invariant` a row's bits do not depend on its batch. A torch dtype may be given as
-    `act_dtype` and is kept by name.
+    `batch_invariant` a row's bits do not depend on its batch. Without `sliced_prefill` no measured
+    row may name sliced-cublas. A torch dtype may be given as `act_dtype` and is kept by name.
     """
 
     device: DeviceSpec
     act_dtype: DType
     insisted: KernelName | None = None
     batch_invariant: bool = False
+    sliced_prefill: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "act_dtype", DType.of(self.act_dtype))
@@ -58,7 +59,8 @@ class LayerPlan:
 
     `spec`, `phase` and `rows` (along K) are those of the resident weight. Where `ordered`, the
     activation is gathered into `rows` features once before the kernel. `resident` is the bytes of
-    each tensor that stays in memory, by `PackedWeight` field name.
+    each tensor that stays in memory, by `PackedWeight` field name. `declared` is what else than
+    `kernel` some number of tokens reaches, with its workspace.
     """
 
     shard: LayerShard
@@ -71,6 +73,7 @@ class LayerPlan:
     decode: Launch
     prefill: Launch
     resident: tuple[tuple[str, int], ...]
+    declared: heuristics.DeclaredLaunch | None = None
 
     @property
     def prefix(self) -> str:
@@ -143,6 +146,7 @@ def plan_layer(
         decode=decode,
         prefill=prefill,
         resident=resident,
+        declared=choice.declared,
     )
 
 
@@ -150,6 +154,7 @@ class _Choice(NamedTuple):
     reasons: tuple[Reason, ...]
     launches: tuple[Launch, ...] = ()
     resident: tuple[tuple[str, int], ...] = ()
+    declared: heuristics.DeclaredLaunch | None = None
 
 
 # A model has a handful of shapes, repeated in every block and on every rank.
@@ -161,14 +166,19 @@ def _choose(size: tuple[int, int], spec: QuantSpec, phase: int, target: Target) 
         return _Choice(reasons)
     launches = tuple(
         heuristics.select(
-            GemmShape(m, n, rows), spec, device, batch_invariant=target.batch_invariant
+            *(GemmShape(m, n, rows), spec, device),
+            batch_invariant=target.batch_invariant,
+            sliced_prefill=target.sliced_prefill,
         )
         for m in (DECODE_TOKENS, PREFILL_TOKENS)
     )
+    declared = None
+    if target.sliced_prefill and not target.batch_invariant:
+        declared = heuristics.declared_launch(n, rows, spec, device)
     form = layout_for(launches[0].kernel, spec.weight_type)
     tensors = resident_tensors(form, n, rows, spec, phase, act_dtype)
     resident = tuple((name, tensor.nbytes) for name, tensor in tensors.items())
-    return _Choice((), launches, resident)
+    return _Choice((), launches, resident, declared)
 
 
 def _problem(layer: str, reason: Reason) -> Problem:

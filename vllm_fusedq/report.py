@@ -46,8 +46,10 @@ def plan_rows(plans: Sequence[LayerPlan]) -> list[PlanRow]:
     rows: dict[tuple[object, ...], list[LayerPlan]] = defaultdict(list)
     for plan in plans:
         formats = tuple(fmt.description for fmt in plan.formats)
-        shape = (plan.n, plan.k, plan.rows, plan.phase, plan.decode, plan.prefill, plan.resident)
-        rows[(_LAYER_INDEX.sub(".{}.", plan.prefix, count=1), formats, *shape)].append(plan)
+        shape = (plan.n, plan.k, plan.rows, plan.phase, plan.resident)
+        launches = (plan.decode, plan.prefill, plan.declared)
+        name = _LAYER_INDEX.sub(".{}.", plan.prefix, count=1)
+        rows[(name, formats, *shape, *launches)].append(plan)
     return [
         PlanRow(_folded_name(str(pattern), members), members[0], len(members))
         for (pattern, *_), members in rows.items()
@@ -69,7 +71,7 @@ def plan_table(plans: Sequence[LayerPlan], problems: Sequence[Problem] = ()) -> 
 
 def summary(plans: Sequence[LayerPlan], unquantized: Sequence[str]) -> str:
     """One line with the counts that matter."""
-    kernels = Counter(plan.kernel.value for plan in plans)
+    kernels = Counter(_kernels(plan) for plan in plans)
     named = ", ".join(f"{count} x {kernel}" for kernel, count in kernels.items())
     of_which = f" ({named})" if named else ""
     return (
@@ -99,6 +101,26 @@ def describe_launch(launch: Launch) -> str:
     return f"{launch.tile.block_m}x{launch.tile.block_n}{split}, {launch.source}"
 
 
+def _kernels(plan: LayerPlan) -> str:
+    """The kernel of a layer, and the declared one that some number of tokens reaches."""
+    if plan.declared is None:
+        return plan.kernel.value
+    return f"{plan.kernel.value} + {plan.declared.launch.kernel.value}"
+
+
+def _prefill(plan: LayerPlan) -> str:
+    if plan.declared is None:
+        return describe_launch(plan.prefill)
+    kernel, source = plan.declared.launch.kernel.value, plan.declared.launch.source
+    declared = (
+        f"{kernel} from {plan.declared.min_tokens} tokens, "
+        f"{plan.declared.workspace_bytes / 1e6:.1f} MB workspace, {source}"
+    )
+    if plan.prefill.kernel is plan.declared.launch.kernel:
+        return declared
+    return f"{describe_launch(plan.prefill)}; {declared}"
+
+
 def _cells(row: PlanRow) -> tuple[str, ...]:
     plan = row.plan
     k = str(plan.k) if plan.rows == plan.k else f"{plan.k} as {plan.rows}"
@@ -107,9 +129,9 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
         " + ".join(dict.fromkeys(part.description for part in plan.formats)),
         f"{k} x {plan.n}",
         str(plan.phase),
-        plan.kernel.value,
+        _kernels(plan),
         describe_launch(plan.decode),
-        describe_launch(plan.prefill),
+        _prefill(plan),
         f"{plan.weight_bytes * row.count / 1e6:.2f}",
         f"{plan.metadata_bytes * row.count / 1e6:.2f}",
         f"{plan.bits_per_weight:.2f}",

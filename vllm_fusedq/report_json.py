@@ -51,6 +51,7 @@ def layers_json(plans: Sequence[LayerPlan]) -> list[dict[str, Any]]:
                 "kernel": plan.kernel.value,
                 "decode": _launch_json(plan.decode),
                 "prefill": _launch_json(plan.prefill),
+                "declared": _declared_json(plan),
                 "bytes": row.resident,
                 "bits_per_weight": round(plan.bits_per_weight, 4),
                 "verdict": "fused",
@@ -106,6 +107,14 @@ def write_document(path: Path, content: dict[str, Any]) -> None:
         with suppress(OSError):
             Path(name).unlink()
         raise
+
+
+def _declared_json(plan: LayerPlan) -> dict[str, Any] | None:
+    if plan.declared is None:
+        return None
+    launch = _launch_json(plan.declared.launch)
+    sizes = ("min_tokens", "workspace_bytes")
+    return launch | {name: getattr(plan.declared, name) for name in sizes}
 
 
 def _launch_json(launch: Launch) -> dict[str, Any]:

@@ -7,22 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from fusedq_kernels.device import device_by_name
-from fusedq_kernels.heuristics import kernels_for
+from fusedq_kernels.heuristics import DECLARED_KERNELS, kernels_for
 from fusedq_kernels.types import DeviceSpec, KernelName
 from vllm_fusedq.errors import SettingsError
+
+PREFILL = ("auto", "fused")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`kernel`: "auto", or one kernel's name to insist on for every layer. `report`: the file that
-    the live report is written to, None for none."""
+    """`kernel`: "auto", or one kernel's name to insist on for every layer. `prefill`: "auto", or
+    "fused" to forbid sliced-cublas where measured rows name it. `report`: the file that the live
+    report is written to, None for none."""
 
     kernel: str = "auto"
+    prefill: str = "auto"
     report: str | None = None
 
     @property
     def insisted(self) -> KernelName | None:
         return None if self.kernel == "auto" else KernelName(self.kernel)
+
+    @property
+    def sliced_prefill(self) -> bool:
+        return self.prefill == "auto"
 
     def device(self, found: DeviceSpec) -> DeviceSpec:
         """`found`, or what stands for it when planning for the kernel that was insisted on.
@@ -65,11 +73,16 @@ def parse_settings(section: Any) -> Settings:
             f"supported: {', '.join(known)}"
         )
     settings = Settings(**section)
-    allowed = ["auto", *(name.value for name in KernelName)]
+    allowed = ["auto", *(name.value for name in KernelName if name not in DECLARED_KERNELS)]
     if settings.kernel not in allowed:
         raise SettingsError(
             f'additional-config "fusedq": kernel {settings.kernel!r} does not exist; '
             f"supported: {', '.join(allowed)}"
+        )
+    if settings.prefill not in PREFILL:
+        raise SettingsError(
+            f'additional-config "fusedq": prefill is {settings.prefill!r:.80}; '
+            f"supported: {', '.join(PREFILL)}"
         )
     _check_report(settings.report)
     return settings

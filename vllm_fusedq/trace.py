@@ -12,8 +12,8 @@ import torch
 from torch.profiler import record_function
 
 from fusedq_kernels.cpu import STRIPE_BYTES
-from fusedq_kernels.heuristics import select
-from fusedq_kernels.types import DeviceSpec, GemmShape, KernelName, PackedWeight
+from fusedq_kernels.heuristics import DECLARED_KERNELS, select
+from fusedq_kernels.types import DeviceSpec, GemmShape, KernelName, Launch, PackedWeight
 from vllm_fusedq.plan import LayerPlan
 
 MARK = "fusedq layer "
@@ -23,6 +23,8 @@ _EVIDENCE = {
     KernelName.CPU_WNA16: "_C::cpu_gemm_wna16",
     KernelName.CPU_STRIPED: "aten::mm",
     KernelName.TRITON_GEMM: "gemm",
+    # aten::mm or aten::addmm; that no more than a slice was dequantized, the allocations tell.
+    KernelName.SLICED_CUBLAS: "mm",
 }
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::clone")
 # Rounding of allocators, bias and group sums of a few rows.
@@ -66,13 +68,15 @@ def judge(
         plan: names the kernel that has to have run.
         packed: the resident weight.
         events: `profile(record_shapes=True, profile_memory=True).events()`.
-        tokens: the most tokens of a call.
+        tokens: the most tokens of a call. Calls with fewer have to reach the same kernel.
     """
     calls = [event for event in events if event.name == MARK + plan.prefix]
     problems = []
     if not calls:
         problems.append("the layer never ran")
     allowed = allowed_bytes(plan, packed, tokens, act_dtype, device)
+    launch = _launch_at(plan, tokens, device)
+    evidence = _EVIDENCE[launch.kernel]
     resident = [
         list(t.shape) for t in (packed.qweight, packed.scales, packed.zeros) if t is not None
     ]
@@ -83,9 +87,9 @@ def judge(
         operators = [event for event in inside if event.name.startswith(OPERATOR)]
         if len(operators) != 1:
             problems.append(f"{len(operators)} fused operators in one call")
-        found = [name for name in _names(inside) if _EVIDENCE[plan.kernel] in name]
+        found = [name for name in _names(inside) if evidence in name]
         if not found:
-            problems.append(f"no {_EVIDENCE[plan.kernel]} in a call")
+            problems.append(f"no {evidence} in a call")
         kernels |= dict.fromkeys(found)
         for event in inside:
             largest = max(largest, _allocated(event))
@@ -110,11 +114,20 @@ def allowed_bytes(
     if plan.kernel is KernelName.CPU_STRIPED:
         # fp32 activations, and a stripe of decoded weights
         largest = max(2 * largest, 2 * STRIPE_BYTES)
-    if plan.kernel is KernelName.TRITON_GEMM:
-        launch = select(GemmShape(tokens, plan.n, plan.rows), plan.spec, device)
-        if launch.tile is not None and launch.tile.split_k > 1:
-            largest = max(largest, launch.tile.split_k * tokens * columns * 4)
+    launch = _launch_at(plan, tokens, device)
+    if launch.tile is not None and launch.tile.split_k > 1:
+        largest = max(largest, launch.tile.split_k * tokens * columns * 4)
+    if plan.declared is not None and launch.kernel in DECLARED_KERNELS:
+        largest = max(largest, plan.declared.workspace_bytes)
     return largest + _SLACK_BYTES
+
+
+def _launch_at(plan: LayerPlan, tokens: int, device: DeviceSpec) -> Launch:
+    """What the plan lets so many tokens run."""
+    if plan.kernel is not KernelName.TRITON_GEMM or device.kind == "cpu":
+        return plan.decode
+    shape = GemmShape(tokens, plan.n, plan.rows)
+    return select(shape, plan.spec, device, sliced_prefill=plan.declared is not None)
 
 
 def _descendants(event: Any) -> Iterator[Any]:

@@ -59,6 +59,7 @@ def _run(layer: LoadedLayer, target: Target, max_tokens: int) -> int:
             *(packed, target.device, target.act_dtype.torch, max_tokens),
             with_bias=with_bias,
             batch_invariant=target.batch_invariant,
+            sliced_prefill=target.sliced_prefill,
         )
     features = packed.k if packed.perm is None else packed.in_features
     x = torch.zeros(1, features, dtype=target.act_dtype.torch, device=packed.qweight.device)

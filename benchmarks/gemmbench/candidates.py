@@ -20,6 +20,8 @@ from fusedq_kernels.types import (
 # Rows are measured at the largest number of tokens that they serve.
 DECODE_BUCKETS = (8, 16, 32, 64)
 PREFILL_BUCKETS = (128, 512, 2048, 8192)
+# From here on slices through cuBLAS are measured beside the tiles.
+MIN_SLICED_M = 512
 TILE_FIELDS = tuple(field.name for field in fields(TileConfig))
 
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -29,12 +31,13 @@ _MAX_STAGES = 6
 
 @dataclass(frozen=True)
 class Measurement:
-    """Microseconds of one tile on one problem."""
+    """Microseconds of one launch on one problem; a kernel without a tile has none."""
 
     shape: GemmShape
     spec: QuantSpec
-    tile: TileConfig
+    tile: TileConfig | None
     us: float
+    kernel: KernelName = KernelName.TRITON_GEMM
 
 
 def candidates(
@@ -82,7 +85,8 @@ def tuned_rows(measurements: Iterable[Measurement]) -> list[tuning.TunedRow]:
 
     Up to `tuning.MAX_DECODE_M` tokens all rows of a shape share the split whose tiles are fastest
     in the geometric mean, among the splits measured for each of them. Shapes without a row for
-    `MAX_DECODE_M` are not finished and left out.
+    `MAX_DECODE_M` are not finished and left out. Where sliced-cublas is the fastest it gets a row
+    beside that of the fastest tile, which serves where it is forbidden.
     """
     shapes: dict[tuple[WeightType, int, int, int], list[Measurement]] = {}
     for each in measurements:
@@ -97,11 +101,17 @@ def tuned_rows(measurements: Iterable[Measurement]) -> list[tuning.TunedRow]:
             continue
         decode = [each for each in decode if each.tile.split_k == split]
         for m in sorted({each.shape.m for each in (*decode, *prefill)}):
-            best = min(
+            ranked = sorted(
                 (each for each in (*decode, *prefill) if each.shape.m == m),
                 key=lambda each: each.us,
             )
-            rows.append(tuning.TunedRow(*key, m, KernelName.TRITON_GEMM, best.tile, best.us))
+            fused = next((each for each in ranked if each.tile is not None), None)
+            if fused is None:
+                continue
+            rows += [
+                tuning.TunedRow(*key, m, each.kernel, each.tile, each.us)
+                for each in dict.fromkeys((fused, ranked[0]))
+            ]
     return rows
 
 

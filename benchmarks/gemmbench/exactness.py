@@ -3,15 +3,16 @@
 Every check raises AssertionError with what was found, or returns a sentence for the report.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-from fusedq_kernels import gemm, layout_for, pack, reference
+from fusedq_kernels import launchers, layout_for, pack, reference
 from fusedq_kernels.geometry import round_up
 from fusedq_kernels.heuristics import select, tiles_for
 from fusedq_kernels.layout import count_groups, group_geometry
+from fusedq_kernels.slices import slice_rows
 from fusedq_kernels.types import (
     GemmShape,
     KernelName,
@@ -26,6 +27,7 @@ from gemmbench.own import device_spec
 from gemmbench.weights import default_spec, random_tokens, random_weight
 
 KERNEL = KernelName.TRITON_GEMM
+SLICED = Launch(KernelName.SLICED_CUBLAS, None, "check")
 # Largest and RMS error over the RMS of the answer. Rounding y to 16 bits costs 1.65e-3 (bf16) and
 # 2.1e-4 (fp16) RMS; weights scaled in 16 bits add 1.4e-3 and 1.8e-4. The largest of many outputs is
 # 5 to 6 times the RMS, rounded to half a unit in its last place.
@@ -85,9 +87,11 @@ class Subject:
 
     def run(self, x: torch.Tensor, launch: Launch) -> torch.Tensor:
         """y of one launch, from memory that held NaN before."""
-        poison = x.new_full((x.shape[0], self.case.n), torch.nan)
+        n, k = self.case.n, self.case.k
+        shapes = ((x.shape[0], n), (slice_rows(n, k), k))
+        poison = [x.new_full(shape, torch.nan) for shape in shapes]
         del poison
-        return gemm.fused_gemm(x, self.packed, self.bias, launch)
+        return launchers.run(x, self.packed, self.bias, launch)
 
     def tokens(self, m: int) -> torch.Tensor:
         return random_tokens(m, self.case.k, self.case.act_dtype, self.device)
@@ -95,11 +99,24 @@ class Subject:
 
 def check_right(subject: Subject, m: int, every_tile: bool) -> str:
     """Against float64 on all outputs, for the selected launch or every tile."""
+    return _check_launches(subject, m, subject.launches(m) if every_tile else [subject.launch(m)])
+
+
+def check_sliced(subject: Subject, m: int, runs: int) -> str:
+    """The sliced kernel against float64, and from a CUDA graph what it gives without one."""
+    found = _check_launches(subject, m, [SLICED])
+    if subject.device.type == "cuda":
+        x = subject.tokens(m)
+        _check_graph(subject, x, SLICED, subject.run(x, SLICED), runs)
+    return found
+
+
+def _check_launches(subject: Subject, m: int, launches: Iterable[Launch]) -> str:
     x = subject.tokens(m)
     expected = x.double() @ subject.weight.t() + subject.bias.double()
     scale = expected.square().mean().sqrt()
     worst, count = 0.0, 0
-    for launch in subject.launches(m) if every_tile else [subject.launch(m)]:
+    for launch in launches:
         error = (subject.run(x, launch).double() - expected) / scale
         rms, largest = error.square().mean().sqrt().item(), error.abs().max().item()
         bound = _rms_bound(launch.tile, subject.case.act_dtype)
@@ -187,7 +204,7 @@ def _check_graph(
         subject.run(x, launch)
         stream.synchronize()
         with torch.cuda.graph(graph, stream=stream):
-            y = gemm.fused_gemm(x, subject.packed, subject.bias, launch)
+            y = launchers.run(x, subject.packed, subject.bias, launch)
     for index in range(runs):
         y.fill_(torch.nan)
         graph.replay()

@@ -11,9 +11,11 @@ import fusedq_kernels
 from fusedq_kernels import device as devices
 from fusedq_kernels import layout_for, pack, reference, weight_bytes
 from fusedq_kernels.heuristics import select
-from fusedq_kernels.types import DeviceSpec, GemmShape, KernelName, Launch, LogicalWeight
+from fusedq_kernels.slices import slice_rows
+from fusedq_kernels.staged import dequantize
+from fusedq_kernels.types import DeviceSpec, GemmShape, KernelName, LogicalWeight
 from gemmbench.contender import Prepared, fused_dram_bytes, tensor_bytes
-from gemmbench.triton_kernels import dequantize, tiled_gemm
+from gemmbench.triton_kernels import tiled_gemm
 
 _KERNEL = KernelName.TRITON_GEMM
 
@@ -27,10 +29,11 @@ def device_spec(device: torch.device) -> DeviceSpec:
 
 @dataclass(frozen=True)
 class Fused:
-    """`torch.ops.fusedq.matmul` as a model calls it, also in batch-invariant mode."""
+    """`torch.ops.fusedq.matmul` as a model calls it, in batch-invariant mode, or always sliced."""
 
     name: str = "fusedq"
     batch_invariant: bool = False
+    kernel: KernelName = _KERNEL
 
     def version(self) -> str:
         return f"triton {triton.__version__}"
@@ -41,15 +44,17 @@ class Fused:
         size = sum(weight_bytes(packed).values())
         device = device_spec(logical.codes.device)
 
-        def launch(m: int) -> Launch:
-            shape = GemmShape(m, n, k)
-            return select(shape, logical.spec, device, batch_invariant=self.batch_invariant)
+        options = {"batch_invariant": self.batch_invariant, "sliced_prefill": True}
+
+        def source(m: int) -> str:
+            if self.kernel is not _KERNEL:
+                return f"{slice_rows(n, k)} outputs per slice"
+            return select(GemmShape(m, n, k), logical.spec, device, **options).source
 
         def run(x: torch.Tensor) -> torch.Tensor:
-            invariant = self.batch_invariant
-            return fusedq_kernels.matmul(x, packed, None, _KERNEL, batch_invariant=invariant)
+            return fusedq_kernels.matmul(x, packed, None, self.kernel, **options)
 
-        return Prepared(run, size, fused_dram_bytes(size, n, k), lambda m: launch(m).source)
+        return Prepared(run, size, fused_dram_bytes(size, n, k), source)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class Unfused:
 OWN = (
     Fused(),
     Fused("fusedq-invariant", batch_invariant=True),
+    Fused("fusedq-sliced", kernel=KernelName.SLICED_CUBLAS),
     Cublas(),
     Unfused("dequant+cublas", lambda x, w: torch.mm(x, w.t())),
     Unfused("dequant+tiled", tiled_gemm),

@@ -1,4 +1,4 @@
-"""Kernels to compare with: streaming alone, unfused dequantization, a plain tiled GEMM.
+"""Kernels to compare with: streaming alone, a plain tiled GEMM.
 
 `load_only` is the twin of the fused kernel: the same packed bytes, grid and pipeline without the
 arithmetic, so its time is what the memory system allows that tile on this very device and run.
@@ -9,12 +9,9 @@ import triton
 import triton.language as tl
 
 from fusedq_kernels import gemm
-from fusedq_kernels.decode import DECODERS, scale_of
 from fusedq_kernels.geometry import BLOCK_K, group_geometry
 from fusedq_kernels.types import PackedWeight, TileConfig
 
-_TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_DEQUANT_BLOCK_N = 64
 # tokens x outputs x K of the plain GEMM, for few and for many tokens
 _SMALL_TILE, _LARGE_TILE = (16, 128, 128), (128, 128, 64)
 
@@ -72,72 +69,6 @@ def load_only(packed: PackedWeight, tile: TileConfig) -> torch.Tensor:
         NUM_STAGES=tile.num_stages,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-    )
-    return out
-
-
-@triton.jit
-def _dequantize_kernel(
-    qweight_ptr,
-    scales_ptr,
-    out_ptr,
-    N,
-    K,
-    n_padded,
-    last_group,
-    DECODE: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr,
-    WORDS: tl.constexpr,
-    STEP: tl.constexpr,
-    STEPS: tl.constexpr,
-    STEPS_PER_GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """Grid `(n_padded // BLOCK_N, K blocks)`; writes one `[BLOCK_N, 128]` block of the weight."""
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    block = tl.program_id(1)
-    offs_words = (block.to(tl.int64) * n_padded + offs_n[:, None]) * WORDS
-    words = tl.load(qweight_ptr + offs_words + tl.arange(0, WORDS)[None, :])
-    for sub in tl.static_range(STEPS):
-        if STEPS_PER_GROUP == 0:
-            group = 0
-        else:
-            group = tl.minimum((block * STEPS + sub) // STEPS_PER_GROUP, last_group)
-        metadata = tl.load(scales_ptr + group * n_padded + offs_n)
-        weight = DECODE(words, metadata, sub, STEP, DTYPE, INTERPRET)
-        scale = scale_of(metadata, SCALE_DTYPE)
-        value = (weight.to(tl.float32) * scale[:, None]).to(DTYPE)
-        offs_k = block * STEPS * STEP + sub * STEP + tl.arange(0, STEP)
-        mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-        tl.store(out_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], value, mask=mask)
-
-
-def dequantize(packed: PackedWeight, out: torch.Tensor) -> torch.Tensor:
-    """Write `(code - zero) * scale` of a tiled weight without phase into `out` `[N, K]`."""
-    spec = packed.spec
-    num_blocks, n_padded, words = packed.qweight.shape
-    groups = group_geometry(packed.k, spec.group_size, packed.phase)
-    single = groups.num_groups == 1
-    step = BLOCK_K if single else groups.step
-    _dequantize_kernel[(n_padded // _DEQUANT_BLOCK_N, num_blocks)](
-        packed.qweight,
-        packed.scales,
-        out,
-        packed.n,
-        packed.k,
-        n_padded,
-        groups.num_groups - 1,
-        DECODE=DECODERS[spec.weight_type],
-        SCALE_DTYPE=_TL_DTYPES[spec.scale_dtype.torch] if spec.has_zero_points else tl.float32,
-        WORDS=words,
-        STEP=step,
-        STEPS=BLOCK_K // step,
-        STEPS_PER_GROUP=0 if single else spec.group_size // step,
-        BLOCK_N=_DEQUANT_BLOCK_N,
-        INTERPRET=gemm.INTERPRETED,
-        num_warps=4,
     )
     return out
 

@@ -1,49 +1,54 @@
-"""Ahead-of-time inspection: compile every tile that `heuristics.select` can return, read the SASS.
+"""Ahead-of-time inspection: compile every kernel that `heuristics.select` can name, read the SASS.
 
 Needs no GPU. `python -m fusedq_kernels.audit --target sm_90` prints registers, spills, shared
 memory and what the main loop is made of, and fails where `audit_row.py` finds a problem, so that a
-Triton release that stops feeding the tensor cores from registers is seen before it is shipped.
-`--target all` takes minutes: every architecture. Run it in a process of its own and without
-TRITON_INTERPRET, which replaces the compiler by the interpreter.
+Triton release that stops feeding the tensor cores from registers is seen before it is shipped. The
+slices of `audit_slices.py` follow. `--target all` takes minutes: every architecture. Run it in a
+process of its own and without TRITON_INTERPRET, which replaces the compiler by the interpreter.
 """
 
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from fusedq_kernels import gemm
+from fusedq_kernels import audit_slices, gemm
+from fusedq_kernels.ahead_of_time import (
+    TRITON_NAMES,
+    architectures,
+    compile_kernel,
+    disassemble,
+    main_loop,
+    opcode,
+    target_of,
+)
 from fusedq_kernels.audit_row import AuditRow, tile_name
-from fusedq_kernels.device import KNOWN_DEVICES, device_by_name
+from fusedq_kernels.device import device_by_name
 from fusedq_kernels.geometry import GroupGeometry, group_geometry
 from fusedq_kernels.heuristics import tiles_for
-from fusedq_kernels.types import DeviceSpec, QuantSpec, TileConfig, WeightType
+from fusedq_kernels.tiles import rules_for
+from fusedq_kernels.types import (
+    DeviceSpec,
+    KernelName,
+    QuantSpec,
+    TileConfig,
+    WeightType,
+    layout_for,
+)
 
 AUDIT_K = 1 << 16
 
-_TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-_ACT_DTYPES = {name: dtype for dtype, name in _TRITON_NAMES.items()}
+_ACT_DTYPES = {name: dtype for dtype, name in TRITON_NAMES.items()}
 _SPLIT_POINTERS = ("partial_ptr", "arrivals_ptr")
 _POINTERS = ("x_ptr", "qweight_ptr", "scales_ptr", "bias_ptr", "y_ptr", *_SPLIT_POINTERS)
-_ALIGNED = [["tt.divisibility", gemm.ALIGNMENT]]
-_WARP_SIZE = 32
-
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
-_PREDICATE = re.compile(r"^@!?U?P\w+\s+")
-_BRANCH_TARGET = re.compile(r"0x([0-9a-f]+)")
 _MMA_PTX = re.compile(r"\b(wgmma)\.mma_async|\b(mma)\.sync|\b(tcgen05)\.mma")
-_MMA_SASS = ("HGMMA", "HMMA", "UTCHMMA")
 
 
 def audit(
@@ -85,8 +90,11 @@ def audit(
 def _tiles(
     device: DeviceSpec, weight_type: WeightType, step: int, batch_invariant: bool
 ) -> tuple[TileConfig, ...]:
-    tiles = tiles_for(device, weight_type, step, batch_invariant)
-    return tuple(replace(tile, segments=4) for tile in tiles[-1:]) if batch_invariant else tiles
+    if not batch_invariant:
+        return tiles_for(device, weight_type, step)
+    layout = layout_for(KernelName.TRITON_GEMM, weight_type)
+    many = rules_for(device, layout, step, batch_invariant)[-1]
+    return tuple(replace(choice.tile, segments=4) for choice in many.choices)
 
 
 def _geometry(group_size: int) -> GroupGeometry:
@@ -97,15 +105,15 @@ def _audit_one(
     target: str, device: DeviceSpec, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype
 ) -> AuditRow:
     kernel = compile_gemm(target_of(device), tile, spec, act_dtype)
-    instructions, usage = _disassemble(kernel.asm["cubin"])
+    instructions, usage = disassemble(kernel.asm["cubin"])
     body = main_loop(instructions)
-    ops = Counter(_opcode(text).split(".")[0] for text in body)
+    ops = Counter(opcode(text).split(".")[0] for text in body)
     mma = {name for match in _MMA_PTX.findall(kernel.asm["ptx"]) for name in match if name}
     return AuditRow(
         target=target,
         tile=tile,
         weight_type=spec.weight_type.value,
-        act_dtype=_TRITON_NAMES[act_dtype],
+        act_dtype=TRITON_NAMES[act_dtype],
         group_size=spec.group_size,
         registers=usage["REG"],
         stack=usage["STACK"],
@@ -119,97 +127,39 @@ def _audit_one(
     )
 
 
-def target_of(device: DeviceSpec) -> GPUTarget:
-    """The compiler's name for an NVIDIA GPU."""
-    major, minor = device.capability
-    return GPUTarget("cuda", 10 * major + minor, _WARP_SIZE)
-
-
 def compile_gemm(
     target: GPUTarget, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype
 ) -> triton.compiler.CompiledKernel:
     """Compile the main kernel exactly as `fused_gemm` would specialise it, with a bias."""
-    if gemm.INTERPRETED:
-        raise RuntimeError("unset TRITON_INTERPRET: the interpreter has no compiler")
-    kernel = gemm.fused_gemm_kernel
     geometry = _geometry(spec.group_size)
     constants = gemm.kernel_constants(
         spec, geometry.step, geometry.num_groups, tile, act_dtype, has_bias=True
     )
-    act = "*" + _TRITON_NAMES[act_dtype]
+    act = "*" + TRITON_NAMES[act_dtype]
     scales = "*i32" if spec.has_zero_points else "*fp32"
     pointers = dict(zip(_POINTERS, (act, "*i32", scales, act, act, "*fp32", "*i32"), strict=True))
     if tile.x_descriptor:
         block = f"{tile.block_m}, {geometry.step}"
-        pointers["x_ptr"] = f"tensordesc<{_TRITON_NAMES[act_dtype]}[{block}]>"
+        pointers["x_ptr"] = f"tensordesc<{TRITON_NAMES[act_dtype]}[{block}]>"
     if tile.split_k == 1:
         # The JIT takes an argument that is None for a constant.
         constants |= dict.fromkeys(_SPLIT_POINTERS)
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "i32")
-        for name in kernel.arg_names
-    }
-    aligned = {*pointers, *gemm.ALIGNED_ARGS, "N"} - {*constants, "bias_ptr"}
-    attrs = {(i,): _ALIGNED for i, name in enumerate(kernel.arg_names) if name in aligned}
-    return triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs),
-        target=target,
-        options={
-            "num_warps": tile.num_warps,
-            "num_stages": tile.num_stages,
-            "enable_fp_fusion": gemm.FP_FUSION,
-            "launch_pdl": tile.pdl,
-        },
+    return compile_kernel(
+        gemm.fused_gemm_kernel,
+        target,
+        constants,
+        pointers,
+        {*pointers, *gemm.ALIGNED_ARGS, "N"} - {*constants, "bias_ptr"},
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        launch_pdl=tile.pdl,
     )
 
 
-def _disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], dict[str, int]]:
-    """SASS as (address, text) and the REG and STACK figures of `cuobjdump -res-usage`."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass = subprocess.run(
-            [tool, "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        done = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    usage = {
-        key: int(value)
-        for key, value in re.findall(r"\b(REG|STACK):(\d+)", done.stdout + done.stderr)
-    }
-    matches = (_INSTRUCTION.match(line) for line in sass.splitlines())
-    return [(int(m[1], 16), m[2]) for m in matches if m], usage
-
-
-def _opcode(text: str) -> str:
-    return _PREDICATE.sub("", text).split()[0]
-
-
-def main_loop(instructions: list[tuple[int, str]]) -> list[str]:
-    """The smallest loop that holds all tensor-core instructions any loop holds.
-
-    Smallest, because barrier spin loops placed out of line look like loops around everything.
-    """
-    best: tuple[int, int] | None = None
-    body: list[str] = []
-    for address, text in instructions:
-        target = _BRANCH_TARGET.search(text)
-        if "BRA" not in _opcode(text) or not target or int(target[1], 16) >= address:
-            continue
-        start = int(target[1], 16)
-        candidate = [t for a, t in instructions if start <= a <= address]
-        num_mma = sum(_opcode(t).startswith(_MMA_SASS) for t in candidate)
-        if best is None or (num_mma, -len(candidate)) > best:
-            best, body = (num_mma, -len(candidate)), candidate
-    return body
-
-
-def format_table(rows: Iterable[AuditRow]) -> str:
+def format_table(rows: Sequence[object], columns: Mapping[str, Callable[..., object]]) -> str:
     """Right-aligned text, one line per row under a heading."""
-    lines = [tuple(_COLUMNS)]
-    lines += [tuple(str(cell(row)) for cell in _COLUMNS.values()) for row in rows]
+    lines = [tuple(columns)]
+    lines += [tuple(str(cell(row)) for cell in columns.values()) for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
@@ -244,11 +194,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     rows = _rows(args)
+    slices = [] if args.tile or args.batch_invariant else _slice_rows(args)
     if args.json:
-        print(json.dumps([as_json(row) for row in rows], indent=1))
+        found = {"fused": [*map(as_json, rows)], "slices": [*map(as_json, slices)]}
+        print(json.dumps({"triton": triton.__version__, **found}, indent=1))
     else:
-        print(f"triton {triton.__version__}\n{format_table(rows)}")
-    return 1 if any(row.problems for row in rows) else 0
+        print(f"triton {triton.__version__}\n{format_table(rows, _COLUMNS)}")
+        if slices:
+            print(f"slices\n{format_table(slices, audit_slices.COLUMNS)}")
+    return 1 if any(row.problems for row in (*rows, *slices)) else 0
 
 
 def rows_of(argv: list[str]) -> list[AuditRow]:
@@ -273,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
 def _rows(args: argparse.Namespace) -> list[AuditRow]:
     return [
         row
-        for target in (_architectures() if args.target == "all" else [args.target])
+        for target in _targets(args)
         for row in audit(
             target,
             args.tile,
@@ -287,12 +241,20 @@ def _rows(args: argparse.Namespace) -> list[AuditRow]:
     ]
 
 
-def _architectures() -> list[str]:
-    capabilities = dict.fromkeys(device.capability for device in KNOWN_DEVICES.values())
-    return [f"sm_{major}{minor}" for major, minor in capabilities]
+def _slice_rows(args: argparse.Namespace) -> list[audit_slices.SliceRow]:
+    act_dtypes = [_ACT_DTYPES[name] for name in args.act_dtype]
+    return [
+        row
+        for target in _targets(args)
+        for row in audit_slices.audit_slices(target, args.weight_type, act_dtypes, args.group_size)
+    ]
 
 
-def as_json(row: AuditRow) -> dict[str, object]:
+def _targets(args: argparse.Namespace) -> list[str]:
+    return architectures() if args.target == "all" else [args.target]
+
+
+def as_json(row: AuditRow | audit_slices.SliceRow) -> dict[str, object]:
     """Its fields, and what follows from them."""
     return asdict(row) | {
         "instructions_per_weight": row.instructions_per_weight,

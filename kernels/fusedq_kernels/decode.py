@@ -95,6 +95,23 @@ def _halves_minus(pairs, OFFSET: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: t
 
 
 @triton.jit
+def group_of(
+    block,
+    sub,
+    first_step,
+    last_group,
+    STEPS: tl.constexpr,
+    STEPS_PER_GROUP: tl.constexpr,
+):
+    """The group of step `sub` of a K block; `first_step` is the phase in steps."""
+    group = (block * STEPS + sub + first_step) // STEPS_PER_GROUP
+    if STEPS > 1:
+        # Steps made of padding alone may lie beyond the last group.
+        group = tl.minimum(group, last_group)
+    return group
+
+
+@triton.jit
 def scale_of(metadata, SCALE_DTYPE: tl.constexpr):
     """fp32 scales `[BLOCK_N]`: metadata itself, or with 16-bit SCALE_DTYPE its high half."""
     if SCALE_DTYPE == tl.float32:

@@ -53,16 +53,10 @@ def kernel_constants(
     has_bias: bool,
 ) -> dict[str, object]:
     """The constexpr arguments of `fused_gemm_kernel`; shared by the launcher and the audit."""
-    has_zero_points = spec.has_zero_points
-    return {
-        "DECODE": DECODERS[spec.weight_type],
-        "SCALE_DTYPE": _TL_DTYPES[spec.scale_dtype] if has_zero_points else tl.float32,
+    return weight_constants(spec, step, num_groups) | {
         "SCALE_WEIGHTS": tile.scale_weights,
         "NARROW_SCALE": tile.scale_weights and spec.scale_dtype.torch == act_dtype,
         "X_DESCRIPTOR": tile.x_descriptor,
-        "WORDS": geometry.BLOCK_K * spec.weight_type.bits // 32,
-        "STEP": step,
-        "STEPS_PER_GROUP": spec.group_size // step if num_groups > 1 else 0,
         "HAS_BIAS": has_bias,
         "SPLIT_K": tile.split_k,
         "SEGMENTS": tile.segments,
@@ -72,6 +66,17 @@ def kernel_constants(
         # The interpreter runs one launch after the other and no inline assembly.
         "PDL": tile.pdl and not INTERPRETED,
         "PREFETCH": tile.prefetch,
+    }
+
+
+def weight_constants(spec: QuantSpec, step: int, num_groups: int) -> dict[str, object]:
+    """The constexpr arguments of every kernel that reads a tiled weight."""
+    return {
+        "DECODE": DECODERS[spec.weight_type],
+        "SCALE_DTYPE": _TL_DTYPES[spec.scale_dtype] if spec.has_zero_points else tl.float32,
+        "WORDS": geometry.BLOCK_K * spec.weight_type.bits // 32,
+        "STEP": step,
+        "STEPS_PER_GROUP": spec.group_size // step if num_groups > 1 else 0,
         "INTERPRET": INTERPRETED,
     }
 
@@ -100,7 +105,7 @@ def fused_gemm(
         ValueError: wrong dtype, shape, stride, layout or tile; the message says found and expected.
     """
     tile = _checked_tile(packed, launch)
-    _check_operands(x, packed, bias)
+    check_operands(x, packed, bias)
     m, n, k = x.shape[0], packed.n, packed.k
     y = torch.empty((m, n), dtype=x.dtype, device=x.device) if out is None else out
     if m == 0:
@@ -179,7 +184,8 @@ def _check_tiles(num_tiles: int, tile: TileConfig) -> None:
         )
 
 
-def _check_operands(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> None:
+def check_operands(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> None:
+    """Raise ValueError, saying found and expected, where tokens or bias do not suit the weight."""
     if x.dtype not in ACT_DTYPES:
         raise ValueError(f"x must be float16 or bfloat16, got {x.dtype}")
     if x.ndim != 2 or x.shape[1] != packed.k:

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedq_kernels.decode import BLOCK_K, scale_of
+from fusedq_kernels.decode import BLOCK_K, group_of, scale_of
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _dot(a, b, acc, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _scaled(weight, scale, NARROW_SCALE: tl.constexpr, INTERPRET: tl.constexpr):
+def scaled(weight, scale, NARROW_SCALE: tl.constexpr, INTERPRET: tl.constexpr):
     """`weight * scale`, rounded once to the dtype of `weight`.
 
     NARROW_SCALE says that the scale is a number of that dtype: half the instructions, same bits.
@@ -172,10 +172,7 @@ def fused_gemm_kernel(
             words = tl.load(qweight_ptrs + block * stride_block)
             for sub in tl.static_range(STEPS):
                 if STEPS_PER_GROUP != 0:
-                    group = (block * STEPS + sub + first_step) // STEPS_PER_GROUP
-                    if STEPS > 1:
-                        # Steps made of padding alone may lie beyond the last group.
-                        group = tl.minimum(group, last_group)
+                    group = group_of(block, sub, first_step, last_group, STEPS, STEPS_PER_GROUP)
                     metadata = tl.load(scales_ptrs + group * n_padded)
                 # Not named, because a name would make a run-time value of it.
                 k = block * BLOCK_K + sub // PARTS * ROWS - pad
@@ -192,7 +189,7 @@ def fused_gemm_kernel(
                 if STEPS_PER_GROUP == 0:
                     acc = _dot(weight, tokens, acc, INTERPRET)
                 elif SCALE_WEIGHTS:
-                    weight = _scaled(
+                    weight = scaled(
                         weight, scale_of(metadata, SCALE_DTYPE), NARROW_SCALE, INTERPRET
                     )
                     acc = _dot(weight, tokens, acc, INTERPRET)

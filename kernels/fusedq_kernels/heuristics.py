@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fusedq_kernels import tuning
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, group_geometry, round_up, whole_splits
+from fusedq_kernels.slices import workspace_bytes
 from fusedq_kernels.tiles import Rule, rules_for
 from fusedq_kernels.types import (
     DeviceSpec,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     import torch
 
 ACT_DTYPES = (DType.FLOAT16, DType.BFLOAT16)
+# Only measured rows name these, and only where the caller declares them.
+DECLARED_KERNELS = (KernelName.SLICED_CUBLAS,)
 
 _SCALE_DTYPES = (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32)
 _MIN_CAPABILITY = (8, 0)
@@ -46,6 +49,14 @@ _MAX_SPLIT_K = 16
 
 # A tile of this width is used from this N up, unless it is the last of its rule.
 _MIN_N = {256: 4096, 128: 2049}
+
+
+class DeclaredLaunch(NamedTuple):
+    """A launch of a declared kernel, the fewest tokens that reach it, its workspace."""
+
+    min_tokens: int
+    launch: Launch
+    workspace_bytes: int
 
 
 def kernels_for(device: DeviceSpec) -> tuple[KernelName, ...]:
@@ -72,6 +83,7 @@ def select(
     device: DeviceSpec,
     *,
     batch_invariant: bool = False,
+    sliced_prefill: bool = False,
     table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
 ) -> Launch:
     """The kernel and tile for one problem that `unsupported_reasons` has passed.
@@ -80,14 +92,16 @@ def select(
     whatever batch it arrives in. With `batch_invariant` that holds for any number of tokens, and
     so does all else that decides a row's bits: one place for the scale, one kind of tensor-core
     instruction, the parts of K added in one order. Measured rows, which `table_for` supplies and
-    which otherwise come before the rules, promise none of this and are not asked.
+    which otherwise come before the rules, promise none of this and are not asked. Rows of declared
+    kernels count with `sliced_prefill` only.
     """
     kernel = kernel_for(device, spec.weight_type)
     if kernel is not KernelName.TRITON_GEMM:
         isa = f", {device.cpu_isa}" if device.cpu_isa else ""
         return Launch(kernel, None, f"rule: {device.kind}{isa}")
     table = None if batch_invariant else table_for(device)
-    found = None if table is None else tuning.find(table, shape, spec, kernels_for(device))
+    allowed = kernels_for(device) + (DECLARED_KERNELS if sliced_prefill else ())
+    found = None if table is None else tuning.find(table, shape, spec, allowed)
     if found is not None:
         return found
     step = group_geometry(shape.k, spec.group_size, 0).step
@@ -122,6 +136,7 @@ def reachable_launches(
     max_tokens: int,
     *,
     batch_invariant: bool = False,
+    sliced_prefill: bool = False,
     table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
 ) -> tuple[tuple[int, Launch], ...]:
     """Every launch that `select` returns for 1 to `max_tokens` tokens, with the fewest tokens each.
@@ -129,15 +144,36 @@ def reachable_launches(
     Launches that differ in `source` alone count once: what is compiled is the tile.
     """
     # Beyond 64 tokens a choice changes where another block_m begins, or a measured row.
-    table = table_for(device)
-    borders = {row.max_m + 1 for row in table.rows} if table is not None else set()
+    borders = _row_borders(table_for(device))
     borders |= {*range(1, tuning.MAX_DECODE_M + 1), *range(1, max_tokens + 1, 16)}
     found: dict[tuple[KernelName, TileConfig | None], tuple[int, Launch]] = {}
     for m in sorted(border for border in borders if border <= max_tokens):
         shape = GemmShape(m, n, k)
-        launch = select(shape, spec, device, batch_invariant=batch_invariant, table_for=table_for)
+        launch = select(
+            *(shape, spec, device),
+            batch_invariant=batch_invariant,
+            sliced_prefill=sliced_prefill,
+            table_for=table_for,
+        )
         found.setdefault((launch.kernel, launch.tile), (m, launch))
     return tuple(found.values())
+
+
+def declared_launch(
+    n: int,
+    k: int,
+    spec: QuantSpec,
+    device: DeviceSpec,
+    *,
+    table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
+) -> DeclaredLaunch | None:
+    """The declared kernel that `select` with `sliced_prefill` names for some number of tokens."""
+    for m in sorted(_row_borders(table_for(device))):
+        shape = GemmShape(m, n, k)
+        launch = select(shape, spec, device, sliced_prefill=True, table_for=table_for)
+        if launch.kernel in DECLARED_KERNELS:
+            return DeclaredLaunch(m, launch, workspace_bytes(n, k))
+    return None
 
 
 def unsupported_reasons(
@@ -176,6 +212,11 @@ def unsupported_reasons(
     reasons += _scale_reasons(spec, kernel)
     reasons += _group_reasons(k, spec, phase, kernel)
     return tuple(reasons)
+
+
+def _row_borders(table: tuning.TunedTable | None) -> set[int]:
+    """The fewest tokens that a measured row can serve, beside 1."""
+    return set() if table is None else {row.max_m + 1 for row in table.rows}
 
 
 def _fits(tile: TileConfig, n: int) -> bool:

@@ -31,7 +31,7 @@ from fusedq_kernels.types import (
 _ARGUMENTS = (
     "Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? perm, int n, "
     "int k, int in_features, int group_size, int phase, str weight_type, str scale_dtype, "
-    "str kernel, bool batch_invariant=False"
+    "str kernel, bool batch_invariant=False, bool sliced_prefill=False"
 )
 _SCHEMAS = (
     f"matmul({_ARGUMENTS}) -> Tensor",
@@ -53,21 +53,26 @@ def matmul(
     bias: torch.Tensor | None,
     kernel: KernelName,
     batch_invariant: bool = False,
+    sliced_prefill: bool = False,
 ) -> torch.Tensor:
     """`x @ dequantize(packed).T + bias` by the named kernel.
 
     A weight with a `perm` multiplies `x[..., perm]`: the tokens are gathered once, into a copy,
     before the kernel reads them. A kernel that gathers by itself reads two bytes at a time, which
-    is below the four of an asynchronous copy, and every tile of outputs would gather again.
+    is below the four of an asynchronous copy, and every tile of outputs would gather again; by
+    pairs of four bytes it takes a third more instructions and, as the address of one load is the
+    result of another, keeps one K block of the weight in flight instead of three.
 
     Args:
         x: `[..., K]` fp16 or bf16 on the device of `packed`, any strides; `[..., in_features]` for
             a weight with a `perm`.
         packed: a weight in the layout that `kernel` reads.
         bias: `[N]` in the dtype of `x`, or None.
-        kernel: a GPU runs triton-gemm; a CPU runs the other two, and triton-gemm in Triton's
-            interpreter.
+        kernel: a GPU runs triton-gemm and sliced-cublas; a CPU runs the other two, and those of a
+            GPU in Triton's interpreter.
         batch_invariant: each row gets the same bits in any batch; kernel triton-gemm only.
+        sliced_prefill: whether measured rows may replace triton-gemm by sliced-cublas, which the
+            caller has to have declared.
 
     Returns:
         y: `[..., N]`, contiguous, dtype of `x`.
@@ -94,42 +99,50 @@ def matmul(
         spec.scale_dtype.value,
         kernel.value,
         batch_invariant,
+        sliced_prefill,
     )
 
 
-def _run_triton(
-    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    _fused_gemm(x, packed, bias, out, batch_invariant=False)
-
-
-def _run_batch_invariant(
-    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    _fused_gemm(x, packed, bias, out, batch_invariant=True)
-
-
-def _fused_gemm(
+def _run_selected(
     x: torch.Tensor,
     packed: PackedWeight,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    batch_invariant: bool,
+    batch_invariant: bool = False,
+    sliced_prefill: bool = False,
 ) -> None:
-    from fusedq_kernels.gemm import fused_gemm
+    from fusedq_kernels import launchers
 
-    launch = _launch(x.shape[0], packed.n, packed.k, packed.spec, x.device, batch_invariant)
-    fused_gemm(x, packed, bias, launch, out)
+    problem = (x.shape[0], packed.n, packed.k, packed.spec, x.device)
+    launchers.run(x, packed, bias, _launch(*problem, batch_invariant, sliced_prefill), out)
+
+
+def _run_sliced(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    from fusedq_kernels import launchers
+
+    launchers.run(x, packed, bias, Launch(KernelName.SLICED_CUBLAS, None, "by name"), out)
 
 
 # A model calls with few numbers of tokens while it decodes and with any while it prefills.
 @functools.lru_cache(maxsize=4096)
 def _launch(
-    m: int, n: int, k: int, spec: QuantSpec, device: torch.device, batch_invariant: bool
+    m: int,
+    n: int,
+    k: int,
+    spec: QuantSpec,
+    device: torch.device,
+    batch_invariant: bool,
+    sliced_prefill: bool,
 ) -> Launch:
     from fusedq_kernels.heuristics import select
 
-    return select(GemmShape(m, n, k), spec, _gpu(device), batch_invariant=batch_invariant)
+    return select(
+        *(GemmShape(m, n, k), spec, _gpu(device)),
+        batch_invariant=batch_invariant,
+        sliced_prefill=sliced_prefill,
+    )
 
 
 def _run_wna16(
@@ -139,11 +152,17 @@ def _run_wna16(
 
 
 _RUNNERS: dict[KernelName, Runner] = {
-    KernelName.TRITON_GEMM: _run_triton,
+    KernelName.TRITON_GEMM: _run_selected,
+    KernelName.SLICED_CUBLAS: _run_sliced,
     KernelName.CPU_WNA16: _run_wna16,
     KernelName.CPU_STRIPED: cpu.striped_gemm,
 }
-_BATCH_INVARIANT_RUNNERS: dict[KernelName, Runner] = {KernelName.TRITON_GEMM: _run_batch_invariant}
+_BATCH_INVARIANT_RUNNERS: dict[KernelName, Runner] = {
+    KernelName.TRITON_GEMM: functools.partial(_run_selected, batch_invariant=True)
+}
+_SLICING_RUNNERS: dict[KernelName, Runner] = _RUNNERS | {
+    KernelName.TRITON_GEMM: functools.partial(_run_selected, sliced_prefill=True)
+}
 _CPU_ONLY = frozenset({KernelName.CPU_WNA16, KernelName.CPU_STRIPED})
 
 
@@ -212,9 +231,11 @@ def _checked(
     scale_dtype: str,
     kernel: str,
     batch_invariant: bool = False,
+    sliced_prefill: bool = False,
 ) -> tuple["_Call", PackedWeight, torch.Tensor | None]:
     call = _call(
-        n, k, group_size, phase, weight_type, scale_dtype, kernel, x.dtype, batch_invariant
+        *(n, k, group_size, phase, weight_type, scale_dtype, kernel, x.dtype),
+        *(batch_invariant, sliced_prefill),
     )
     packed = PackedWeight(
         qweight, scales, zeros, call.layout, call.spec, n, k, phase, perm, in_features
@@ -244,6 +265,7 @@ def _call(
     kernel: str,
     act_dtype: torch.dtype,
     batch_invariant: bool,
+    sliced_prefill: bool,
 ) -> _Call:
     if act_dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"x must be float16 or bfloat16, got {act_dtype}")
@@ -251,7 +273,9 @@ def _call(
         raise ValueError(f"scale_dtype must be one of {list(_SCALE_DTYPES)}, got {scale_dtype!r}")
     spec = QuantSpec(WeightType(weight_type), group_size, _SCALE_DTYPES[scale_dtype])
     name = KernelName(kernel)
-    runners = _BATCH_INVARIANT_RUNNERS if batch_invariant else _RUNNERS
+    runners = _SLICING_RUNNERS if sliced_prefill else _RUNNERS
+    if batch_invariant:
+        runners = _BATCH_INVARIANT_RUNNERS
     if name not in runners:
         known = ", ".join(each.value for each in runners)
         raise ValueError(f"kernel {kernel} is not batch-invariant; supported: {known}")

@@ -19,7 +19,9 @@
   must be there, and rows up to it share one `split_k`: a row's sum is cut at the same places
   whatever batch it arrives in. More tokens than the largest `max_m` are left to the rules.
 - `kernel` and the tile: every field of `types.TileConfig` but `segments`, which belongs to
-  batch-invariant layers; those with a default may be left out. A kernel without a tile has none.
+  batch-invariant layers; those with a default may be left out. A kernel without a tile has none:
+  `sliced-cublas`, for more than 64 tokens only. Beside its row stands one of `triton-gemm` with the
+  same `max_m`, for servers that forbid it.
 - `us` is the measured time in microseconds, for people to read.
 
 Rows are numbered from 1 within their table, in file order.
@@ -213,8 +215,11 @@ def _check_shapes(rows: Iterable[TunedRow], where: str) -> None:
     for (weight_type, _, n, k), members in shapes.items():
         name = f"{where}, shape {weight_type.value} {n}x{k}"
         tokens = [row.max_m for row in members]
-        if len(set(tokens)) < len(tokens):
+        if len({(row.max_m, row.kernel) for row in members}) < len(tokens):
             raise ValueError(f"{name}: two rows with one max_m among {sorted(tokens)}")
+        fused = {row.max_m for row in members if row.tile is not None}
+        if alone := sorted(set(tokens) - fused):
+            raise ValueError(f"{name}: no row with a tile beside those for max_m {alone}")
         if MAX_DECODE_M not in tokens:
             raise ValueError(f"{name}: no row for max_m {MAX_DECODE_M}")
         decode = [row.tile for row in members if row.max_m <= MAX_DECODE_M]

@@ -48,7 +48,7 @@ def find(
 
     The shape is chosen first, from weight type, group step, N and K alone, then its row by M;
     `Launch.source` names the row, and its shape where it is another.
-    Rows of kernels other than `kernels` do not count.
+    Rows of kernels other than `kernels` do not count; of two for one `max_m` the faster serves.
     """
     step = group_geometry(shape.k, spec.group_size, 0).step
     allowed = set(kernels)
@@ -66,10 +66,10 @@ def find(
     (distance, key), rows = min(near.items())
     if distance > log2(NEAREST_FACTOR):
         return None
-    fitting = [(row.max_m, number, row) for number, row in rows if shape.m <= row.max_m]
+    fitting = [(row.max_m, row.us, number, row) for number, row in rows if shape.m <= row.max_m]
     if not fitting:
         return None
-    _, number, row = min(fitting, key=lambda entry: entry[0])
+    *_, number, row = min(fitting, key=lambda entry: entry[:3])
     source = f"tuned:{table.device} row {number}"
     if distance:
         source += f", nearest shape {key[0]}x{key[1]}"

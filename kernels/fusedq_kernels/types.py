@@ -92,9 +92,13 @@ class Layout(Enum):
 
 
 class KernelName(Enum):
-    """Every implementation of `torch.ops.fusedq.matmul`; a plan names exactly one of these."""
+    """Every implementation of `torch.ops.fusedq.matmul`.
+
+    A plan names exactly one, and beside triton-gemm a declared one where measured rows lead there.
+    """
 
     TRITON_GEMM = "triton-gemm"
+    SLICED_CUBLAS = "sliced-cublas"
     CPU_WNA16 = "cpu-wna16"
     CPU_STRIPED = "cpu-striped"
 
@@ -109,6 +113,7 @@ _TILED_LAYOUTS = {
 }
 _KERNEL_LAYOUTS = {
     KernelName.TRITON_GEMM: _TILED_LAYOUTS,
+    KernelName.SLICED_CUBLAS: _TILED_LAYOUTS,
     KernelName.CPU_WNA16: {
         WeightType.UINT4: Layout.CPU_WNA16,
         WeightType.UINT4B8: Layout.CPU_WNA16,

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 import torch
 
-from fusedq_kernels.gemm import fused_gemm
+from fusedq_kernels import launchers
 from fusedq_kernels.heuristics import reachable_launches
-from fusedq_kernels.types import DeviceSpec, KernelName, PackedWeight
+from fusedq_kernels.types import DeviceSpec, PackedWeight
 
 
 def warm_up(
@@ -22,6 +22,7 @@ def warm_up(
     *,
     with_bias: Iterable[bool] = (False,),
     batch_invariant: bool = False,
+    sliced_prefill: bool = False,
 ) -> int:
     """Run every launch of one layer once; returns how many there were.
 
@@ -31,17 +32,18 @@ def warm_up(
         act_dtype: dtype of the activations.
         max_tokens: the most tokens of one call.
         with_bias: whether calls pass a bias; a rank may do both, in turn.
-        batch_invariant: as in `heuristics.select`.
+        batch_invariant, sliced_prefill: as in `heuristics.select`.
     """
     launches = reachable_launches(
-        packed.n, packed.k, packed.spec, device, max_tokens, batch_invariant=batch_invariant
+        *(packed.n, packed.k, packed.spec, device, max_tokens),
+        batch_invariant=batch_invariant,
+        sliced_prefill=sliced_prefill,
     )
     like = {"dtype": act_dtype, "device": packed.qweight.device}
     count = 0
     for has_bias in set(with_bias):
         bias = torch.zeros(packed.n, **like) if has_bias else None
         for m, launch in launches:
-            if launch.kernel is KernelName.TRITON_GEMM:
-                fused_gemm(torch.zeros((m, packed.k), **like), packed, bias, launch)
-                count += 1
+            launchers.run(torch.zeros((m, packed.k), **like), packed, bias, launch)
+            count += 1
     return count

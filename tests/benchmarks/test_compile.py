@@ -9,13 +9,11 @@ from contextlib import nullcontext
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, {benchmarks!r})
 from fusedq_kernels import audit
-from fusedq_kernels.decode import DECODERS
 from fusedq_kernels.types import WeightType
 from gemmbench import ablation, triton_kernels
 
@@ -41,19 +39,6 @@ ptx = compiled(
     4,
 )
 assert "cp.async.cg.shared.global" in ptx
-for weight_type in WeightType:
-    compiled(
-        triton_kernels._dequantize_kernel,
-        {{"qweight_ptr": "*i32", "scales_ptr": "*i32" if weight_type.has_zero_points else "*fp32",
-         "out_ptr": "*bf16"}},
-        {{
-            "DECODE": DECODERS[weight_type],
-            "SCALE_DTYPE": tl.bfloat16 if weight_type.has_zero_points else tl.float32,
-            "WORDS": 4 * weight_type.bits, "STEP": 64, "STEPS": 2, "STEPS_PER_GROUP": 1,
-            "BLOCK_N": 64, "INTERPRET": False,
-        }},
-        4,
-    )
 for tile, warps in ((triton_kernels._SMALL_TILE, 4), (triton_kernels._LARGE_TILE, 8)):
     ptx = compiled(
         triton_kernels._tiled_gemm_kernel,

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import kernels_correct
-from fusedq_kernels import gemm
+from fusedq_kernels import launchers
 from fusedq_kernels.types import QuantSpec, WeightType
 from gemmbench import exactness
 from gemmbench.results import ResultFile
@@ -30,7 +30,7 @@ def test_a_dry_run_passes_writes_what_it_found_and_does_not_repeat_it(tmp_path: 
         "uint4 g128 bfloat16 72x272",
         "uint4 g128 bfloat16 72x272 phase 80",
     }
-    assert {row["check"] for row in rows} == {"right", "repeatable", "batch-invariant"}
+    assert {row["check"] for row in rows} == set(kernels_correct.CHECKS)
     assert {row["passed"] for row in rows} == {"yes"}
     again = CliRunner().invoke(kernels_correct.app, arguments)
     assert "0 checks, 0 failed" in again.output
@@ -45,27 +45,27 @@ def test_shards_of_the_cases_are_all_of_them() -> None:
 
 
 def test_a_slightly_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = gemm.fused_gemm
-    monkeypatch.setattr(gemm, "fused_gemm", lambda *a: real(*a) * 1.001)
+    real = launchers.run
+    monkeypatch.setattr(launchers, "run", lambda *a: real(*a) * 1.001)
     with pytest.raises(AssertionError, match=r"M=3 Launch.*: RMS error 1\.0\de-03, bound 2\.8e"):
         exactness.check_right(subject(), 3, every_tile=False)
 
 
 def test_an_output_that_is_never_written_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = gemm.fused_gemm
+    real = launchers.run
 
     def forgetful(*arguments: object) -> torch.Tensor:
         y = real(*arguments)
         y[-1, -1] = torch.nan
         return y
 
-    monkeypatch.setattr(gemm, "fused_gemm", forgetful)
+    monkeypatch.setattr(launchers, "run", forgetful)
     with pytest.raises(AssertionError, match="RMS error nan"):
         exactness.check_right(subject(), 3, every_tile=False)
 
 
 def test_bits_that_change_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = gemm.fused_gemm, []
+    real, calls = launchers.run, []
 
     def wavering(*arguments: object) -> torch.Tensor:
         calls.append(1)
@@ -74,11 +74,11 @@ def test_bits_that_change_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
             y[0, 0] += 1
         return y
 
-    monkeypatch.setattr(gemm, "fused_gemm", wavering)
+    monkeypatch.setattr(launchers, "run", wavering)
     with pytest.raises(AssertionError, match="M=2: run 1 differs"):
         exactness.check_repeatable(subject(), 2, runs=3)
     monkeypatch.setattr(
-        gemm, "fused_gemm", lambda x, *rest: real(x, *rest) + (1 if x.shape[0] == 1 else 0)
+        launchers, "run", lambda x, *rest: real(x, *rest) + (1 if x.shape[0] == 1 else 0)
     )
     with pytest.raises(AssertionError, match=r"M=1 at 0, Launch.*: 72 outputs differ"):
         exactness.check_batch_invariant(subject(), [1, 2])

@@ -13,8 +13,9 @@ from fusedq_kernels import tuning
 from fusedq_kernels.device import device_by_name
 from fusedq_kernels.heuristics import select
 from fusedq_kernels.roofline import rates_for
-from fusedq_kernels.types import GemmShape, QuantSpec, TileConfig, WeightType
+from fusedq_kernels.types import GemmShape, KernelName, QuantSpec, TileConfig, WeightType
 from gemmbench import candidates
+from gemmbench.results import ResultFile
 
 H200 = device_by_name("h200")
 RATES = rates_for(H200)
@@ -78,6 +79,22 @@ def test_an_unfinished_shape_gets_no_rows() -> None:
     assert candidates.tuned_rows([measured(8, 4, 4.0), measured(512, 1, 50.0)]) == []
 
 
+def test_where_slices_are_fastest_the_fastest_tile_stands_beside_them() -> None:
+    def sliced(us: float) -> candidates.Measurement:
+        shape = GemmShape(512, 4096, 4096)
+        return candidates.Measurement(shape, INT4, None, us, KernelName.SLICED_CUBLAS)
+
+    tiles = [measured(64, 4, 6.0), measured(512, 1, 50.0), measured(512, 2, 40.0)]
+    found = candidates.tuned_rows([*tiles, sliced(30.0)])
+    assert [(row.max_m, row.kernel, row.us) for row in found] == [
+        (64, KernelName.TRITON_GEMM, 6.0),
+        (512, KernelName.TRITON_GEMM, 40.0),
+        (512, KernelName.SLICED_CUBLAS, 30.0),
+    ]
+    assert len(candidates.tuned_rows([*tiles, sliced(60.0)])) == 2
+    assert len(candidates.tuned_rows([tiles[0], sliced(60.0)])) == 1
+
+
 def run(*arguments: object) -> str:
     done = CliRunner().invoke(tune.app, [str(each) for each in arguments])
     assert done.exit_code == 0, done.output
@@ -98,6 +115,17 @@ def test_a_dry_run_writes_rows_that_select_reads_and_resumes(tmp_path: Path) -> 
     assert (tmp_path / "tune.csv").read_text().startswith(before)
     (table,) = tuning.read(path)
     assert [row.max_m for row in table.rows] == [8, 64, 8, 64]
+
+
+def test_a_dry_run_measures_slices_for_many_tokens(tmp_path: Path) -> None:
+    options = ("--dry-run", "--keep", 1, "--bucket", 64, "--bucket", 512, "--out", tmp_path)
+    run(*options)
+    file = ResultFile(tmp_path / "tune.csv", tune.COLUMNS)
+    found = [row for row in file.rows() if row["kernel"] == "sliced-cublas"]
+    assert {(row["m"], row["block_m"]) for row in found} == {("512", "")}
+    assert all(float(row["us"]) > 0 for row in found)
+    (table,) = tuning.read(tmp_path / "h200.json")
+    assert KernelName.TRITON_GEMM in {row.kernel for row in table.rows if row.max_m == 512}
 
 
 def test_tables_of_another_triton_stay(tmp_path: Path) -> None:

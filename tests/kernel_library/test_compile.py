@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 
-from fusedq_kernels import audit_row
+from fusedq_kernels import audit_row, audit_slices
 from fusedq_kernels.device import device_by_name
 from fusedq_kernels.heuristics import tiles_for
 from fusedq_kernels.types import TileConfig, WeightType
@@ -78,11 +78,27 @@ rows = {name: audit.rows_of(arguments.split()) for name, arguments in runs.items
 print(json.dumps({name: [audit.as_json(row) for row in rows[name]] for name in runs}))
 """
 
+SLICES_SCRIPT = """
+import json
+import torch
+from fusedq_kernels import audit, audit_slices
+from fusedq_kernels.types import WeightType
+
+rows = [
+    *audit_slices.audit_slices(
+        "sm_90", [WeightType.UINT4, WeightType.UINT8, WeightType.NF4], [torch.bfloat16], [128]
+    ),
+    *audit_slices.audit_slices("sm_80", [WeightType.UINT4B8], [torch.float16], [8, 48, 1 << 17]),
+    *audit_slices.audit_slices("sm_100", [WeightType.UINT8B128], [torch.float16], [32]),
+]
+print(json.dumps([audit.as_json(row) for row in rows]))
+"""
+
 # Launches through the JIT with a driver that names a GPU and never reaches one.
 LAUNCH_SCRIPT = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from fusedq_kernels import audit, gemm, layout, testing
+from fusedq_kernels import audit, audit_slices, gemm, layout, staged, testing
 from fusedq_kernels.types import KernelName, Launch, Layout, QuantSpec, TileConfig, WeightType
 
 class Driver:
@@ -111,6 +127,14 @@ for m, n, k, phase in ((1, 256, 1424, 0), (17, 144, 2048, 64), (2048, 4096, 272,
     bias = torch.zeros(n, dtype=torch.float16)
     gemm.fused_gemm(x, packed, bias, Launch(KernelName.TRITON_GEMM, tile, "test"))
 audited = audit.compile_gemm(GPUTarget("cuda", 90, 32), tile, spec, torch.float16)
+assert len(compiled) == 3 and {id(kernel) for kernel in compiled} == {id(compiled[0])}
+assert compiled[0].asm["cubin"] == audited.asm["cubin"]
+compiled.clear()
+sizes = ((256, 1424, 0, 256, 0), (144, 2048, 64, 17, 127), (64, 272, 16, 1, 1))
+for n, k, phase, rows, start in sizes:
+    packed = layout.pack(testing.random_logical(n, k, spec, phase), Layout.P4, torch.float16)
+    staged.dequantize(packed, torch.zeros(rows, k, dtype=torch.float16), start)
+audited = audit_slices.compile_slice("sm_90", spec, torch.float16)
 assert len(compiled) == 3 and {id(kernel) for kernel in compiled} == {id(compiled[0])}
 assert compiled[0].asm["cubin"] == audited.asm["cubin"]
 """
@@ -224,6 +248,54 @@ GOOD = audit_row.AuditRow(
 )
 def test_every_problem_is_found(changes, problems):
     assert replace(GOOD, **changes).problems == problems
+
+
+def test_a_slice_is_dequantized_16_bytes_at_a_time():
+    done = subprocess.run(
+        [sys.executable, "-c", SLICES_SCRIPT], env=environment(), stdout=subprocess.PIPE, check=True
+    )
+    rows = json.loads(done.stdout)
+    assert len(rows) == 7
+    assert [row for row in rows if row["problems"]] == []
+
+
+GOOD_SLICE = audit_slices.SliceRow(
+    *("sm_90", "uint4", "bf16", 128),
+    *(54, 0, 8192, 528, 2, 8, 0, 0),
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        ({}, ()),
+        ({"stack": 8}, ("spills",)),
+        ({"local": 1}, ("spills",)),
+        ({"smem": 227 * 1024 + 1}, ("shared memory",)),
+        ({"wide_loads": 0}, ("narrow loads",)),
+        ({"narrow_stores": 1}, ("narrow stores",)),
+        ({"wide_stores": 0}, ("narrow stores",)),
+        ({"instructions": 840}, ("instructions",)),
+    ],
+)
+def test_every_problem_of_a_slice_is_found(changes, problems):
+    assert replace(GOOD_SLICE, **changes).problems == problems
+
+
+def test_the_batch_invariant_tile_is_audited_on_every_kind_of_tensor_core():
+    """Also where it is one of the tiles for few tokens as well."""
+    script = (
+        "import json, torch; from fusedq_kernels import audit; "
+        "from fusedq_kernels.device import device_by_name; "
+        "from fusedq_kernels.types import WeightType; "
+        "found = [audit._tiles(device_by_name(name), WeightType.NF4, 128, True) "
+        "for name in ('sm_80', 'sm_90', 'sm_100')]; "
+        "print(json.dumps([[(t.block_m, t.block_n, t.segments) for t in each] for each in found]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), stdout=subprocess.PIPE, check=True
+    )
+    assert json.loads(done.stdout) == [[[32, 64, 4]], [[64, 128, 4]], [[32, 128, 4]]]
 
 
 def test_a_problem_fails_the_command():

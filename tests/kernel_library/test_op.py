@@ -25,7 +25,7 @@ def kernel(request: pytest.FixtureRequest) -> KernelName:
 
 
 def device_of(kernel: KernelName) -> str:
-    return "cuda" if GPU and kernel is KernelName.TRITON_GEMM else "cpu"
+    return "cuda" if GPU and kernel not in op._CPU_ONLY else "cpu"
 
 
 def make_call(

@@ -101,7 +101,7 @@ def test_the_instruction_count_follows_the_compiler(compiler_env: dict[str, str]
     done = subprocess.run(
         [*command, *options], capture_output=True, text=True, env=compiler_env, check=True
     )
-    rows = json.loads(done.stdout)
+    rows = json.loads(done.stdout)["fused"]
     assert len(rows) == 2
     for row in rows:
         spec = QuantSpec(WeightType(row["weight_type"]), 128, torch.float16)

@@ -145,6 +145,36 @@ def test_a_broken_table_is_not_written(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["h200.json"]
 
 
+SLICED = {name: value for name, value in ROW.items() if name not in TILE} | {
+    **{"kernel": "sliced-cublas", "max_m": 256, "us": 30.0},
+}
+
+
+def test_of_two_kernels_for_one_max_m_the_faster_that_is_allowed_serves(tmp_path):
+    (table,) = read(tmp_path, table_of(*ROWS[:2], SLICED, ROWS[2] | {"us": 40.0}))
+    both = [KernelName.TRITON_GEMM, KernelName.SLICED_CUBLAS]
+    shape = GemmShape(256, 4096, 4096)
+    expected = Launch(KernelName.SLICED_CUBLAS, None, "tuned:h200 row 3")
+    assert tuning.find(table, shape, SPEC, both) == expected
+    assert tuning.find(table, shape, SPEC, both[:1]).source == "tuned:h200 row 4"
+    (table,) = read(tmp_path, table_of(*ROWS[:2], SLICED, ROWS[2] | {"us": 20.0}))
+    assert tuning.find(table, shape, SPEC, both).source == "tuned:h200 row 4"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([*ROWS[:2], SLICED], r"no row with a tile beside those for max_m \[256\]"),
+        ([*ROWS, SLICED, SLICED], "two rows with one max_m among"),
+        ([*ROWS, SLICED | {"max_m": 64}], "rows up to max_m 64 must have a tile"),
+        ([*ROWS, SLICED | TILE], "row 4: sliced-cublas with a tile"),
+    ],
+)
+def test_sliced_rows_stand_beside_fused_ones(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, table_of(*rows))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,7 +7,8 @@ import sys
 SCRIPT = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from fusedq_kernels import device, gemm, heuristics, layout, testing, types, warmup
+from fusedq_kernels import device, gemm, heuristics, layout, slices, staged
+from fusedq_kernels import testing, tuned_file, types, warmup
 
 class Driver:
     def get_current_target(self):
@@ -56,6 +57,32 @@ for weight_type, group_size, n, k, phase in (
         other = types.Launch(launch.kernel, types.TileConfig(16, 128, 1, 4, 2), "test")
         gemm.fused_gemm(tokens, packed, None, other)
         assert len(set(asked)) == len(known) + 1
+
+# A sliced launch is warmed up for every slice, token count and bias alike.
+cells = {"weight_type": weight_type, "group_size": group_size, "n": n, "k": k}
+tile = types.TileConfig(16, 64, 1, 4, 3)
+rows = [
+    tuned_file.TunedRow(*cells.values(), 64, types.KernelName.TRITON_GEMM, tile, 9.0),
+    tuned_file.TunedRow(*cells.values(), 512, types.KernelName.TRITON_GEMM, tile, 9.0),
+    tuned_file.TunedRow(*cells.values(), 512, types.KernelName.SLICED_CUBLAS, None, 5.0),
+]
+table = tuned_file.TunedTable("h200", "3.9.0", "", "", tuple(rows))
+real = heuristics.reachable_launches
+warmup.reachable_launches = lambda *a, **o: real(*a, **o, table_for=lambda device: table)
+slices.SLICE_BYTES = 2 * k * 1000
+found = {}
+for sliced in (False, True):
+    asked.clear()
+    warmup.warm_up(packed, h200, act, 700, with_bias=(False, True), sliced_prefill=sliced)
+    found[sliced] = set(asked)
+known = found[True]
+assert len(known - found[False]) == 1
+launch = types.Launch(types.KernelName.SLICED_CUBLAS, None, "test")
+for limit in (1000, 333, 4000):
+    slices.SLICE_BYTES = 2 * k * limit
+    for m in (65, 300, 512):
+        staged.sliced_gemm(torch.zeros(m, k, dtype=act), packed, None, launch)
+assert set(asked) == known
 """
 
 

@@ -79,6 +79,7 @@ class FusedQLinearMethod(LinearMethodBase):
             plan.spec.scale_dtype.value,
             plan.kernel.value,
             self.state.target.batch_invariant,
+            self.state.target.sliced_prefill,
         )
         device = torch.get_default_device()
         if isinstance(layer, ParallelLMHead):

@@ -93,7 +93,11 @@ def start_worker(checkpoint: Checkpoint, message_file: str | None) -> WorkerStat
             "This build of vLLM has no fused CPU operator: quantized layers run on "
             "cpu-striped, which is several times slower."
         )
-    target = Target(device, vllm_config.model_config.dtype, settings.insisted, batch_invariant())
+    target = Target(
+        *(device, vllm_config.model_config.dtype, settings.insisted),
+        batch_invariant=batch_invariant(),
+        sliced_prefill=settings.sliced_prefill,
+    )
     install_worker_methods()
     state = WorkerState(
         *(target, settings, message_file),
