@@ -150,9 +150,7 @@ def compile_gemm(
         constants,
         pointers,
         {*pointers, *gemm.ALIGNED_ARGS, "N"} - {*constants, "bias_ptr"},
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        launch_pdl=tile.pdl,
+        **gemm.launch_options(tile),
     )
 
 

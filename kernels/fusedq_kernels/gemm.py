@@ -81,6 +81,17 @@ def weight_constants(spec: QuantSpec, step: int, num_groups: int) -> dict[str, o
     }
 
 
+def launch_options(tile: TileConfig) -> dict[str, object]:
+    """The options that a launch hands to the compiler; shared by the launcher and the audit."""
+    options = {
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": FP_FUSION,
+    }
+    # Only NVIDIA's compiler knows this one, and a launch with an unknown option fails.
+    return options | {"launch_pdl": True} if tile.pdl else options
+
+
 def fused_gemm(
     x: torch.Tensor,
     packed: PackedWeight,
@@ -148,10 +159,7 @@ def fused_gemm(
         **kernel_constants(
             packed.spec, groups.step, groups.num_groups, tile, x.dtype, bias is not None
         ),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        enable_fp_fusion=FP_FUSION,
-        launch_pdl=tile.pdl,
+        **launch_options(tile),
     )
     return y
 
