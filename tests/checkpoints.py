@@ -50,7 +50,7 @@ Edit = Callable[[Tensors], object]
 BUILDS = awq.BUILDS | gptq.BUILDS | compressed_tensors.BUILDS
 """Every format at 4 bits."""
 
-WIDTH_BUILDS = gptq.WIDTH_BUILDS | compressed_tensors.WIDTH_BUILDS
+WIDTH_BUILDS = awq.WIDTH_BUILDS | gptq.WIDTH_BUILDS | compressed_tensors.WIDTH_BUILDS
 """Every other number of bits."""
 
 ORDERED_BUILDS = gptq.ORDERED_BUILDS | compressed_tensors.ORDERED_BUILDS

@@ -1,4 +1,4 @@
-"""AWQ's gemv and gemv_fast packings: AutoAWQ's own tensors, any region, and what is refused."""
+"""AWQ's packings and widths: their tools' own tensors, any region, and what is refused."""
 
 import pytest
 import torch
@@ -29,6 +29,53 @@ def test_autoawqs_own_packing(build: str, packings: dict[str, torch.Tensor]) -> 
     theirs = {name: packings[f"{VERSIONS[build]}.{name}"] for name in names}
     assert all(torch.equal(made[name], theirs[name]) for name in names)
     check(layer, theirs, layer.whole, truth)
+
+
+@pytest.fixture(scope="module")
+def widths() -> dict[str, torch.Tensor]:
+    """Layers as GPTQModel packs and dequantizes them (tests/assets/scripts/pack_gptq_awq.py)."""
+    return load_file(tiny_models.ASSETS / "awq-widths.safetensors")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7, 8])
+def test_gptqmodels_own_packing(bits: int, widths: dict[str, torch.Tensor]) -> None:
+    stored = {
+        name: widths[f"{bits}.{name}"] for name in ("codes", "zeros", "qweight", "qzeros", "scales")
+    }
+    codes, zeros = stored.pop("codes"), stored.pop("zeros")
+    n, k = codes.shape
+    truth = Truth(codes.numpy(), zeros.numpy(), stored["scales"].T, 32, bits=bits)
+    assert torch.equal(truth.values(0, n, 0, k), widths[f"{bits}.values"].double())
+    made = ALL_BUILDS["awq-8bit"].tensors(truth)
+    assert all(torch.equal(made[name], stored[name]) for name in stored)
+    layer, _ = describe("awq-8bit", truth, 32, stored, bits=bits)
+    for region in (layer.whole, Region(8, 19, 16, 56), Region(23, 24, 63, 64)):
+        check(layer, stored, region, truth)
+
+
+@pytest.mark.parametrize("quantizer", ["gptqmodel:7.7.0", ["optimum:1.24", "GPTQModel:8.0"]])
+def test_widths_are_told_by_the_tool(quantizer: object) -> None:
+    truth = ALL_BUILDS["awq-3bit"].truth(8, 64, 32)
+    layer, tensors = describe("awq-3bit", truth, 32, meta={"quantizer": quantizer})
+    assert layer.description == "awq 3-bit g32, zero points, resident as 4-bit"
+    check(layer, tensors, layer.whole, truth)
+
+
+@pytest.mark.parametrize("rows", [8, 24, 40])
+@pytest.mark.parametrize("build", ["awq-2bit", "awq-3bit"])
+def test_words_that_only_scales_can_count(build: str, rows: int) -> None:
+    truth = ALL_BUILDS[build].truth(rows, 64, 32)
+    layer, tensors = describe(build, truth, 32)
+    assert (layer.n, layer.k) == (rows, 64)
+    check(layer, tensors, Region(rows - 8, rows, 0, 64), truth)
+
+
+@pytest.mark.parametrize(("name", "missing"), [("qweight", 1), ("qzeros", 1), ("scales", 4)])
+def test_refuses_words_of_another_size(name: str, missing: int) -> None:
+    tensors = ALL_BUILDS["awq-8bit"].tensors(ALL_BUILDS["awq-8bit"].truth(16, 64, 32))
+    tensors[name] = tensors[name][:, :-missing].contiguous()
+    with pytest.raises(PreflightError, match=r"(qweight|qzeros) of shape .*; supported: \["):
+        describe("awq-8bit", None, 32, tensors)
 
 
 @pytest.mark.parametrize("build", AWQ_BUILDS)

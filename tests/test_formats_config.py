@@ -52,7 +52,32 @@ def weights(**changes: Any) -> dict[str, Any]:
 
 
 REFUSED = {
-    "awq-bits": ("awq", {"bits": 8}, "bits 8; supported by awq: 4 bits, the one width"),
+    "awq-bits": (
+        "awq",
+        {"bits": 8},
+        "bits 8, made by a tool that it does not name; supported by awq: 4 bits by any tool, "
+        "2, 3, 5, 6, 7, 8 bits where meta.quantizer in the config names gptqmodel",
+    ),
+    "awq-bits-tool": (
+        "awq",
+        {"bits": 8, "meta": {"quantizer": ["other:1.0"]}},
+        "bits 8, made by other; ",
+    ),
+    "awq-bits-meta": (
+        "awq",
+        {"bits": 8, "meta": 5},
+        "bits 8, made by a tool that it does not name",
+    ),
+    "awq-bits-9": (
+        "awq",
+        {"bits": 9, "meta": {"quantizer": "gptqmodel:7.7.0"}},
+        "bits 9, made by gptqmodel; ",
+    ),
+    "awq-bits-gemv": (
+        "awq-8bit",
+        {"version": "gemv"},
+        "bits 8 with version gemv; supported by awq: 4 bits with version gemv and gemv_fast",
+    ),
     "awq-group": ("awq", {"group_size": 12}, "group_size 12; .* -1 or a multiple of 8"),
     "awq-group-0": ("awq", {"group_size": 0}, "group_size 0;"),
     "awq-group-bool": ("awq", {"group_size": True}, "group_size True;"),

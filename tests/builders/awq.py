@@ -1,12 +1,13 @@
 """AWQ checkpoints in AutoAWQ's packings."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from builders.truth import Build, Tensors, Truth, pack_along_columns
+from builders.truth import Build, Tensors, Truth, pack_along_columns, pack_straddling
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column of a group of 8 that AutoAWQ puts into nibble 0, 1, ... of a word."""
@@ -64,6 +65,25 @@ def awq_gemv_fast_tensors(truth: Truth) -> Tensors:
     }
 
 
+def streamed_tensors(truth: Truth) -> Tensors:
+    """As GPTQModel packs other widths than 4 bits: no order of its own, rows of whole words."""
+    assert truth.zeros is not None
+
+    def words(values: np.ndarray) -> torch.Tensor:
+        width = -(-values.shape[1] * truth.bits // 32)
+        return pack_straddling(np.ascontiguousarray(values), truth.bits)[:, :width].contiguous()
+
+    return {
+        "qweight": words(truth.codes.T),
+        "qzeros": words(truth.zeros.T),
+        "scales": truth.scales.T.contiguous(),
+    }
+
+
+def streamed_config(group_size: int, *, bits: int) -> dict[str, Any]:
+    return {**awq_config(group_size), "bits": bits, "meta": {"quantizer": ["gptqmodel:7.7.0"]}}
+
+
 def awq_config(group_size: int) -> dict[str, Any]:
     return {
         "quant_method": "awq",
@@ -80,6 +100,11 @@ def awq_version(version: str) -> Callable[[int], dict[str, Any]]:
 
 
 BUILDS = {"awq": Build(False, awq_tensors, awq_config)}
+
+WIDTH_BUILDS = {
+    f"awq-{bits}bit": Build(False, streamed_tensors, partial(streamed_config, bits=bits), bits=bits)
+    for bits in (2, 3, 8)
+}
 
 AWQ_BUILDS = {
     "awq-gemv": Build(False, awq_gemv_tensors, awq_version("gemv")),
