@@ -14,7 +14,7 @@ from fusedq_kernels.types import LogicalWeight
 from layers import MODULE, cut, describe
 from vllm_fusedq.errors import PreflightError, WeightLoadError
 from vllm_fusedq.formats import Region, decode
-from vllm_fusedq.formats.ordering import STEP, order_rows, resident_rows
+from vllm_fusedq.formats.ordering import order_rows, resident_rows, step_of
 
 
 def by_feature(weight: LogicalWeight) -> torch.Tensor:
@@ -111,22 +111,35 @@ def test_a_part_of_k_by_hand() -> None:
     weight = check("gptq-asym-order", truth, Region(0, 8, 0, 40))
     # Group 0 has 8 rows here, group 1 has 32; the worst case of 40 rows takes no third step
     assert resident_rows(describe("gptq-asym-order", truth, 32)[0], Region(0, 8, 0, 40)) == 64
-    assert weight.spec.group_size == STEP
+    assert weight.spec.group_size == 32
     assert weight.perm[:8].tolist() == [1, 3, *range(34, 40)]
     assert weight.perm[32:].tolist() == [0, 2, *range(4, 34)]
     assert torch.equal(weight.codes[:, 8:32], weight.zeros[:, :1].expand(8, 24))
 
 
+# By hand for 4096 in_features, 4 bits, zero points and fp16 scales: rows x (4 bits + 20 / step)
+@pytest.mark.parametrize(
+    ("group_size", "tp_size", "step", "rows"),
+    [(128, 2, 16, 2528), (128, 8, 8, 736), (32, 2, 32, 4096), (32, 8, 8, 1408)],
+)
+def test_steps_take_the_fewest_bytes(group_size: int, tp_size: int, step: int, rows: int) -> None:
+    truth = ORDERED_BUILDS["gptq-asym-order"].truth(8, 4096, group_size)
+    layer, _ = describe("gptq-asym-order", truth, group_size)
+    region = Region(0, 8, 0, 4096 // tp_size)
+    assert (step_of(layer, region), resident_rows(layer, region)) == (step, rows)
+
+
 @pytest.mark.parametrize("k_stop", [1, 40, 128, 192, 320, 1000])
-@pytest.mark.parametrize("group_size", [16, 32, 48, 128])
+@pytest.mark.parametrize("group_size", [8, 16, 24, 32, 48, 128])
 def test_the_worst_case_is_reached_and_never_passed(group_size: int, k_stop: int) -> None:
     k = 1024
     truth = ORDERED_BUILDS["gptq-sym-order"].truth(8, k, group_size)
     layer, _ = describe("gptq-sym-order", truth, group_size)
     region, groups = Region(0, 8, 0, k_stop), -(-k // group_size)
+    step = step_of(layer, region)
     counts = [0] * groups
-    # One row in each group, then 32 more wherever they fit, then what is left
-    for size, below in ((1, 1), (32, group_size), (1, group_size)):
+    # One row in each group, then a step more wherever it fits, then what is left
+    for size, below in ((1, 1), (step, group_size), (1, group_size)):
         for g in range(groups):
             while counts[g] < below and counts[g] + size <= group_size:
                 if sum(counts) + size > k_stop:
@@ -135,8 +148,8 @@ def test_the_worst_case_is_reached_and_never_passed(group_size: int, k_stop: int
     g_idx = torch.tensor([g for g in range(groups) for _ in range(counts[g])])
     assert len(g_idx) == k_stop
     order = order_rows(g_idx, "g_idx", layer, region)
-    steps = sum(-(-count // STEP) for count in counts)
-    assert resident_rows(layer, region) == STEP * steps
+    rows = step * sum(-(-count // step) for count in counts)
+    assert resident_rows(layer, region) == rows + rows % 16
     assert len(order.perm) - len(order.padding) == k_stop
 
 

@@ -1,9 +1,9 @@
 """Activation reordering: rows of K sorted by group, so that every group is one run of rows again.
 
 A whole K, sorted, is an ordinary weight whose activation is gathered. A rank's part of K holds any
-number of rows of each group, so there each group's rows are padded to whole steps of 32 and every
-step is a group of its own, with its group's scale repeated. That is exact; what it costs, at most,
-follows from sizes alone (`resident_rows`), because a plan is made before any value is read.
+number of rows of each group, so there each group's rows are padded to whole steps and every step is
+a group of its own, with its group's scale repeated. That is exact; what it costs, at most, follows
+from sizes alone (`resident_rows`), because a plan is made before any value is read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from fusedq_kernels.types import LogicalWeight, QuantSpec
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats.layer import LayerFormat, Region
 
-STEP = 32
+# Groups that every kernel takes; small ones save padding, large ones scales.
+STEPS = (32, 16, 8)
+# Kernels take rows in multiples of it.
+ROW_MULTIPLE = 16
 
 
 class RowOrder(NamedTuple):
@@ -31,20 +34,39 @@ class RowOrder(NamedTuple):
     groups: torch.Tensor
 
 
+def step_of(layer: LayerFormat, region: Region) -> int:
+    """Rows per step of a part of K: those that take the fewest bytes, scales included."""
+    spec, bits = layer.spec, layer.spec.weight_type.bits
+    per_step = 8 * spec.scale_dtype.itemsize + bits * spec.has_zero_points
+
+    def size(step: int) -> float:
+        return _padded_rows(layer, region, step) * (bits + per_step / step)
+
+    return min(STEPS, key=size)
+
+
 def resident_rows(layer: LayerFormat, region: Region) -> int:
     """Rows that a region of a reordered layer takes, whatever its g_idx says."""
     if region.k == layer.k:
         return layer.k
+    return _padded_rows(layer, region, step_of(layer, region))
+
+
+def _padded_rows(layer: LayerFormat, region: Region, step: int) -> int:
+    """The worst case: a row in every group opens a step there, then `step` more another one."""
     groups = _num_groups(layer)
-    # The worst case: a row in every group opens a step there, then every 32 more rows another one
     opened = min(groups, region.k)
-    more = min((region.k - opened) // STEP, groups * ((layer.spec.group_size - 1) // STEP))
-    return STEP * (opened + more)
+    more = min((region.k - opened) // step, groups * ((layer.spec.group_size - 1) // step))
+    return -(-step * (opened + more) // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def resident_spec(layer: LayerFormat, region: Region) -> QuantSpec:
     """The scheme of the sorted rows."""
-    return layer.spec if region.k == layer.k else replace(layer.spec, group_size=STEP)
+    return (
+        layer.spec
+        if region.k == layer.k
+        else replace(layer.spec, group_size=step_of(layer, region))
+    )
 
 
 def sort_rows(
@@ -72,7 +94,7 @@ def sort_rows(
     scales = scales.index_select(1, order.groups)
     if zeros is not None:
         zeros = zeros.index_select(1, order.groups)
-        codes[:, order.padding] = zeros[:, order.padding // STEP]
+        codes[:, order.padding] = zeros[:, order.padding // step_of(layer, region)]
     else:
         codes[:, order.padding] = layer.spec.weight_type.bias
     spec = resident_spec(layer, region)
@@ -88,10 +110,11 @@ def order_rows(g_idx: torch.Tensor, name: str, layer: LayerFormat, region: Regio
     groups = torch.arange(num_groups, device=g_idx.device)
     if region.k == layer.k:
         return RowOrder(perm, perm[:0], groups)
-    steps = (counts + STEP - 1) // STEP
+    step = step_of(layer, region)
+    steps = (counts + step - 1) // step
     sorted_groups = group_of[perm]
     # A row's place: its group's first step, plus its number within the group
-    first_row, first_slot = counts.cumsum(0) - counts, STEP * (steps.cumsum(0) - steps)
+    first_row, first_slot = counts.cumsum(0) - counts, step * (steps.cumsum(0) - steps)
     within = torch.arange(region.k, device=g_idx.device) - first_row[sorted_groups]
     slots = first_slot[sorted_groups] + within
     rows = resident_rows(layer, region)
@@ -99,7 +122,7 @@ def order_rows(g_idx: torch.Tensor, name: str, layer: LayerFormat, region: Regio
     padded[slots] = perm
     empty = torch.ones(rows, dtype=torch.bool, device=g_idx.device)
     empty[slots] = False
-    step_groups = perm.new_zeros(rows // STEP)
+    step_groups = perm.new_zeros(rows // step)
     step_groups[: int(steps.sum())] = groups.repeat_interleave(steps)
     return RowOrder(padded, empty.nonzero()[:, 0], step_groups)
 
