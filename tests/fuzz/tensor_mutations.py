@@ -62,6 +62,8 @@ def rename_module(draft: Draft, rng: random.Random) -> None:
 def reshape_tensor(draft: Draft, rng: random.Random) -> None:
     module, name = pick(draft, rng)
     tensor = draft.tensors[name]
+    if tensor.ndim == 0:
+        tensor = tensor[None]  # reshaped before
     changes: list[Callable[[torch.Tensor], torch.Tensor]] = [
         lambda t: t[: len(t) // 2],
         lambda t: t[:-1],
