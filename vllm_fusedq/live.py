@@ -29,8 +29,10 @@ class WorkerRank:
         """Whether this worker speaks for its pipeline stage; the other ranks hold the same."""
         return self.tensor == 0 and self.data == 0
 
-    def report_file(self, path: Path) -> Path:
-        """Where the stage's report goes: the first stage's to `path`, the others' beside it."""
+    def report_file(self, path: Path, draft: bool = False) -> Path:
+        """Where a report goes: the first stage's to `path`, the others' and a draft's beside it."""
+        if draft:
+            path = path.with_suffix(f".draft{path.suffix}")
         return path.with_suffix(f".stage{self.pipeline}{path.suffix}") if self.pipeline else path
 
 

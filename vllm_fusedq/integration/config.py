@@ -125,6 +125,15 @@ class FusedQConfig(QuantizationConfig):
 
     def modules_of(self, prefix: str) -> tuple[str, ...]:
         """The checkpoint modules that vLLM stacks in its layer `prefix`, in order."""
+        from vllm_fusedq.integration.draft import stored_prefix
+
+        modules = self._loaded_format().checkpoint.modules()
+        found = self._stored_modules(prefix)
+        if any(module in modules for module in found):
+            return found
+        return self._stored_modules(stored_prefix(prefix, modules))
+
+    def _stored_modules(self, prefix: str) -> tuple[str, ...]:
         modules = self._loaded_format().checkpoint.modules()
         own = self.renamed_modules.get(prefix, prefix)
         parent, _, name = prefix.rpartition(".")
@@ -154,7 +163,7 @@ class FusedQConfig(QuantizationConfig):
         if self._worker is None:
             from vllm_fusedq.integration.worker import start_worker
 
-            self._worker = start_worker(self._loaded_format().checkpoint, self.message_file)
+            self._worker = start_worker(self, self._loaded_format().checkpoint)
         return self._worker
 
 

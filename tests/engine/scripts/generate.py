@@ -1,8 +1,8 @@
 """Runs `vllm.LLM` on a request read from a JSON file and writes what it said to another.
 
 Request: {"engine": LLM keyword arguments, "prompts": token ids, "max_tokens": int,
-"dump": directory for the resident weights of each rank, or null, "adapter": directory of a LoRA
-adapter with which the prompts are answered a second time, or null}.
+"dump": directory for the resident weights of each rank, also of a draft model, or null,
+"adapter": directory of a LoRA adapter with which the prompts are answered a second time, or null}.
 """
 
 import json
@@ -58,10 +58,17 @@ def chosen(tokens: list[int], entries: list[dict[int, Any]] | None) -> list[floa
 
 def dump_resident_weights(worker: Any, folder: str) -> None:
     """Runs in each worker: unpack every fused layer and save it with what the rank holds."""
+    runner = worker.model_runner
+    torch.save(resident_weights(runner.model), Path(folder) / f"rank{worker.rank}.pt")
+    if (drafter := getattr(runner, "drafter", None)) is not None:
+        torch.save(resident_weights(drafter.model), Path(folder) / f"draft{worker.rank}.pt")
+
+
+def resident_weights(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     from fusedq_kernels.layout import unpack
 
     weights = {}
-    for name, module in worker.model_runner.model.named_modules():
+    for name, module in model.named_modules():
         loader = getattr(module, "fusedq_loader", None)
         if loader is None:
             continue
@@ -77,7 +84,7 @@ def dump_resident_weights(worker: Any, folder: str) -> None:
             "group_size": logical.spec.group_size,
             "parts": parts,
         }
-    torch.save(weights, Path(folder) / f"rank{worker.rank}.pt")
+    return weights
 
 
 # vLLM spawns worker processes that import this file again.

@@ -1,0 +1,107 @@
+"""Draft models: their modules' names in the checkpoint, and which are refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtp import BLOCK, write_mimo
+from tiny_models import UNQUANTIZED, asset
+from vllm_fusedq.checkpoint import read_checkpoint
+from vllm_fusedq.errors import UnsupportedCheckpoint
+from vllm_fusedq.formats import format_for
+from vllm_fusedq.integration.draft import check_draft, stored_prefix
+
+TARGET = "tiny-llama-gptq-g128"
+
+BLOCKS = [f"model.layers.{index}.mlp.down_proj" for index in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("extra", "prefix", "stored"),
+    [
+        ("mtp_layers", "model.layers.12.mlp.down_proj", "model.mtp_layers.0.mlp.down_proj"),
+        ("mtp_block", "model.layers.13.self_attn.o_proj", "model.mtp_block.1.self_attn.o_proj"),
+        ("mtp_layers", "model.layers.11.mlp.down_proj", "model.layers.11.mlp.down_proj"),
+        ("mtp_layers", "other.layers.12.mlp.down_proj", "other.layers.12.mlp.down_proj"),
+        ("mtp_layers", "draft_model.model.layers.3.mlp.up_proj", "model.layers.3.mlp.up_proj"),
+        ("mtp_layers", "draft_model.lm_head", "lm_head"),
+        ("something", "model.layers.12.mlp.down_proj", "model.layers.12.mlp.down_proj"),
+    ],
+)
+def test_names_in_the_checkpoint(extra: str, prefix: str, stored: str) -> None:
+    modules = [*BLOCKS, f"model.{extra}.0.mlp.down_proj", f"model.{extra}.1.mlp.down_proj"]
+    assert stored_prefix(prefix, modules) == stored
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_an_extra_block_is_planned_by_its_own_tensors(tmp_path: Path, quantized: bool) -> None:
+    from vllm_fusedq.integration.config import FusedQConfig
+
+    write_mimo(tmp_path, quantized=quantized)
+    config = FusedQConfig()
+    config.checkpoint = read_checkpoint(tmp_path)
+    config.format = format_for(config.checkpoint)
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    found = config.modules_of("model.layers.2.self_attn.qkv_proj")
+    assert found == tuple(f"{BLOCK}.self_attn.{p}_proj" for p in "qkv")
+    described = [config.format.spec_for(module) for module in found]
+    assert [each is not None for each in described] == [quantized] * 3
+    assert config.modules_of("model.layers.1.mlp.down_proj") == ("model.layers.1.mlp.down_proj",)
+
+
+def speculative(draft: Path, target: str = TARGET, **options: object) -> object:
+    """vLLM's own configuration of a draft model."""
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+
+    from vllm_fusedq.integration.register import register_plugin
+
+    register_plugin()
+    model = ModelConfig(str(asset(target)), quantization="fusedq", dtype=torch.float16)
+    return SpeculativeConfig(
+        model=str(draft),
+        num_speculative_tokens=2,
+        target_model_config=model,
+        target_parallel_config=ParallelConfig(),
+        **options,
+    )
+
+
+def test_refuses_a_draft_that_vllm_would_run_by_itself(tmp_path: Path) -> None:
+    message = (
+        f"{asset(TARGET)}-copy: found a draft model with quantization .*gptq.*; supported: draft "
+        'models that are unquantized or run fused themselves; add "quantization": "fusedq" to'
+    )
+    (tmp_path / f"{TARGET}-copy").symlink_to(asset(TARGET))
+    config = speculative(tmp_path / f"{TARGET}-copy", method="draft_model")
+    with pytest.raises(UnsupportedCheckpoint, match=message.replace(str(asset(TARGET)), ".*")):
+        check_draft(config)
+
+
+def test_refuses_a_quantized_draft_of_another_kind() -> None:
+    config = speculative(asset("tiny-llama-awq-g128"), method="draft_model", quantization="fusedq")
+    check_draft(config)
+    config.method = "eagle"
+    message = "found a quantized draft model of the method eagle; supported: .* draft_model and mtp"
+    with pytest.raises(UnsupportedCheckpoint, match=message):
+        check_draft(config)
+
+
+def test_an_unquantized_draft_and_none_at_all_pass() -> None:
+    check_draft(None)
+    check_draft(speculative(asset(UNQUANTIZED), method="draft_model"))
+
+
+def test_looking_up_the_prompt_is_no_draft_model() -> None:
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+
+    model = ModelConfig(str(asset(TARGET)), quantization="fusedq", dtype=torch.float16)
+    check_draft(
+        SpeculativeConfig(
+            method="ngram",
+            num_speculative_tokens=2,
+            prompt_lookup_max=2,
+            target_model_config=model,
+            target_parallel_config=ParallelConfig(),
+        )
+    )
