@@ -90,7 +90,7 @@ def sort_rows(
         WeightLoadError: g_idx names a group that does not exist, or fills one wrongly.
     """
     order = order_rows(g_idx, name, layer, region)
-    codes = codes.index_select(1, order.perm)
+    codes = _gather_columns(codes, order.perm)
     scales = scales.index_select(1, order.groups)
     if zeros is not None:
         zeros = zeros.index_select(1, order.groups)
@@ -101,12 +101,27 @@ def sort_rows(
     return LogicalWeight(codes, scales, zeros, spec, 0, order.perm.int(), region.k)
 
 
+def _gather_columns(codes: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
+    if codes.is_cuda:
+        return codes.index_select(1, perm)
+    # On a CPU numpy gathers bytes three times as fast as torch
+    return torch.from_numpy(codes.numpy().take(perm.numpy(), axis=1))
+
+
+def _stable_order(group_of: torch.Tensor, num_groups: int) -> torch.Tensor:
+    if group_of.is_cuda:
+        return torch.argsort(group_of, stable=True)
+    # numpy sorts integers of 16 bits by radix; every stripe of rows sorts again
+    narrow = group_of.to(torch.int16) if num_groups < 1 << 15 else group_of
+    return torch.from_numpy(narrow.numpy().argsort(kind="stable"))
+
+
 def order_rows(g_idx: torch.Tensor, name: str, layer: LayerFormat, region: Region) -> RowOrder:
     """The stable order of a region's rows by group; raises as `sort_rows` does."""
     group_of, num_groups = checked_groups(g_idx, name, layer), _num_groups(layer)
     counts = torch.bincount(group_of, minlength=num_groups)
     _check_counts(counts, name, layer, region)
-    perm = torch.argsort(group_of, stable=True)
+    perm = _stable_order(group_of, num_groups)
     groups = torch.arange(num_groups, device=g_idx.device)
     if region.k == layer.k:
         return RowOrder(perm, perm[:0], groups)
