@@ -48,7 +48,7 @@ def test_reordered_rows_are_worth_what_the_file_says(
             assert_worth(loader, truths)
             split = plan.k < plan.formats[0].k
             assert (plan.rows > plan.k) == split
-            assert plan.spec.group_size == (32 if split else group_size)
+            assert plan.spec.group_size in ((8, 16, 32) if split else (group_size,))
 
 
 @pytest.mark.parametrize("device", DEVICES)
