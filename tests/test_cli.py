@@ -158,13 +158,13 @@ def test_json_has_every_number_of_the_table(tmp_path: Path) -> None:
     assert down["layers"] == "model.layers.0-2.mlp.down_proj x3"
     assert (down["count"], down["bits"], down["symmetric"]) == (3, 4, True)
     assert (down["group_size"], down["act_order"], down["phase"]) == (32, True, 0)
-    # 48 of 96 in_features may touch all 3 groups, each padded to 32
-    assert (down["in_features"], down["resident_rows"], down["out_features"]) == (48, 96, 64)
+    # 48 of 96 in_features may touch all 3 groups, each padded to whole steps of 8
+    assert (down["in_features"], down["resident_rows"], down["out_features"]) == (48, 64, 64)
     assert down["kernel"] == down["decode"]["kernel"] == "triton-gemm"
-    assert down["decode"]["tile"]["block_m"] == 8
+    assert down["decode"]["tile"]["block_m"] == 16
     # The layout pads N to 128 and K to a whole block of 128
     assert down["bytes"]["qweight"] == 3 * 128 * 128 // 2
-    assert down["bytes"]["perm"] == 3 * 96 * 4
+    assert down["bytes"]["perm"] == 3 * 64 * 4
     assert result["counts"] == {"fused": 12, "unquantized": 2, "fallbacks": 0}
 
 
