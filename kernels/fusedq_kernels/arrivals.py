@@ -12,10 +12,16 @@ CUDA graphs: a captured launch keeps the row of the stream it was captured on, w
 replays it. Graphs captured on one stream must therefore not be replayed at the same time, which
 PyTorch asks already of graphs that share a memory pool. Capturing allocates nothing here: the rows
 of a device are allocated and cleared by its first launch, and that may not be a captured one.
+
+Memory pools: a caller may run its first launch inside `torch.cuda.use_mem_pool` (vLLM's sleep mode
+does), and may let go of what that pool holds. Whatever fills it again knows nothing of counters,
+and a counter that is not zero makes every later sum wrong. Such a pool takes what its own thread
+allocates, so the counters are allocated by another one.
 """
 
 import functools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -54,8 +60,14 @@ def _rows(device: torch.device) -> tuple[torch.Tensor, Iterator[int]]:
             f"the first split-K launch on {device} is being captured into a CUDA graph; "
             "run the model once before capturing it"
         )
+    with ThreadPoolExecutor(1) as outside:
+        rows = outside.submit(_zeros, device).result()
+    return rows, iter(range(MAX_STREAMS))
+
+
+def _zeros(device: torch.device) -> torch.Tensor:
     rows = torch.zeros((MAX_STREAMS, MAX_TILES), dtype=torch.int32, device=device)
     if device.type == "cuda":
         # Another stream may count before this one has cleared.
         torch.cuda.current_stream(device).synchronize()
-    return rows, iter(range(MAX_STREAMS))
+    return rows

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedq_kernels import arrivals, gemm, layout, testing
 from fusedq_kernels.types import KernelName, Launch, QuantSpec, TileConfig, WeightType, layout_for
@@ -94,6 +95,25 @@ def test_partial_sums_are_those_of_each_part_of_k(partial_sums):
         rows = slice(256 * index, 256 * (index + 1))
         expected = x[:, rows].double() @ values[:, rows].t()
         testing.assert_close(part, expected, max_error=1e-5, rms_error=1e-6)
+
+
+def test_counters_lie_outside_the_memory_pool_of_the_first_launch():
+    class Pool(TorchDispatchMode):
+        """Sees, as `torch.cuda.use_mem_pool` does, what its own thread allocates."""
+
+        allocated = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.allocated += 1
+            return func(*args, **(kwargs or {}))
+
+    with Pool() as pool:
+        counters = arrivals._rows.__wrapped__(torch.device(DEVICE))[0]
+        inside = pool.allocated
+        torch.zeros(1)
+    assert (inside, pool.allocated) == (0, 1)
+    assert counters.shape == (arrivals.MAX_STREAMS, arrivals.MAX_TILES)
+    assert not counters.any()
 
 
 def test_counters_are_zero_after_every_launch():
