@@ -81,6 +81,14 @@ def test_bitsandbytes_own_packing(case: str) -> None:
     assert weight.spec.scale_dtype.torch == torch.float32
 
 
+def test_another_default_device_changes_nothing() -> None:
+    """vLLM's weight transfer makes the GPU the default; what would be allocated there is lost."""
+    layer, tensors, truth = made("bnb-nf4-nested", 8, 192, 64)
+    with torch.device("meta"):
+        weight = decode(whole(layer, tensors), layer, layer.whole)
+    assert torch.equal(weight.codes, torch.from_numpy(truth.codes))
+
+
 @pytest.mark.parametrize("build", BUILDS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())

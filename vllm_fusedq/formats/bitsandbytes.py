@@ -238,7 +238,8 @@ def _check_loaded_state(tensors: Mapping[str, torch.Tensor], layer: LayerFormat)
 
 def _check_codebook(quant_map: torch.Tensor, layer: LayerFormat) -> float:
     """The largest entry of the type's own codebook, which bitsandbytes divides by."""
-    codebook = torch.tensor(layer.spec.weight_type.codebook, dtype=torch.float32)
+    # vLLM's weight transfer loads with the GPU as the default device
+    codebook = torch.tensor(layer.spec.weight_type.codebook, dtype=torch.float32, device="cpu")
     largest = float(codebook.max())
     if not torch.equal(quant_map.cpu(), codebook / largest):
         raise WeightLoadError(
