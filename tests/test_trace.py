@@ -1,6 +1,8 @@
 """The trace of a fused layer: the plan's kernel is seen, and every way of unpacking a weight is."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,15 +11,15 @@ from safetensors import safe_open
 from torch.profiler import ProfilerActivity, profile
 
 from checkpoints import write_checkpoint
-from fusedq_kernels import op, reference
-from fusedq_kernels.device import cpu_device
+from fusedq_kernels import gemm_kernel, op, reference
+from fusedq_kernels.device import cpu_device, device_by_name
 from fusedq_kernels.layout import unpack
 from fusedq_kernels.types import KernelName
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.load import LayerLoader
 from vllm_fusedq.plan import Target
 from vllm_fusedq.preflight import plan_model
-from vllm_fusedq.trace import LayerTrace, judge, record
+from vllm_fusedq.trace import MARK, LayerTrace, judge, record
 
 TOKENS = 4
 DEVICE = cpu_device(fused_op=True)
@@ -96,3 +98,32 @@ def test_what_is_not_fused_is_seen(
 def test_a_layer_that_never_ran_is_seen(loader: LayerLoader) -> None:
     found = judge(loader.plan, loader.packed, [], TOKENS, DTYPE, DEVICE)
     assert found.problems == ("the layer never ran",)
+
+
+def gpu_event(name: str, *children: Any, kernels: tuple[str, ...] = ()) -> SimpleNamespace:
+    """An event as the profiler gives it of a GPU."""
+    return SimpleNamespace(
+        name=name,
+        cpu_children=children,
+        kernels=[SimpleNamespace(name=kernel) for kernel in kernels],
+        input_shapes=[],
+        self_cpu_memory_usage=0,
+        self_device_memory_usage=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problems"),
+    [
+        (gemm_kernel.fused_gemm_kernel.__name__, ()),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", ("no fused_gemm_kernel in a call",)),
+    ],
+)
+def test_only_the_fused_kernel_is_evidence_on_a_gpu(
+    loader: LayerLoader, kernel: str, problems: tuple[str, ...]
+) -> None:
+    plan = replace(loader.plan, kernel=KernelName.TRITON_GEMM)
+    operator = gpu_event("fusedq::matmul_out", kernels=(kernel,))
+    call = gpu_event(MARK + plan.prefix, operator)
+    found = judge(plan, loader.packed, [call], TOKENS, DTYPE, device_by_name("h200"))
+    assert found.problems == problems

@@ -22,7 +22,8 @@ OPERATOR = "fusedq::matmul"
 _EVIDENCE = {
     KernelName.CPU_WNA16: "_C::cpu_gemm_wna16",
     KernelName.CPU_STRIPED: "aten::mm",
-    KernelName.TRITON_GEMM: "gemm",
+    # cuBLAS calls kernels gemm as well
+    KernelName.TRITON_GEMM: "fused_gemm_kernel",
     # aten::mm or aten::addmm; that no more than a slice was dequantized, the allocations tell.
     KernelName.SLICED_CUBLAS: "mm",
 }
