@@ -63,8 +63,9 @@ MEMORY_BYTES = {
 }
 """Memory of the known devices as `nvidia-smi` reports it; of an A100 the 80 GB board's."""
 
+SUPPORTED_DEVICES = "NVIDIA GPUs of compute capability 8.0 and newer, and CPUs"
 UNSUPPORTED_DEVICES = {
-    "mi300x": ("AMD gfx942", "NVIDIA GPUs of compute capability 8.0 and newer, and CPUs"),
+    "mi300x": ("AMD gfx942", SUPPORTED_DEVICES),
 }
 """Devices that are refused by name: what they are, what is supported."""
 
@@ -83,6 +84,17 @@ def device_by_name(name: str) -> DeviceSpec:
         return replace(by_arch[name], name=name)
     known = ", ".join((*KNOWN_DEVICES, *by_arch))
     raise ValueError(f"unknown device {name!r}; known devices: {known}")
+
+
+def device_of_capability(major: int, minor: int) -> DeviceSpec:
+    """The architecture of a GPU of which nothing else is known, "sm_90" for 9.0.
+
+    It has the size of its first known device, or none: enough to say what is supported there.
+    """
+    name = f"sm_{major}{minor}"
+    known = (device for device in KNOWN_DEVICES.values() if device.capability == (major, minor))
+    like = next(known, DeviceSpec(name, "cuda", (major, minor)))
+    return replace(like, name=name)
 
 
 def cpu_device(fused_op: bool) -> DeviceSpec:

@@ -5,16 +5,34 @@ import vllm._custom_ops  # noqa: F401  (registers the CPU operators that plannin
 from vllm.platforms import current_platform
 
 from fusedq_kernels.cpu import wna16_available
-from fusedq_kernels.device import cpu_device, current_device, device_by_name
+from fusedq_kernels.device import (
+    SUPPORTED_DEVICES,
+    cpu_device,
+    current_device,
+    device_of_capability,
+)
 from fusedq_kernels.types import DeviceSpec
+from vllm_fusedq.errors import PreflightError, Problem
 
 
 def announced_device() -> DeviceSpec:
-    """The device as the API process may know it: CUDA must not be initialised there."""
+    """The device as the API process may know it: CUDA must not be initialised there.
+
+    Raises:
+        PreflightError: it is neither a CPU nor an NVIDIA GPU.
+    """
     if current_platform.is_cpu():
         return cpu_device(wna16_available())
+    if not current_platform.is_cuda():
+        problem = Problem(
+            layer="every quantized layer",
+            found=f"a vLLM for {current_platform.device_name}",
+            supported=SUPPORTED_DEVICES,
+            fix="serve this model without --quantization fusedq",
+        )
+        raise PreflightError([problem])
     capability = current_platform.get_device_capability()
-    return device_by_name(f"sm_{capability.major}{capability.minor}")
+    return device_of_capability(capability.major, capability.minor)
 
 
 def worker_device() -> DeviceSpec:
