@@ -31,8 +31,9 @@ from gemmbench.weights import MAX_RMS_ERROR, random_tokens, random_weight, rms_e
 CONTENDERS: tuple[Contender, ...] = (*OWN, *VLLM, *LIBRARIES, *ABLATIONS)
 YARDSTICK = "cublas"
 TWIN = "load-only"
-# Errors after which a CUDA context answers nothing any more.
-_FATAL = ("illegal", "launch failure", "misaligned", "device-side", "unspecified")
+# Errors after which a CUDA context answers nothing any more. Torch adds advice to every CUDA error,
+# which speaks of device-side assertions whatever happened.
+_FATAL = ("illegal", "launch failure", "misaligned", "device-side assert triggered")
 
 
 class DeviceLost(Exception):

@@ -35,6 +35,16 @@ class Breaking(Fused):
         return super().prepare(logical, act_dtype)._replace(run=run)
 
 
+class Uncapturable(Fused):
+    """Cannot be captured into a CUDA graph, which torch says with its advice for any CUDA error."""
+
+    def prepare(self, logical: LogicalWeight, act_dtype: torch.dtype) -> Prepared:
+        raise RuntimeError(
+            "CUDA error: operation not permitted when stream is capturing\n"
+            "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+        )
+
+
 class Lost(Fused):
     """Breaks the CUDA context."""
 
@@ -89,6 +99,12 @@ def test_a_failure_costs_its_own_row_alone(tmp_path: Path) -> None:
     assert rows["bad"]["us"] == ""
     assert rows["bad"]["detail"] == "FAILED: RuntimeError: too much shared memory"
     assert rows["fusedq"]["us"] > 0
+
+
+def test_an_error_that_leaves_the_device_alive_costs_one_contender(tmp_path: Path) -> None:
+    found = compare([Uncapturable("graphless"), Fused()], tmp_path)
+    assert "not permitted when stream is capturing" in found.refused["graphless"]
+    assert next(row["kernel"] for row in found.measure(1) if row["us"]) == "fusedq"
 
 
 def test_a_lost_device_ends_the_run_and_leaves_its_culprit_behind(tmp_path: Path) -> None:
