@@ -5,6 +5,7 @@ two runs and a run that was stopped goes on where it ended.
 """
 
 import csv
+import hashlib
 import os
 import platform
 import subprocess
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("kernels", "vllm_fusedq", "benchmarks")
 COLUMNS = (
     *("run", "weight_type", "group_size", "act_dtype", "n", "k", "m", "layers"),
     *("kernel", "version", "us", "iqr_us", "tflops", "weight_gbs", "pct_twin", "vs_cublas"),
@@ -110,7 +112,8 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, with "+" where files differ from it."""
+    """Short hash of the checked-out commit; where files differ from it, or there is no repository,
+    with a hash of the sources behind it."""
     try:
         head, changes = (
             subprocess.run(
@@ -122,8 +125,16 @@ def commit() -> str:
             )
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if changes else "")
+        return f"tree-{_sources_hash()}"
+    return head + (f"+{_sources_hash()}" if changes else "")
+
+
+def _sources_hash() -> str:
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def _nvidia_smi() -> str:
