@@ -31,6 +31,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedq_kernels.decode import BLOCK_K, group_of, scale_of
+from fusedq_kernels.jit_hooks import named_for_hooks
 
 
 @triton.jit
@@ -81,6 +82,7 @@ def _prefetch_l2(ptrs):
 
 
 # One binary for any number of tokens, position of groups and bias, wherever it starts.
+@named_for_hooks
 @triton.jit(
     do_not_specialize=["M", "first_step", "last_group", "num_blocks", "blocks_per_part"],
     do_not_specialize_on_alignment=["bias_ptr"],

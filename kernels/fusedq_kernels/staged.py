@@ -19,6 +19,7 @@ from fusedq_kernels import geometry
 from fusedq_kernels.decode import BLOCK_K, group_of, scale_of
 from fusedq_kernels.gemm import FP_FUSION, check_operands, weight_constants
 from fusedq_kernels.gemm_kernel import scaled
+from fusedq_kernels.jit_hooks import named_for_hooks
 from fusedq_kernels.slices import slice_rows
 from fusedq_kernels.types import KernelName, Launch, PackedWeight, QuantSpec, layout_for
 
@@ -26,6 +27,7 @@ BLOCK_N = 64
 NUM_WARPS = 4
 
 
+@named_for_hooks
 @triton.jit(do_not_specialize=["first_row", "num_rows", "first_step", "last_group"])
 def dequantize_slice_kernel(
     qweight_ptr,
