@@ -43,7 +43,7 @@ def check_draft(speculative_config: Any) -> None:
     """
     draft = getattr(speculative_config, "draft_model_config", None)
     target = getattr(speculative_config, "target_model_config", None)
-    if draft is None or draft.quantization is None or draft.model == target.model:
+    if draft is None or draft.quantization is None:
         return
     if draft.quantization != "fusedq":
         raise UnsupportedCheckpoint(
@@ -51,7 +51,8 @@ def check_draft(speculative_config: Any) -> None:
             "supported: draft models that are unquantized or run fused themselves; add "
             '"quantization": "fusedq" to --speculative-config'
         )
-    if speculative_config.method != "draft_model":
+    # Multi-token prediction reads the target's checkpoint again; prompt lookup reads none
+    if draft.model != target.model and speculative_config.method != "draft_model":
         raise UnsupportedCheckpoint(
             f"{draft.model}: found a quantized draft model of the method "
             f"{speculative_config.method}; supported: quantized draft models of the methods "
