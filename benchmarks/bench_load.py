@@ -2,19 +2,22 @@
 
     python benchmarks/bench_load.py --csv benchmarks/results/cpu/load.csv
 
-Covers slicing, decoding and packing of one linear layer as the engine does it, for each format and
-for the packed layouts of both devices. Reading the file is not part of it.
+Covers slicing, decoding and packing of one linear layer as the engine does it, for each format at
+each width and for the packed layouts of both devices. Reading the file is not part of it. MB are of
+the resident weight.
 """
 
 import argparse
 import csv
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from fusedq_kernels.device import cpu_device, device_by_name
+from random_layers import RandomLayer, Tensors, random_layers
 from vllm_fusedq.checkpoint import Checkpoint
 from vllm_fusedq.formats import LayerFormat, Region, format_for
 from vllm_fusedq.load import LayerLoader
@@ -22,10 +25,27 @@ from vllm_fusedq.plan import Target, plan_layer
 from vllm_fusedq.safetensors_header import TensorInfo
 from vllm_fusedq.sharding import LayerShard, ParallelStyle, PartShard
 
-Tensors = dict[str, torch.Tensor]
 MODULE = "model.layers.0.mlp.up_proj"
-STORED = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16"}
-COLUMNS = ("format", "device", "mb_per_s", "packed_mb", "threads", "torch")
+STORED = {
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.float32: "F32",
+}
+COLUMNS = (
+    "format",
+    "device",
+    "mb_per_s",
+    "packed_mb",
+    "ns_per_weight",
+    "clock",
+    "threads",
+    "torch",
+)
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DEVICES = {"cpu": cpu_device(fused_op=True), "gpu-layout": device_by_name("h200")}
 
 
@@ -36,75 +56,54 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: CPU seconds of all threads, where others use the machine too",
+    )
+    parser.add_argument("--only", default="", help="formats whose name contains this")
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
-    for layer, tensors in layers(arguments.n, arguments.k, arguments.group_size):
+    for made in random_layers(arguments.n, arguments.k, arguments.group_size):
+        if arguments.only not in made.name:
+            continue
+        layer = describe(made)
         for device in DEVICES:
-            seconds, packed = measure(layer, tensors, device, arguments.repeats)
-            speed = packed / 1e6 / statistics.median(seconds)
-            row = (layer.format, device, round(speed), round(packed / 1e6, 1), arguments.threads)
-            rows.append((*row, torch.__version__))
-            print(f"{layer.format:20} {device:11} {speed:7.0f} MB/s")
+            clock = CLOCKS[arguments.clock]
+            seconds, packed = measure(layer, made.tensors, device, arguments.repeats, clock)
+            median = statistics.median(seconds)
+            speed, weight = packed / 1e6 / median, median * 1e9 / (layer.n * layer.k)
+            row = (made.name, device, round(speed), round(packed / 1e6, 1), round(weight, 2))
+            rows.append((*row, arguments.clock, arguments.threads, torch.__version__))
+            print(f"{made.name:34} {device:11} {speed:7.0f} MB/s {weight:6.2f} ns/weight")
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
 
 
-def layers(n: int, k: int, group_size: int) -> list[tuple[LayerFormat, Tensors]]:
-    """One random layer of each format, described by the format itself."""
-    groups = k // group_size
-    words = torch.randint(-(2**31), 2**31, (n * k // 8,), dtype=torch.int64).int()
-    zeros = torch.randint(-(2**31), 2**31, (n * groups // 8,), dtype=torch.int64).int()
-    scales = torch.rand(n * groups).half() * 0.01 + 0.01
-    awq = {
-        "qweight": words.view(k, n // 8),
-        "qzeros": zeros.view(groups, n // 8),
-        "scales": scales.view(groups, n),
-    }
-    gptq = {
-        "qweight": words.view(k // 8, n),
-        "qzeros": torch.full((groups, n // 8), 0x77777777, dtype=torch.int32),
-        "scales": scales.view(groups, n),
-        "g_idx": torch.arange(k, dtype=torch.int32) // group_size,
-    }
-    compressed = {
-        "weight_packed": words.view(n, k // 8),
-        "weight_scale": scales.view(n, groups),
-        "weight_shape": torch.tensor([n, k]),
-    }
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
-    group = {"targets": ["Linear"], "weights": {**weights, "group_size": group_size}}
-    common = {"bits": 4, "group_size": group_size}
-    return [
-        describe({"quant_method": "awq", "version": "gemm", "zero_point": True, **common}, awq),
-        describe({"quant_method": "gptq", "sym": True, "desc_act": False, **common}, gptq),
-        describe(
-            {
-                "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
-                "config_groups": {"group_0": group},
-            },
-            compressed,
-        ),
-    ]
-
-
-def describe(quant_config: dict[str, object], tensors: Tensors) -> tuple[LayerFormat, Tensors]:
+def describe(made: RandomLayer) -> LayerFormat:
+    """The layer as its own format reads its headers."""
     infos = {
         f"{MODULE}.{name}": TensorInfo(name, STORED[tensor.dtype], tuple(tensor.shape), "memory")
-        for name, tensor in tensors.items()
+        for name, tensor in made.tensors.items()
     }
-    checkpoint = Checkpoint("memory", {}, quant_config, "config.json", infos)
+    small = {
+        f"{MODULE}.{name}": tensor.numpy().tobytes()
+        for name, tensor in made.tensors.items()
+        if "quant_state" in name
+    }
+    checkpoint = Checkpoint("memory", {}, made.config, "config.json", infos, small)
     layer = format_for(checkpoint).spec_for(MODULE)
     if layer is None:
-        raise ValueError(f"{quant_config}: not recognised as quantized")
-    return layer, tensors
+        raise ValueError(f"{made.name}: not recognised as quantized")
+    return layer
 
 
 def measure(
-    layer: LayerFormat, tensors: Tensors, device: str, repeats: int
+    layer: LayerFormat, tensors: Tensors, device: str, repeats: int, clock: Callable[[], float]
 ) -> tuple[list[float], int]:
     part = PartShard(MODULE, None, Region(0, layer.n, 0, layer.k))
     shard = LayerShard(MODULE, ParallelStyle.COLUMN, 1, (part,))
@@ -112,10 +111,10 @@ def measure(
     loader = LayerLoader.create(plan, torch.float16, torch.device("cpu"))
     seconds = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = clock()
         for name, tensor in tensors.items():
             loader.add(name, tensor)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     loader.check_complete()
     return seconds[1:], plan.weight_bytes + plan.metadata_bytes
 
