@@ -73,6 +73,6 @@ def test_rows_that_an_activation_order_adds_are_shown(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "gptq-sym-order", layers=3)
     target = Target(cpu_device(fused_op=True), torch.bfloat16)
     text = render(plan_table(plan_model(read_checkpoint(tmp_path), target, tp_size=2).layers))
-    # 48 of 96 in_features may touch all 3 groups, each padded to 32
-    assert "48 as 96 x 64" in text
+    # 48 of 96 in_features may touch all 3 groups and fill 5 more steps of 8
+    assert "48 as 64 x 64" in text
     assert "gptq 4-bit g32, symmetric, act-order" in text
