@@ -13,9 +13,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, {benchmarks!r})
+from compile_experiments import compiled_rows
 from fusedq_kernels import audit
-from fusedq_kernels.types import WeightType
-from gemmbench import ablation, triton_kernels
+from fusedq_kernels.types import QuantSpec, WeightType
+from gemmbench import ablation, triton_kernels, variants
+from gemmbench.experiments import EXPERIMENTS
 
 
 def compiled(kernel, pointers, constants, num_warps):
@@ -58,6 +60,22 @@ for weight_type in (WeightType.UINT4B8, WeightType.NF4):
         assert (row.stack, row.sts, row.ldg) == (0, 0, 0), row
         loops.append(row.instructions_per_weight)
     assert loops[0] + 0.5 < loops[1] < loops[2] - 0.5, loops
+
+compiled(
+    variants._reduce_kernel,
+    {{"partial_ptr": "*fp32", "y_ptr": "*bf16"}},
+    {{"SPLITS": 4, "BLOCK": 1024}},
+    4,
+)
+tiles = [each for each in EXPERIMENTS[1].variants if each.name in ("16x128 warps 4 stages 4 asm",)]
+(line,) = compiled_rows(tiles)
+assert line.endswith("wgmma: fine"), line
+with variants.decoding(variants.ASM):
+    spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
+    ptx = audit.compile_gemm(
+        GPUTarget("cuda", 90, 32), tiles[0].tile, spec, torch.bfloat16
+    ).asm["ptx"]
+assert "fma.rn.bf16x2" in ptx
 """
 
 

@@ -1,0 +1,196 @@
+"""The open questions of the kernel's design, each with its prediction and what would refute it.
+
+An entry is data: weights, numbers of tokens, and what is measured side by side. `experiments.py`
+one folder up runs them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fusedq_kernels.types import TileConfig, WeightType
+from gemmbench.contender import Contender
+from gemmbench.numerics import ACCUMULATION, BIT_EQUALITY, Numerics
+from gemmbench.variants import ASM, Variant, describe
+
+
+@dataclass(frozen=True)
+class Case:
+    """Weights that are measured alike; `group_size` None is the weight type's usual one."""
+
+    shapes: tuple[tuple[int, int], ...]
+    tokens: tuple[int, ...]
+    weight_type: WeightType = WeightType.UINT4B8
+    group_size: int | None = None
+    act_dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """`names` are contenders of `comparison.py`, measured beside the variants."""
+
+    title: str
+    prediction: str
+    refuted_by: str
+    cases: tuple[Case, ...] = ()
+    variants: tuple[Contender, ...] = ()
+    names: tuple[str, ...] = ()
+    numerics: Numerics | None = None
+
+
+# (out_features, in_features): qkv, o, gate_up and down of Llama-3 8B, gate_up of 70B, a square.
+_QKV, _O, _GATE_UP, _DOWN = (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)
+_KV, _GATE_UP_70B, _SQUARE, _UP = (1024, 4096), (57344, 8192), (8192, 8192), (14336, 4096)
+
+
+def _tiles(tiles: Sequence[TileConfig], **options: object) -> tuple[Variant, ...]:
+    return tuple(Variant(describe(tile).replace(" split 1", ""), tile, **options) for tile in tiles)
+
+
+def _tile(block_m: int, block_n: int, num_warps: int, num_stages: int, **more) -> TileConfig:
+    return TileConfig(block_m, block_n, 1, num_warps, num_stages, **more)
+
+
+def _scaling(block_m: int, block_n: int, num_stages: int) -> TileConfig:
+    return _tile(block_m, block_n, 8, num_stages, scale_weights=True, x_descriptor=True)
+
+
+_DECODE_TILES = [_tile(m, n, 4, ns) for m, n in ((8, 64), (8, 128), (16, 128)) for ns in (3, 4, 6)]
+_ASM_TILES = [_tile(m, n, 4, 4) for m, n in ((8, 64), (8, 128), (16, 128))]
+_SPLITS = (1, 2, 4, 8, 16)
+
+
+def _splits(tail: str, **options: object) -> tuple[Variant, ...]:
+    splits = _SPLITS if not tail else _SPLITS[1:]
+    return tuple(Variant(f"split {split}{tail}", split_k=split, **options) for split in splits)
+
+
+EXPERIMENTS: dict[int, Experiment] = {
+    1: Experiment(
+        "Is decoding one token bound by HBM, and does the compiler need help?",
+        "pct_twin 85 to 100 for every tile on the two large weights, assembly as fast as Triton's "
+        "own code, 4 stages as fast as 6",
+        "pct_twin under 85 with without-dequant at 100: instructions are the limit; assembly "
+        "faster by 5 % or more: ship it as the decoder",
+        (Case((_GATE_UP, _GATE_UP_70B, _O), (1, 8, 16)),),
+        (
+            *_tiles(_DECODE_TILES),
+            *(
+                replace(each, name=f"{each.name} asm", decoders=tuple(ASM.items()))
+                for each in _tiles(_ASM_TILES)
+            ),
+        ),
+        ("fusedq", "without-dequant", "cublas"),
+    ),
+    2: Experiment(
+        "Which tile for prefill, and from how many tokens is dequantize + cuBLAS faster?",
+        "620 to 680 TFLOP/s for the best fused tile against 780 of cuBLAS; dequantize + cuBLAS "
+        "overtakes between 900 and 1,600 tokens",
+        "a fused tile within 5 % of cuBLAS at 4096 tokens, or below dequantize + cuBLAS at 512",
+        (Case((_UP, _SQUARE), (512, 1024, 2048, 4096)),),
+        _tiles([_scaling(256, 128, 3), _scaling(128, 256, 3), _scaling(128, 128, 2)], split_k=1),
+        ("fusedq", "cublas", "dequant+cublas"),
+    ),
+    3: Experiment(
+        "Does a row get the same bits from every tile?",
+        "0 differing outputs between tiles of 16 tokens and more; tiles of 8 may differ where "
+        "Triton compiles them to mma.sync",
+        "any difference between tiles of 16, 32 and 64 tokens: batch-invariant mode needs one tile",
+        numerics=BIT_EQUALITY,
+    ),
+    4: Experiment(
+        "Is M = 32 to 64 bound by L2?",
+        "256 wide tiles beat 128 wide ones by 10 to 25 % on the large weights: x is read half as "
+        "often",
+        "equal times for both widths: look at the L2 counters",
+        (Case((_GATE_UP, _GATE_UP_70B, _SQUARE), (32, 64)),),
+        _tiles(
+            [
+                *(_tile(32, 256, 8, ns) for ns in (3, 4)),
+                *(_tile(32, 128, warps, 4) for warps in (4, 8)),
+                *(_tile(64, 256, 8, ns) for ns in (3, 4)),
+                _tile(64, 128, 8, 4),
+            ]
+        ),
+        ("fusedq", "without-dequant", "cublas"),
+    ),
+    5: Experiment(
+        "What does split-K cost, and which split do small weights want?",
+        "1.3 us for the last program's sum, less than a second kernel; splits of 8 to 16 for the "
+        "small weights; one split for all tokens at most 5 % slower than the best of each",
+        "a second kernel no slower than the last program's sum",
+        (Case((_O, _KV, _QKV), (1, 16, 64)),),
+        (
+            *_splits(""),
+            *_splits(", sums left alone", sums=False),
+            *_splits(", second kernel", sums=False, second_kernel=True),
+        ),
+        ("fusedq", "cublas"),
+    ),
+    6: Experiment(
+        "How exactly do the tensor cores accumulate?",
+        "1e-7 with exact codes, also where the scale multiplies the weights; 3.5e-6 with the magic "
+        "number left in",
+        "1e-6 and more with exact codes: the accumulator truncates, and long K wants segments",
+        numerics=ACCUMULATION,
+    ),
+    7: Experiment(
+        "What does the NF4 table cost?",
+        "72 to 80 % of the twin up to 16 tokens, without-dequant 100 %; 25 us for gate_up",
+        "85 % and more: the lookups are cheaper than counted; within 10 % of uint4b8 in groups of "
+        "64 is the target",
+        tuple(
+            Case((_GATE_UP, _GATE_UP_70B, _DOWN), (1, 8, 16, 64), weight_type, 64)
+            for weight_type in (WeightType.NF4, WeightType.UINT4B8)
+        ),
+        names=("fusedq", "bitsandbytes", "without-dequant", "dequant-twice", "cublas"),
+    ),
+    8: Experiment(
+        "Does programmatic dependent launch shorten small layers?",
+        "1 to 2 us less per call for weights up to 16 MB, prefetching included; nothing for larger",
+        "less than 0.3 us, or slower: leave it off",
+        (Case((_KV, _O, _QKV, _UP), (1, 8, 16)),),
+        (
+            Variant("plain"),
+            Variant("pdl", change=(("pdl", True),)),
+            Variant("pdl + prefetch", change=(("pdl", True), ("prefetch", True))),
+        ),
+        ("cublas",),
+    ),
+    9: Experiment(
+        "What does exact prefill cost at 128 tokens?",
+        "fp32 group scales 10 to 25 % slower than scaled weights",
+        "5 % or less: no scaled weights up to 128 tokens",
+        (Case((_QKV, _O, _GATE_UP, _DOWN), (96, 128)),),
+        (
+            *_tiles([_tile(128, 64, 4, 3), _tile(128, 128, 8, 3), _tile(64, 128, 8, 4)]),
+            *_tiles([_scaling(128, 128, 3), _scaling(64, 128, 4)]),
+        ),
+        ("fusedq", "cublas"),
+    ),
+    10: Experiment(
+        "Do 8 bits, fp16 and zero points keep to the same bounds?",
+        "pct_twin as in experiment 1 for all of them; uint4 within 5 % of uint4b8; 8 bits per "
+        "channel 1.8 times cuBLAS",
+        "uint4 slower than uint4b8 by 5 %, or fp16 slower than bf16 by 5 %",
+        tuple(
+            Case((_GATE_UP, _DOWN), (1, 8, 16), *more)
+            for more in (
+                (WeightType.UINT8B128, -1),
+                (WeightType.UINT8B128, 128),
+                (WeightType.UINT4, 128),
+                (WeightType.UINT4B8, 128),
+                (WeightType.UINT4B8, 128, "float16"),
+            )
+        ),
+        names=("fusedq", "without-dequant", "cublas"),
+    ),
+}
+
+
+def dry(experiment: Experiment, shape: tuple[int, int]) -> Experiment:
+    """The same comparison, tiny: one shape, and of each case the fewest tokens, at most 66."""
+    cases = [
+        replace(case, shapes=(shape,), tokens=(min(case.tokens[0], 66),))
+        for case in experiment.cases
+    ]
+    return replace(experiment, cases=tuple(dict.fromkeys(cases)))

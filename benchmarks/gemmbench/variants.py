@@ -1,0 +1,218 @@
+"""The fused kernel as an experiment wants it: a tile of one's own, another decoder, another tail.
+
+`select` does not choose here. What differs from the shipped kernel is a parameter of it: the tile,
+the decoder, the counters that split-K counts in.
+"""
+
+# Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
+# ruff: noqa: RET505, SIM300
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedq_kernels import gemm, layout_for, pack, weight_bytes
+from fusedq_kernels.arrivals import MAX_TILES
+from fusedq_kernels.decode import DECODERS
+from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, round_up, whole_splits
+from fusedq_kernels.heuristics import select
+from fusedq_kernels.planes import halves, join_four
+from fusedq_kernels.types import (
+    GemmShape,
+    KernelName,
+    Launch,
+    LogicalWeight,
+    TileConfig,
+    WeightType,
+)
+from gemmbench.contender import Prepared, Unavailable, fused_dram_bytes
+from gemmbench.own import device_spec
+
+_KERNEL = KernelName.TRITON_GEMM
+_DECODE_UINT4B8 = DECODERS[WeightType.UINT4B8]
+_PAIR_MASK = tl.constexpr(0x000F000F)
+_BF16_BITS = tl.constexpr(0x43004300)
+# Far from the number of splits: no program is ever the last one.
+_NEVER = -(1 << 30)
+_REDUCE_BLOCK = 1024
+
+# Each 32-bit word holds four pairs of codes: OR into 128 + code, less 136, two codes at a time.
+_ASM = tl.constexpr(
+    "{ .reg .b32 a, b, c, d, one, offset;"
+    " shr.u32 b, $4, 4; shr.u32 c, $4, 8; shr.u32 d, $4, 12;"
+    " lop3.b32 a, $4, 0x000F000F, 0x43004300, 0xEA;"
+    " lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;"
+    " lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;"
+    " lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;"
+    " mov.b32 one, 0x3F803F80; mov.b32 offset, 0xC308C308;"
+    " fma.rn.bf16x2 $0, a, one, offset; fma.rn.bf16x2 $1, b, one, offset;"
+    " fma.rn.bf16x2 $2, c, one, offset; fma.rn.bf16x2 $3, d, one, offset; }"
+)
+
+
+@triton.jit
+def _uint4b8_asm(
+    words,
+    metadata,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """`code - 8` by inline assembly; for whole blocks of 128 in bf16, else as shipped."""
+    if INTERPRET or STEP != 128 or DTYPE != tl.bfloat16:
+        return _DECODE_UINT4B8(words, metadata, SUB, STEP, DTYPE, INTERPRET)
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            _ASM,
+            "=&r,=&r,=&r,=&r,r",
+            [words],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        return halves(join_four(a, b, c, d), DTYPE)
+
+
+@triton.jit
+def _uint4b8_raw(
+    words,
+    metadata,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """`code + 128`, the magic number left in, for whole blocks of 128 in bf16."""
+    tl.static_assert(STEP == 128)
+    pairs = join_four(
+        words & _PAIR_MASK,
+        (words >> 4) & _PAIR_MASK,
+        (words >> 8) & _PAIR_MASK,
+        (words >> 12) & _PAIR_MASK,
+    )
+    return halves(pairs | _BF16_BITS, DTYPE)
+
+
+ASM = {WeightType.UINT4B8: _uint4b8_asm}
+RAW_MAGIC = {WeightType.UINT4B8: _uint4b8_raw}
+
+
+@triton.jit
+def _reduce_kernel(partial_ptr, y_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """`y = partial.sum(0)` for fp32 `[SPLITS, size]`, rounded to the dtype of y."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial_ptr + split * size + offsets, mask=mask, other=0.0)
+    tl.store(y_ptr + offsets, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The fused kernel at `tile`, or with `change` applied to the tile that `select` gives.
+
+    `split_k` 0 takes the split of `select`. With `sums` False nobody adds the partial sums up, with
+    `second_kernel` a kernel of its own does; both are `unchecked`, as is what decodes wrongly.
+    """
+
+    name: str
+    tile: TileConfig | None = None
+    change: tuple[tuple[str, object], ...] = ()
+    split_k: int = 0
+    decoders: tuple[tuple[WeightType, object], ...] = ()
+    sums: bool = True
+    second_kernel: bool = False
+
+    def version(self) -> str:
+        return f"triton {triton.__version__}"
+
+    def tile_for(self, logical: LogicalWeight, m: int) -> TileConfig:
+        """The tile of one launch. Raises ValueError where it does not suit the weight."""
+        n, k = logical.codes.shape
+        chosen = select(GemmShape(m, n, k), logical.spec, device_spec(logical.codes.device)).tile
+        assert chosen is not None, "a GPU launch has a tile"
+        tile = replace(self.tile or chosen, **dict(self.change))
+        split = chosen.split_k if self.split_k == 0 else self.split_k
+        tile = replace(tile, split_k=whole_splits(-(-k // BLOCK_K), split))
+        if round_up(n, BLOCK_N) % tile.block_n:
+            raise ValueError(f"{tile.block_n} wide tiles do not divide {n} out_features")
+        return tile
+
+    def prepare(self, logical: LogicalWeight, act_dtype: torch.dtype) -> Prepared:
+        weight_type = logical.spec.weight_type
+        decoders = dict(self.decoders)
+        if decoders and weight_type not in decoders:
+            raise Unavailable(f"no variant for {weight_type.value}")
+        packed = pack(logical, layout_for(_KERNEL, weight_type), act_dtype)
+        n, k = logical.codes.shape
+        size = sum(weight_bytes(packed).values())
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            tile = self.tile_for(logical, x.shape[0])
+            with decoding(decoders), counting(self.sums):
+                y = gemm.fused_gemm(x, packed, None, Launch(_KERNEL, tile, "experiment"))
+            if self.second_kernel and tile.split_k > 1:
+                _reduce(y, tile.split_k)
+            return y
+
+        return Prepared(
+            run,
+            size,
+            fused_dram_bytes(size, n, k),
+            lambda m: describe(self.tile_for(logical, m)),
+            checked=self.sums,
+        )
+
+
+def describe(tile: TileConfig) -> str:
+    """ "16x128 split 4 warps 4 stages 4", and what else is on."""
+    options = [name for name in ("scale_weights", "pdl", "prefetch") if getattr(tile, name)]
+    shape = f"{tile.block_m}x{tile.block_n} split {tile.split_k}"
+    return " ".join([shape, f"warps {tile.num_warps} stages {tile.num_stages}", *options])
+
+
+@contextmanager
+def decoding(decoders: dict[WeightType, object]) -> Iterator[None]:
+    """The kernel with other decoders."""
+    real = {weight_type: DECODERS[weight_type] for weight_type in decoders}
+    DECODERS.update(decoders)
+    try:
+        yield
+    finally:
+        DECODERS.update(real)
+
+
+@contextmanager
+def counting(sums: bool) -> Iterator[None]:
+    """The kernel with its own counters, or with some by which no program ever is the last."""
+    real: Callable[[torch.device], torch.Tensor] = gemm.arrival_counters
+    if not sums:
+        gemm.arrival_counters = _never_complete
+    try:
+        yield
+    finally:
+        gemm.arrival_counters = real
+
+
+@functools.cache
+def _never_complete(device: torch.device) -> torch.Tensor:
+    return torch.full((MAX_TILES,), _NEVER, dtype=torch.int32, device=device)
+
+
+def _reduce(y: torch.Tensor, split_k: int) -> None:
+    """Adds up as many partial sums of y's size as a second kernel would have to."""
+    partial = _partial_sums(split_k, y.numel(), y.device)
+    grid = (triton.cdiv(y.numel(), _REDUCE_BLOCK),)
+    _reduce_kernel[grid](partial, y, y.numel(), SPLITS=split_k, BLOCK=_REDUCE_BLOCK, num_warps=4)
+
+
+@functools.cache
+def _partial_sums(split_k: int, size: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros((split_k, size), dtype=torch.float32, device=device)
