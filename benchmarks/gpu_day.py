@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -34,20 +35,25 @@ _COMPARED = (
     "--shapes tiny-gemm --shapes published"
 )
 _TYPES = "--weight-type uint4 --weight-type uint8b128 --weight-type nf4"
-# Scripts without these options run the same everywhere.
-_UNLIMITED = ("plots.py",)
+# Scripts without --seconds and --dry-run; modules (-m) have neither.
+_UNLIMITED = ("plots.py", "random_checkpoint.py")
+_WORK = Path(tempfile.gettempdir()) / "fusedq-gpu-day"
 
 app = typer.Typer(add_completion=False)
 
 
 class Command(NamedTuple):
-    """A script of this folder with its arguments; `under` is a tool that runs it."""
+    """A script of this folder or a module (-m), with arguments; `under` is a tool that runs it.
+
+    `{work}` stands for the folder of the checkpoints.
+    """
 
     arguments: str
     under: str = ""
 
     def __str__(self) -> str:
-        return f"{self.under} python benchmarks/{self.arguments}".lstrip()
+        where = "" if self.arguments.startswith("-m") else "benchmarks/"
+        return f"{self.under} python {where}{self.arguments}".lstrip()
 
 
 class Step(NamedTuple):
@@ -87,12 +93,32 @@ STEPS: dict[str, Step] = {
             Command("bench_gemm.py --act-dtype float16"),
         ),
     ),
-    "serve": Step("inside vLLM, four sides", (Command("serve_compare.py --model llama-3-8b"),)),
+    "light": Step(
+        "real checkpoints in real vLLM answer as their producing libraries",
+        (
+            Command("-m pytest -q tests/engine/test_server.py -k producing_library"),
+            Command("-m pytest -q tests/engine/test_mixed_widths.py"),
+        ),
+    ),
+    "honest": Step(
+        "which kernels the profiler sees in vLLM, and what they allocate",
+        (
+            Command("-m vllm_fusedq.cli verify tests/assets/tiny-llama-awq-g128"),
+            Command("random_checkpoint.py llama-3-8b gptq {work}/llama-3-8b-gptq"),
+            Command("-m vllm_fusedq.cli verify {work}/llama-3-8b-gptq"),
+        ),
+    ),
+    "serve": Step(
+        "inside vLLM, four sides", (Command("serve_compare.py --work {work} --model llama-3-8b"),)
+    ),
     "serve-more": Step(
         "larger models, other layouts",
         (
-            Command("serve_compare.py --model qwen2.5-7b --model qwen2.5-32b"),
-            Command("serve_compare.py --model llama-3-8b --layout awq --layout compressed-tensors"),
+            Command("serve_compare.py --work {work} --model qwen2.5-7b --model qwen2.5-32b"),
+            Command(
+                "serve_compare.py --work {work} --model llama-3-8b --layout awq "
+                "--layout compressed-tensors"
+            ),
         ),
     ),
     "plots": Step("the figures", (Command("plots.py benchmarks/results/h200"),)),
@@ -103,6 +129,7 @@ STEPS: dict[str, Step] = {
 def main(
     step: Annotated[list[str] | None, typer.Argument(help=", ".join(STEPS))] = None,
     seconds: Annotated[float, typer.Option(help="for all steps together")] = 540,
+    work: Annotated[Path, typer.Option(help="folder for checkpoints")] = _WORK,
     keep: Annotated[Path | None, typer.Option(help="folder to copy results to")] = None,
     dry_run: Annotated[bool, typer.Option(help="tiny, on a CPU")] = False,
 ) -> None:
@@ -123,7 +150,7 @@ def main(
             if left <= 0:
                 failed.append(f"{name}: no time left for {command.arguments}: run it again")
                 continue
-            if problem := run(command, left, dry_run):
+            if problem := run(command, left, dry_run, work):
                 failed.append(f"{name}: {problem}")
     for folder in KEPT if keep is not None else ():
         shutil.copytree(ROOT / folder, keep / folder, dirs_exist_ok=True)
@@ -132,9 +159,9 @@ def main(
     raise typer.Exit(bool(failed))
 
 
-def run(command: Command, seconds: float, dry_run: bool) -> str | None:
+def run(command: Command, seconds: float, dry_run: bool, work: Path = _WORK) -> str | None:
     """One command within its time; what went wrong, or None."""
-    line = full_command(command, seconds, dry_run)
+    line = full_command(command, seconds, dry_run, work)
     print(f"--- {' '.join(line)}", flush=True)
     # The sanitizer sees an allocation's border only where nothing caches allocations.
     env = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if command.under else {})
@@ -152,9 +179,11 @@ def run(command: Command, seconds: float, dry_run: bool) -> str | None:
     return f"{command.arguments}: exit status {status}" if status else None
 
 
-def full_command(command: Command, seconds: float, dry_run: bool) -> list[str]:
+def full_command(command: Command, seconds: float, dry_run: bool, work: Path = _WORK) -> list[str]:
     """What is executed; a dry run leaves out the tool and the GPU."""
-    script, *arguments = command.arguments.split()
+    script, *arguments = command.arguments.format(work=work).split()
+    if script == "-m":
+        return [sys.executable, script, *arguments]
     line = [sys.executable, str(BENCHMARKS / script), *arguments]
     if script in _UNLIMITED:
         return line

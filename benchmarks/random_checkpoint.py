@@ -182,7 +182,10 @@ LAYOUTS: dict[str, tuple[Callable[..., Tensors], dict[str, object]]] = {
     ),
 }
 
+app = typer.Typer(add_completion=False)
 
+
+@app.command(help=__doc__)
 def main(
     model: Annotated[str, typer.Argument(help=", ".join(MODELS))],
     layout: Annotated[str, typer.Argument(help=", ".join(LAYOUTS))],
@@ -198,4 +201,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

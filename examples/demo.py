@@ -82,7 +82,7 @@ def kernel_plan(log: str) -> str:
 def run_batch(model: Path, folder: Path) -> None:
     title("vllm run-batch on examples/batch.jsonl")
     results = folder / "results.jsonl"
-    command = [VLLM, "run-batch", "-i", str(ROOT / "examples" / "batch.jsonl"), "-o", str(results)]
+    command = [*VLLM, "run-batch", "-i", str(ROOT / "examples" / "batch.jsonl"), "-o", str(results)]
     command += ["--model", str(model), *SERVE_ARGUMENTS, MAX_MODEL_LEN, "--enforce-eager"]
     run(command)
     for line in results.read_text().splitlines():

@@ -21,7 +21,9 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONUNBUFFERED": "1",
 }
-VLLM = str(Path(sys.executable).with_name("vllm"))
+_SCRIPT = Path(sys.executable).with_name("vllm")
+# An installation into a folder of its own has no script beside Python.
+VLLM = [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
 def compile_arguments() -> list[str]:
@@ -68,7 +70,7 @@ def serving(
     The server gets a process group of its own, so that its workers stop with it.
     """
     port = free_port()
-    command = [VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    command = [*VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
     with log_file.open("wb") as out:
         process = subprocess.Popen(
             command,

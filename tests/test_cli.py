@@ -228,3 +228,12 @@ finally:
         assert megabytes < 200
         results = json.loads(done.stdout)["results"]
         assert [sum(row["count"] for row in each["layers"]) for each in results] == [504, 504]
+
+
+def test_it_runs_as_a_module() -> None:
+    """For an installation into a folder whose scripts are not on PATH."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_fusedq.cli", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fusedq [OPTIONS] COMMAND" in done.stdout

@@ -22,6 +22,8 @@ IN_README = re.findall(r"python benchmarks/(\w+\.py[^\n`|]*)", README)
 def options_of(line: str) -> dict[str, object]:
     """A command's parameters as its script parses them; raises for one that it does not know."""
     script, *arguments = shlex.split(line.split(" # ")[0].replace("$WORK", "work"))
+    if script == "-m":
+        return {"files": [name for name in arguments if name.startswith("tests/")]}
     if script == "plots.py":
         pytest.importorskip("matplotlib")
     command = typer.main.get_command(import_module(script.removesuffix(".py")).app)
@@ -31,6 +33,8 @@ def options_of(line: str) -> dict[str, object]:
 @pytest.mark.parametrize("line", sorted({*IN_README, *(each.arguments for each in COMMANDS)}))
 def test_every_command_is_understood(line: str) -> None:
     assert options_of(line)
+    for file in re.findall(r"tests/[\w./-]+", line):
+        assert (gpu_day.ROOT / file).exists()
 
 
 def test_every_experiment_is_a_step_and_in_the_readme() -> None:
@@ -56,6 +60,7 @@ def test_a_dry_run_is_the_same_command_without_tool_and_gpu() -> None:
 def test_what_is_limited_and_dry_run_is_understood(command: gpu_day.Command) -> None:
     line = gpu_day.full_command(command, 77, dry_run=True)
     params = options_of(shlex.join([Path(line[1]).name, *line[2:]]))
+    assert "{" not in " ".join(line)
     if "--seconds" in line:
         assert params["seconds"] == 77
         assert params["dry_run"]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_run_batch(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    command = [VLLM, "run-batch", "-i", str(ROOT / "examples" / "batch.jsonl"), "-o", str(results)]
+    command = [*VLLM, "run-batch", "-i", str(ROOT / "examples" / "batch.jsonl"), "-o", str(results)]
     command += ["--model", str(asset("tiny-llama-gptq-g128")), "--served-model-name", "tiny"]
     command += ["--quantization", "fusedq", "--max-model-len", "256", "--enforce-eager"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
