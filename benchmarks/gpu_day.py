@@ -22,11 +22,18 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from fusedq_kernels import tuning
+
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
 # What a command may take beyond its own limit: the compilation or engine that it is in.
 GRACE_SECONDS = 30
-KEPT = ("benchmarks/results", "kernels/fusedq_kernels/tuned")
+# Where they lie in the repository, and where this run writes them: rows go to the package that is
+# imported, which may be installed elsewhere.
+KEPT = {
+    "benchmarks/results": ROOT / "benchmarks" / "results",
+    "kernels/fusedq_kernels/tuned": tuning.FOLDER,
+}
 _SANITIZE = "compute-sanitizer --error-exitcode 9 --tool"
 _TINY = "kernels_correct.py --tiny"
 _TUNED = "--shapes llama-3-8b --shapes qwen2.5-7b --shapes qwen2.5-32b"
@@ -152,8 +159,10 @@ def main(
                 continue
             if problem := run(command, left, dry_run, work):
                 failed.append(f"{name}: {problem}")
-    for folder in KEPT if keep is not None else ():
-        shutil.copytree(ROOT / folder, keep / folder, dirs_exist_ok=True)
+    if keep is not None:
+        for name, folder in KEPT.items():
+            if folder.exists():
+                shutil.copytree(folder, keep / name, dirs_exist_ok=True)
     for line in failed:
         print(line, file=sys.stderr)
     raise typer.Exit(bool(failed))
