@@ -58,11 +58,14 @@ SIDES = {
     "bf16": Side(quantized=False),
     "fusedq": Side(quantization="fusedq"),
 }
-# vLLM's own log, by the metric it gives: seconds, except for the memory.
+# The engine's log, by the metric it gives: seconds, except for the memory. Repacking and warm-up
+# are this plugin's own; stock vLLM counts them within its loading.
 LOG = {
     "load_read_s": r"Loading weights took ([\d.]+) seconds",
     "load_total_s": r"Model loading took [\d.]+ GiB(?: memory)? and ([\d.]+) seconds",
     "memory_gib": r"Model loading took ([\d.]+) GiB",
+    "repack_s": r"repacking: ([\d.]+) s",
+    "warm_up_s": r"warm-up: ([\d.]+) s",
     "graph_capture_s": r"Graph capturing finished in ([\d.]+) secs",
     "compile_s": r"torch\.compile took ([\d.]+) s",
     "init_engine_s": r"init engine \(.*?\) took ([\d.]+) s",

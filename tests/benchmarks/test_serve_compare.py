@@ -12,6 +12,7 @@ from gemmbench.results import ResultFile
 LOG = """
 INFO [default_loader.py:502] Loading weights took 1.52 seconds
 INFO [gpu_model_runner.py:5150] Model loading took 5.39 GiB memory and 2.601234 seconds
+INFO [live.py:90] fusedq loading: 1.40 s, ... repacking: 0.81 s, ... warm-up: 3.25 s, ...
 INFO [monitor.py:20] torch.compile took 11.20 s in total
 INFO [gpu_model_runner.py:6582] Graph capturing finished in 9 secs, took 0.52 GiB
 INFO [core.py:396] init engine (profile, create kv cache, warmup model) took 31.07 s (comp...
@@ -32,6 +33,7 @@ def test_metrics_are_medians_of_the_answer_and_the_log_taken_apart() -> None:
     rows = serve_compare.metrics(answer, LOG)
     assert {row["metric"]: row["value"] for row in rows} == {
         **{"start_s": 61.23, "load_read_s": 1.52, "load_total_s": 2.601, "memory_gib": 5.39},
+        **{"repack_s": 0.81, "warm_up_s": 3.25},
         **{"graph_capture_s": 9.0, "compile_s": 11.2, "init_engine_s": 31.07},
         **{"decode-8_tok_s": 110.0, "prefill-512_tok_s": 5000.0},
     }
