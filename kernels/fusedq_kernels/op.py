@@ -1,8 +1,8 @@
-"""`torch.ops.fusedq.matmul`: the one operator that a model calls, its checks and its fake.
+"""`torch.ops.fusedq.matmul`: the one operator that a model calls, and its fake.
 
 The kernel is an argument, because a plan names it; nothing here chooses or replaces one.
-`heuristics.py` chooses a kernel's tile, `cpu.py` and `gemm.py` do the work. Importing this module
-registers the operator and imports no Triton.
+`operands.py` checks what it is given, `heuristics.py` chooses a kernel's tile, `cpu.py` and
+`launchers.py` do the work. Importing this module registers the operator and imports no Triton.
 
 `matmul_out` is the same operator writing into a tensor of the caller's: a compiled model reuses one
 buffer for many layers, where memory that is new in every call costs page faults.
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedq_kernels import cpu
-from fusedq_kernels.layout import PERM_DTYPE, TensorSpec, packed_shapes
+from fusedq_kernels.layout import TensorSpec, packed_shapes
+from fusedq_kernels.operands import check_operands, check_out
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,
@@ -183,7 +184,7 @@ def _matmul(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 def _matmul_out(out: torch.Tensor, x: torch.Tensor, *arguments: Any) -> None:
     call, packed, bias = _checked(x, *arguments)
-    _check_out(out, x, packed.n)
+    check_out(out, x, packed.n)
     _multiply(x, packed, bias, call.run, out)
 
 
@@ -194,7 +195,7 @@ def _matmul_fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 def _matmul_out_fake(out: torch.Tensor, x: torch.Tensor, *arguments: Any) -> None:
     _, packed, _ = _checked(x, *arguments)
-    _check_out(out, x, packed.n)
+    check_out(out, x, packed.n)
 
 
 def _multiply(
@@ -240,7 +241,9 @@ def _checked(
     packed = PackedWeight(
         qweight, scales, zeros, call.layout, call.spec, n, k, phase, perm, in_features
     )
-    _check(x, packed, bias, call)
+    if x.is_cuda and call.kernel in _CPU_ONLY:
+        raise ValueError(f"kernel {kernel} runs on a CPU, x is on {x.device}")
+    check_operands(x, packed, bias, call.expected)
     return call, packed, bias
 
 
@@ -249,8 +252,7 @@ class _Call(NamedTuple):
     run: Runner
     layout: Layout
     spec: QuantSpec
-    shapes: dict[str, TensorSpec]
-    bias: TensorSpec
+    expected: dict[str, TensorSpec]
 
 
 # Keyed by plain values: hashing an Enum or a dataclass costs more than the rest of a call.
@@ -280,56 +282,9 @@ def _call(
         known = ", ".join(each.value for each in runners)
         raise ValueError(f"kernel {kernel} is not batch-invariant; supported: {known}")
     layout = layout_for(name, spec.weight_type)
-    shapes = packed_shapes(layout, n, k, spec, phase, act_dtype)
-    return _Call(name, runners[name], layout, spec, shapes, TensorSpec((n,), act_dtype))
-
-
-def _check(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, call: _Call) -> None:
-    if x.ndim == 0 or x.shape[-1] != packed.in_features:
-        raise ValueError(f"x must have shape [..., {packed.in_features}], got {list(x.shape)}")
-    if x.is_cuda and call.kernel in _CPU_ONLY:
-        raise ValueError(f"kernel {call.kernel.value} runs on a CPU, x is on {x.device}")
-    device = x.device
-    _check_tensor("qweight", packed.qweight, call.shapes["qweight"], device)
-    _check_tensor("scales", packed.scales, call.shapes["scales"], device)
-    _check_tensor("zeros", packed.zeros, call.shapes.get("zeros"), device)
-    if packed.perm is None:
-        if packed.in_features != packed.k:
-            raise ValueError(f"{packed.in_features} features need a perm to {packed.k} rows")
-    else:
-        _check_tensor("perm", packed.perm, TensorSpec((packed.k,), PERM_DTYPE), device)
-    if bias is not None:
-        _check_tensor("bias", bias, call.bias, device)
-
-
-def _check_out(out: torch.Tensor, x: torch.Tensor, n: int) -> None:
-    if out.shape[-1:] != (n,) or out.shape[:-1] != x.shape[:-1] or out.dtype != x.dtype:
-        raise ValueError(
-            f"out must be {x.dtype} {[*x.shape[:-1], n]}, got {out.dtype} {list(out.shape)}"
-        )
-    if not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
-    if out.device != x.device:
-        raise ValueError(f"out must be on {x.device} like x, got {out.device}")
-
-
-def _check_tensor(
-    name: str, tensor: torch.Tensor | None, expected: TensorSpec | None, device: torch.device
-) -> None:
-    if tensor is None and expected is None:
-        return
-    if tensor is None or expected is None:
-        found = "none" if tensor is None else "one"
-        raise ValueError(f"{name} must be {'absent' if expected is None else 'given'}, got {found}")
-    if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
-        raise ValueError(
-            f"{name} must be {expected.dtype} {list(expected.shape)}, "
-            f"got {tensor.dtype} {list(tensor.shape)}"
-        )
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like x, got {tensor.device}")
+    expected = packed_shapes(layout, n, k, spec, phase, act_dtype)
+    expected["bias"] = TensorSpec((n,), act_dtype)
+    return _Call(name, runners[name], layout, spec, expected)
 
 
 if not hasattr(torch.ops.fusedq, "matmul"):
