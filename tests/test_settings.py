@@ -36,6 +36,7 @@ def test_wrong_settings_are_refused(section: object, message: str) -> None:
 def test_sliced_prefill_can_be_forbidden() -> None:
     assert parse_settings({}).sliced_prefill
     assert not parse_settings({"prefill": "fused"}).sliced_prefill
+    assert not parse_settings({"kernel": "triton-gemm"}).sliced_prefill
 
 
 def test_a_report_goes_where_it_can_be_written(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ class Settings:
 
     @property
     def sliced_prefill(self) -> bool:
-        return self.prefill == "auto"
+        """Who insists on a kernel wants it for every number of tokens."""
+        return self.prefill == "auto" and self.insisted is None
 
     def device(self, found: DeviceSpec) -> DeviceSpec:
         """`found`, or what stands for it when planning for the kernel that was insisted on.

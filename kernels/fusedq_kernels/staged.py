@@ -115,6 +115,8 @@ def dequantize(packed: PackedWeight, out: torch.Tensor, start: int = 0) -> torch
     return out
 
 
+# A layer's bias asks for gradients by default, which `out=` refuses.
+@torch.no_grad()
 def sliced_gemm(
     x: torch.Tensor,
     packed: PackedWeight,

@@ -55,7 +55,7 @@ def test_a_dequantized_slice_is_the_weight_rounded_once(spec, phase, dtype):
 def test_slices_meet_in_y(dtype, has_bias):
     problem = testing.make_problem(70, 328, 272, SPEC, phase=16, act_dtype=dtype, has_bias=has_bias)
     packed = pack(problem.logical, dtype)
-    bias = problem.bias.to(DEVICE) if has_bias else None
+    bias = torch.nn.Parameter(problem.bias.to(DEVICE)) if has_bias else None
     # Not surrounded by NaN: oneDNN's bf16 kernels multiply what lies beside a row by zero.
     y = staged.sliced_gemm(problem.x.to(DEVICE), packed, bias, SLICED).cpu().double()
     # Weights are rounded, then K products and a bias summed in fp32, y rounded (a CPU rounds the
