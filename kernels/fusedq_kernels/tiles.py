@@ -149,7 +149,8 @@ _PL4_MMA_SYNC = _as_decode(
         Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
         Rule(64, (_tile(64, 128, 8, 3), _tile(64, 64, 4, 3, 64), _tile(32, 64, 2, 4))),
     ),
-    _MMA_SYNC_IN_ORDER,
+    # The narrow tile spills with several segments.
+    TileConfig(32, 128, 1, 4, 4),
     _MMA_SYNC_FINE,
 )
 _RULES = {
