@@ -8,12 +8,14 @@ process of its own and without TRITON_INTERPRET, which replaces the compiler by 
 """
 
 import argparse
+import csv
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 import triton
@@ -190,9 +192,12 @@ _COLUMNS: dict[str, Callable[[AuditRow], object]] = {
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--csv", type=Path, help="write the cells of the table to this file too")
     args = parser.parse_args(argv)
     rows = _rows(args)
     slices = [] if args.tile or args.batch_invariant else _slice_rows(args)
+    if args.csv:
+        write_csv(args.csv, rows, slices)
     if args.json:
         found = {"fused": [*map(as_json, rows)], "slices": [*map(as_json, slices)]}
         print(json.dumps({"triton": triton.__version__, **found}, indent=1))
@@ -201,6 +206,28 @@ def main(argv: list[str] | None = None) -> int:
         if slices:
             print(f"slices\n{format_table(slices, audit_slices.COLUMNS)}")
     return 1 if any(row.problems for row in (*rows, *slices)) else 0
+
+
+def write_csv(
+    path: Path, rows: Iterable[AuditRow], slices: Iterable[audit_slices.SliceRow]
+) -> None:
+    """One line per compiled kernel, under the headings of both tables."""
+    version = triton.__version__
+    cells = [
+        {"triton": version, "kernel": "triton-gemm", "segments": row.tile.segments}
+        | {name: cell(row) for name, cell in _COLUMNS.items()}
+        for row in rows
+    ]
+    cells += [
+        {"triton": version, "kernel": "sliced-cublas"}
+        | {name: cell(row) for name, cell in audit_slices.COLUMNS.items()}
+        for row in slices
+    ]
+    names = dict.fromkeys(name for each in cells for name in each)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(cells)
 
 
 def rows_of(argv: list[str]) -> list[AuditRow]:

@@ -5,6 +5,7 @@ contract: these tests notice the release that withdraws it. The audit runs in su
 the interpreter replaces the compiler in this one.
 """
 
+import csv
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from dataclasses import replace
 
 import pytest
 
-from fusedq_kernels import audit_row, audit_slices
+from fusedq_kernels import audit, audit_row, audit_slices
 from fusedq_kernels.device import device_by_name
 from fusedq_kernels.heuristics import tiles_for
 from fusedq_kernels.types import TileConfig, WeightType
@@ -296,6 +297,17 @@ def test_the_batch_invariant_tile_is_audited_on_every_kind_of_tensor_core():
         [sys.executable, "-c", script], env=environment(), stdout=subprocess.PIPE, check=True
     )
     assert json.loads(done.stdout) == [[[32, 128, 4]], [[64, 128, 4]], [[32, 128, 4]]]
+
+
+def test_both_kinds_of_rows_go_to_one_csv(tmp_path):
+    bad = replace(GOOD, ldg=1, sts=2)
+    audit.write_csv(tmp_path / "audit.csv", [GOOD, bad], [GOOD_SLICE])
+    with (tmp_path / "audit.csv").open(newline="") as file:
+        good, bad, dequantizing = csv.DictReader(file)
+    assert (good["kernel"], good["tile"], good["problems"]) == ("triton-gemm", "16x128", "none")
+    assert bad["problems"] == "stores to shared memory, loads that are waited for"
+    assert (dequantizing["kernel"], dequantizing["tile"]) == ("sliced-cublas", "")
+    assert (dequantizing["wide STG"], dequantizing["instr/w"]) == ("8", "8.25")
 
 
 def test_a_problem_fails_the_command():
