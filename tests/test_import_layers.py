@@ -17,6 +17,7 @@ ORDER = [
     "trace",
     "selfcheck",
     "convert",
+    "convert_journal",
     "load",
     "report_json",
     "advice",

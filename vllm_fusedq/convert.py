@@ -5,11 +5,9 @@ whole, config.json last. Only the finished folder is renamed to OUT, so a killed
 that loads, and the next run continues behind the last whole file.
 """
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from safetensors.torch import save_file
 from fusedq_kernels.device import cpu_device
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.layout_tiled import TILED
-from vllm_fusedq import __version__
 from vllm_fusedq.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -30,6 +27,7 @@ from vllm_fusedq.checkpoint import (
     Checkpoint,
     read_checkpoint,
 )
+from vllm_fusedq.convert_journal import JOURNAL, Progress, begin, sync, write_json
 from vllm_fusedq.errors import CheckpointError, PreflightError, UnsupportedCheckpoint
 from vllm_fusedq.formats import Finding, format_for, settle
 from vllm_fusedq.formats.base import CheckpointFormat
@@ -41,13 +39,9 @@ from vllm_fusedq.preflight import quantized_layers
 from vllm_fusedq.safetensors_header import read_header
 from vllm_fusedq.sharding import LayerShard, ParallelStyle, PartShard
 
-JOURNAL = "convert.json"
 PARTIAL = ".partial"
 # The striped CPU kernel reads the same layouts as the Triton kernels and refuses the fewest shapes.
 TARGET = Target(cpu_device(fused_op=False), DType.FLOAT16)
-
-Progress = Callable[[str, int, int], object]
-"""Called with what is going on, the bytes of the source done and those in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +93,17 @@ def convert(
     items = _items(checkpoint, fmt)
     batches = _batches(items, max_file_bytes)
     partial = out.with_name(out.name + PARTIAL)
-    hashes = _begin(checkpoint, partial, max_file_bytes, progress)
+    hashes = begin(checkpoint, partial, max_file_bytes, progress)
     findings, resumed = _write_weights(checkpoint, batches, partial, progress)
     note = settle(findings)
     _copy_other_files(source, partial)
     config = _config(checkpoint, fmt, items, hashes)
     for leftover in (partial / JOURNAL, *partial.glob("*.findings"), *partial.glob("*.writing")):
         leftover.unlink()
-    _write_json(partial / CONFIG_FILE, config)
-    _sync(partial)
+    write_json(partial / CONFIG_FILE, config)
+    sync(partial)
     partial.rename(out)
-    _sync(out.parent)
+    sync(out.parent)
     return Converted(
         layers=sum(item.plan is not None for item in items),
         source_bytes=sum(item.nbytes for item in items),
@@ -161,54 +155,6 @@ def _batches(items: list[_Item], max_file_bytes: int) -> list[list[_Item]]:
     return batches
 
 
-def _begin(
-    checkpoint: Checkpoint, partial: Path, max_file_bytes: int, progress: Progress
-) -> dict[str, str]:
-    """Make `partial`, or take up a killed run's; returns the SHA-256 of each source file."""
-    root = Path(checkpoint.path)
-    files = [CONFIG_FILE, *sorted({info.file for info in checkpoint.tensors.values()})]
-    state = {"version": __version__, "layout_version": LAYOUT_VERSION}
-    state["max_file_bytes"] = max_file_bytes
-    state["source"] = {name: _stamp(root / name) for name in files}
-    journal = partial / JOURNAL
-    if partial.exists():
-        known = _read_journal(journal)
-        hashes = known.pop("sha256", None)
-        if known == state and isinstance(hashes, dict):
-            return hashes
-        raise CheckpointError(
-            f"{partial}: was begun from other files, by another version or with other settings; "
-            "remove it and convert again"
-        )
-    hashes = dict(_hash_files(root, files, progress))
-    partial.mkdir(parents=True)
-    _write_json(journal, {**state, "sha256": hashes})
-    return hashes
-
-
-def _read_journal(journal: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(journal.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _stamp(path: Path) -> list[int]:
-    """Size and time of change: whether a file is still the one that was hashed."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _hash_files(root: Path, files: list[str], progress: Progress) -> Iterator[tuple[str, str]]:
-    total, done = sum((root / name).stat().st_size for name in files), 0
-    for name in files:
-        with (root / name).open("rb") as file:
-            yield name, hashlib.file_digest(file, "sha256").hexdigest()
-        done += (root / name).stat().st_size
-        progress("hashing", done, total)
-
-
 def _write_weights(
     checkpoint: Checkpoint, batches: list[list[_Item]], partial: Path, progress: Progress
 ) -> tuple[dict[str, Finding], int]:
@@ -236,15 +182,15 @@ def _write_weights(
                 tensors |= _converted(checkpoint, item, proven)
                 done += item.nbytes
                 progress("converting", done, total)
-            _write_json(proof, {name: asdict(finding) for name, finding in proven.items()})
+            write_json(proof, {name: asdict(finding) for name, finding in proven.items()})
             unfinished = path.with_suffix(".writing")
             save_file(tensors, unfinished, metadata={"format": "pt"})
-            _sync(unfinished)
+            sync(unfinished)
             unfinished.rename(path)
         findings |= {n: Finding(**found) for n, found in json.loads(proof.read_text()).items()}
         weight_map |= dict.fromkeys(read_header(path), path.name)
     if count > 1:
-        _write_json(partial / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
+        write_json(partial / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
     return findings, resumed
 
 
@@ -319,19 +265,3 @@ def _config(
 
 
 _SECTIONS = ("quantization_config", "compression_config")
-
-
-def _write_json(path: Path, value: object) -> None:
-    unfinished = path.with_name(path.name + ".writing")
-    unfinished.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    _sync(unfinished)
-    unfinished.rename(path)
-
-
-def _sync(path: Path) -> None:
-    """Have a file's or a folder's content on the disk before anything that says it is there."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
