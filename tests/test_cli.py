@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -237,3 +239,41 @@ def test_it_runs_as_a_module() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "fusedq [OPTIONS] COMMAND" in done.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+@pytest.mark.parametrize(("device", "verdict"), [("cpu", 0), ("mi300x", 1)])
+def test_the_verdict_outlives_a_reader_that_goes_away(
+    options: list[str], device: str, verdict: int
+) -> None:
+    """`fusedq check ... | head -1`: nobody reads on, and the exit code is the verdict."""
+    code = "from vllm_fusedq.cli import app; app()"
+    arguments = ["check", str(asset(CHECKPOINTS[0])), "--device", device, *options]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read().count(b"Error") == 0
+    assert process.wait() == verdict
+    process.stderr.close()
+
+
+def test_ctrl_c_ends_a_wait_for_the_hub_without_a_traceback() -> None:
+    code = "from vllm_fusedq.cli import app; app()"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "check", "owner/name", "--device", "cpu"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**env, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"},
+        )
+        connection, _ = silent.accept()
+        with connection:
+            assert connection.recv(1)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err

@@ -1,16 +1,19 @@
 """The plan as text."""
 
+import io
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from checkpoints import add, gptq_tensors, random_truth, write_checkpoint
 from fusedq_kernels.device import cpu_device
 from tiny_models import asset
 from vllm_fusedq.checkpoint import read_checkpoint
+from vllm_fusedq.errors import Problem
 from vllm_fusedq.plan import Target
 from vllm_fusedq.preflight import plan_model
-from vllm_fusedq.report import plan_table, render, summary
+from vllm_fusedq.report import fitting_plan, plan_table, render, summary
 
 
 def test_equal_layers_are_one_row_with_the_kernel_named(tmp_path: Path) -> None:
@@ -25,6 +28,23 @@ def test_equal_layers_are_one_row_with_the_kernel_named(tmp_path: Path) -> None:
     assert summary(plan.layers, plan.unquantized) == (
         "fused: 12 (12 x cpu-wna16); unquantized by the checkpoint: 2; fallbacks: 0"
     )
+
+
+def test_a_narrow_console_cuts_no_name(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "awq", layers=3)
+    plan = plan_model(read_checkpoint(tmp_path), Target(cpu_device(fused_op=True), torch.bfloat16))
+    refused = Problem("model.layers.7.mlp.down_proj (out_features x in_features)", "", "", "")
+    narrow, wide = io.StringIO(), io.StringIO()
+    for file, width in ((narrow, 60), (wide, 200)):
+        console = Console(file=file, width=width, color_system=None)
+        console.print(fitting_plan(console, plan.layers, [refused]))
+    lines = [line.rstrip() for line in narrow.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 60
+    assert "model.layers.0-2.self_attn.qkv_proj x3" in lines
+    assert lines.count("  format          awq 4-bit g32, zero points") == 4
+    assert lines.count("  kernel          cpu-wna16") == 4
+    assert "model.layers.7.mlp.down_proj: refused" in lines
+    assert wide.getvalue() == render(plan_table(plan.layers, [refused]), 200)
 
 
 def test_a_mixed_model_names_widths_and_kernels_layer_by_layer() -> None:

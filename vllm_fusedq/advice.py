@@ -1,14 +1,17 @@
 """What runs fused but is worth a word before serving; `fusedq check --strict` refuses it."""
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fusedq_kernels import stock
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import KernelName
 from vllm_fusedq.capacity import Capacity
 from vllm_fusedq.checkpoint import Checkpoint
 from vllm_fusedq.errors import Problem
 from vllm_fusedq.formats import format_for
+from vllm_fusedq.plan import LayerPlan, Target
 from vllm_fusedq.preflight import ModelPlan, fold_problems
 
 SLOW_KERNELS = {
@@ -43,12 +46,29 @@ def warnings_for(
         if layer.rows > layer.k:
             padded = f"its activation order takes {layer.rows / layer.k:.2f} times its share of the"
             found[f"{padded} weight at tensor_parallel_size {plan.tp_size}"].append(layer.prefix)
-    warned = [
-        Warned(problem.layer, message)
-        for message, layers in found.items()
-        for problem in fold_problems(Problem(layer, message, "", "") for layer in layers)
-    ]
-    return warned + _of_memory(checkpoint, capacity)
+    return _folded(found) + _of_memory(checkpoint, capacity)
+
+
+def notes_for(plan: ModelPlan, target: Target) -> list[Warned]:
+    """Layers for which a kernel of stock vLLM was measured faster on this very device."""
+    table = stock.table_for(target.device)
+    if table is None:
+        return []
+    found: dict[str, list[str]] = defaultdict(list)
+    for layer in plan.layers:
+        if _stock_runs(layer):
+            rows = table.find(layer.n, layer.k, layer.spec, target.act_dtype)
+            if faster := stock.describe(rows):
+                found[f"stock vLLM was measured faster on {table.device}: {faster}"].append(
+                    layer.prefix
+                )
+    return _folded(found)
+
+
+def _stock_runs(layer: LayerPlan) -> bool:
+    """Whether stock has the same weight: no wider, not reordered, not begun inside a group."""
+    stored = {fmt.bits or layer.spec.weight_type.bits for fmt in layer.formats}
+    return not layer.ordered and not layer.phase and stored == {layer.spec.weight_type.bits}
 
 
 def memory_problem(checkpoint: Checkpoint, capacity: Capacity) -> Problem | None:
@@ -63,6 +83,14 @@ def memory_problem(checkpoint: Checkpoint, capacity: Capacity) -> Problem | None
         "--gpu-memory-utilization allows",
         fix="use more ranks (--tensor-parallel-size, --pipeline-parallel-size) or a larger device",
     )
+
+
+def _folded(found: Mapping[str, Sequence[str]]) -> list[Warned]:
+    return [
+        Warned(problem.layer, message)
+        for message, layers in found.items()
+        for problem in fold_problems(Problem(layer, message, "", "") for layer in layers)
+    ]
 
 
 def _of_memory(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:

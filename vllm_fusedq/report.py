@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from fusedq_kernels.types import Launch
 from vllm_fusedq.errors import Problem
@@ -64,9 +65,27 @@ def plan_table(plans: Sequence[LayerPlan], problems: Sequence[Problem] = ()) -> 
     for row in plan_rows(plans):
         table.add_row(*_cells(row))
     for problem in problems:
-        name = problem.layer.partition(" (out_features")[0]
-        table.add_row(name, *[""] * (len(COLUMNS) - 2), "refused", style="red")
+        table.add_row(_name_of(problem), *[""] * (len(COLUMNS) - 2), "refused", style="red")
     return table
+
+
+def fitting_plan(
+    console: Console, plans: Sequence[LayerPlan], problems: Sequence[Problem] = ()
+) -> RenderableType:
+    """`plan_table` where it fits the console, else a line for each cell, so that no name is cut."""
+    table = plan_table(plans, problems)
+    natural = console.measure(table, options=console.options.update(width=LOG_WIDTH)).maximum
+    if natural <= console.width:
+        return table
+    lines: list[RenderableType] = []
+    for row in plan_rows(plans):
+        name, *cells = _cells(row)
+        grid = Table.grid(padding=(0, 2))
+        for heading, cell in zip(COLUMNS[1:], cells, strict=True):
+            grid.add_row(f"  {heading}", cell)
+        lines += [Text(name, style="bold"), grid]
+    lines += [Text(f"{_name_of(problem)}: refused", style="red") for problem in problems]
+    return Group("", *lines, "")
 
 
 def summary(plans: Sequence[LayerPlan], unquantized: Sequence[str]) -> str:
@@ -119,6 +138,10 @@ def _prefill(plan: LayerPlan) -> str:
     if plan.prefill.kernel is plan.declared.launch.kernel:
         return declared
     return f"{describe_launch(plan.prefill)}; {declared}"
+
+
+def _name_of(problem: Problem) -> str:
+    return problem.layer.partition(" (out_features")[0]
 
 
 def _cells(row: PlanRow) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,12 @@ class Problem(NamedTuple):
 Row = dict[str, object]
 
 
+def problem_of(row: Mapping[str, str]) -> Problem:
+    """The problem that a row of a file is about."""
+    sizes = (int(row[name]) for name in ("n", "k", "m"))
+    return Problem(row["weight_type"], int(row["group_size"]), row["act_dtype"], *sizes)
+
+
 class ResultFile:
     """An append-only CSV file; every run that writes to it first says what it is."""
 
@@ -59,13 +65,19 @@ class ResultFile:
 
     def finished(self) -> set[Problem]:
         """Problems that need no measuring again."""
-        return {
-            Problem(
-                *(r["weight_type"], int(r["group_size"]), r["act_dtype"]),
-                *(int(r["n"]), int(r["k"]), int(r["m"])),
-            )
-            for r in self.rows()
-        }
+        return {problem_of(row) for row in self.rows()}
+
+    def runs(self) -> dict[str, dict[str, str]]:
+        """What each run says of itself, by its name."""
+        found: dict[str, dict[str, str]] = {}
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                name, _, value = line.removeprefix("# ").partition(": ")
+                if line.startswith("# run: "):
+                    found[value] = header = {}
+                elif line.startswith("# "):
+                    header[name] = value
+        return found
 
     def append(self, rows: Iterable[Row], header: dict[str, object]) -> None:
         """Write rows at once; the first time also what run this is."""

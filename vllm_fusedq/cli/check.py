@@ -1,6 +1,5 @@
 """`fusedq check`: the engine's own verdict on a checkpoint, from its headers alone."""
 
-import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from vllm_fusedq.cli.output import ExitCode, console, progress_bar
+from vllm_fusedq.cli.output import ExitCode, console, print_json, progress_bar
 from vllm_fusedq.errors import FusedQError, Problem
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ class Result:
     plan: "ModelPlan"
     problems: tuple[Problem, ...]
     warnings: tuple["Warned", ...]
+    notes: tuple["Warned", ...]
     capacity: "Capacity"
     strict: bool
 
@@ -115,7 +115,7 @@ def check(
     if as_json:
         content["dtype"] = target.act_dtype.value
         content["results"] = [_result_json(result, demand) for result in results]
-        print(json.dumps(document("check", **content), indent=2))
+        print_json(document("check", **content))
     else:
         _print_results(results, spec, demand)
         if expert_parallel:
@@ -192,7 +192,7 @@ def _result(
     memory: int | None,
     strict: bool,
 ) -> Result:
-    from vllm_fusedq.advice import memory_problem, warnings_for
+    from vllm_fusedq.advice import memory_problem, notes_for, warnings_for
     from vllm_fusedq.capacity import block_count, capacity_of
     from vllm_fusedq.preflight import survey_model
 
@@ -207,12 +207,13 @@ def _result(
     problems = survey.problems
     if not problems and (too_large := memory_problem(checkpoint, capacity)):
         problems = (too_large,)
-    return Result(survey.plan, problems, warnings, capacity, strict)
+    notes = tuple(notes_for(survey.plan, target))
+    return Result(survey.plan, problems, warnings, notes, capacity, strict)
 
 
 def _refuse(error: FusedQError, as_json: dict[str, Any] | None) -> None:
     if as_json is not None:
-        print(json.dumps(as_json, indent=2))
+        print_json(as_json)
     else:
         _print_refusal(str(error))
     raise typer.Exit(ExitCode.REFUSED) from error
@@ -227,19 +228,21 @@ def _print_refusal(message: str) -> None:
 def _print_results(results: list[Result], device: "DeviceSpec", demand: "Demand") -> None:
     from vllm_fusedq.capacity_report import capacity_table
     from vllm_fusedq.errors import PreflightError
-    from vllm_fusedq.report import plan_table, summary
+    from vllm_fusedq.report import fitting_plan, summary
 
     out = console()
     for result in results:
         plan = result.plan
         out.print(f"tensor_parallel_size {plan.tp_size} on {device.name}")
-        out.print(plan_table(plan.layers, result.problems))
+        out.print(fitting_plan(out, plan.layers, result.problems))
         out.print(summary(plan.layers, plan.unquantized), highlight=False)
         if not result.problems:
             out.print(capacity_table(result.capacity, demand))
         word = "refused (--strict)" if result.strict else "warning"
         for warned in result.warnings:
             out.print(f"{word}: {warned.layer}: {warned.message}", markup=False, highlight=False)
+        for note in result.notes:
+            out.print(f"note: {note.layer}: {note.message}", markup=False, highlight=False)
         if result.problems:
             _print_refusal(str(PreflightError(result.problems)))
 
@@ -257,5 +260,6 @@ def _result_json(result: Result, demand: "Demand") -> dict[str, Any]:
         "counts": counts_json(plan.layers, plan.unquantized),
         "problems": problems_json(result.problems),
         "warnings": [asdict(warned) for warned in result.warnings],
+        "notes": [asdict(note) for note in result.notes],
         "capacity": None if result.problems else capacity_json(result.capacity),
     }

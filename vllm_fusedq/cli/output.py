@@ -1,8 +1,12 @@
 """What all subcommands share: exit codes, and consoles for terminals and pipes."""
 
+import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,14 +21,37 @@ class ExitCode(IntEnum):
     REFUSED = 1
 
 
+class _Console(Console):
+    """A console whose reader may go away (`| head`): the exit code stays that of the verdict."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _discard(self.file)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """A document on stdout; its reader may go away."""
+    try:
+        print(json.dumps(content, indent=2), flush=True)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+
+
+def _discard(file: IO[str]) -> None:
+    """Have what is still buffered, and all that follows, go nowhere instead of failing at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, file.fileno())
+    os.close(nowhere)
+
+
 def console(stderr: bool = False) -> Console:
     """As wide as the terminal; in a pipe without colours and so wide that no name is cut."""
     from vllm_fusedq.report import LOG_WIDTH
 
-    found = Console(stderr=stderr)
+    found = _Console(stderr=stderr)
     if found.is_terminal:
         return found
-    return Console(stderr=stderr, width=LOG_WIDTH, color_system=None)
+    return _Console(stderr=stderr, width=LOG_WIDTH, color_system=None)
 
 
 @contextmanager
