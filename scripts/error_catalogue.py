@@ -34,12 +34,11 @@ PARTS = {
     "Problem": ("layer", *PROBLEM),
     "_problem": ("layer", *PROBLEM),
     "refusal": PROBLEM,
-    "Reason": PROBLEM[:2],
+    "Reason": PROBLEM,
     "Warned": ("layer", "message"),
 }
 _DEFAULTS = {
     "refusal": ("vllm_fusedq/formats/base.py", "refusal"),
-    "Reason": ("vllm_fusedq/plan.py", "_problem"),
 }
 FACTS = {"_fail": "not a usable safetensors file: "}
 HEAD = """# Errors

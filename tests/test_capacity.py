@@ -167,3 +167,18 @@ def test_slow_kernels_rounded_scales_and_padding_are_warned_of(tmp_path: Path) -
     assert sum("cpu-striped decodes a few output features at a time" in text for text in slow) == 4
     padded = [text for text in slow if "its activation order takes 1.33 times" in text]
     assert any("mlp.down_proj (2 layers)" in text for text in padded)
+
+
+def test_padding_is_warned_of_with_the_setting_that_avoids_it(tmp_path: Path) -> None:
+    """By hand for down_proj at TP 4: 3584 of 14336 in_features, in up to 112 groups. Each takes a
+    step of 8 rows, each further 8 rows another: (112 + 434) * 8 = 4368 rows."""
+    write_headers(tmp_path, LLAMA_8B, "gptq-order")
+    checkpoint, target = read_checkpoint(tmp_path), Target(device_by_name("h200"), torch.bfloat16)
+    layers = plan_model(checkpoint, target, 4, ranks=[0])
+    found = capacity_of(checkpoint, layers, target.act_dtype, Demand(), None)
+    warned = warnings_for(checkpoint, layers, target.act_dtype, found)
+    (message,) = [each.message for each in warned if "mlp.down_proj" in each.layer]
+    assert message == (
+        "its activation order takes 1.22 times its share of the weight at tensor_parallel_size 4; "
+        "quantize with desc_act false in GPTQModel's QuantizeConfig"
+    )

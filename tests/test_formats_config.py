@@ -78,7 +78,11 @@ REFUSED = {
         {"version": "gemv"},
         "bits 8 with version gemv; supported by awq: 4 bits with version gemv and gemv_fast",
     ),
-    "awq-group": ("awq", {"group_size": 12}, "group_size 12; .* -1 or a multiple of 8"),
+    "awq-group": (
+        "awq",
+        {"group_size": 12},
+        "group_size 12; .* -1 or a multiple of 8; .*q_group_size 32",
+    ),
     "awq-group-0": ("awq", {"group_size": 0}, "group_size 0;"),
     "awq-group-bool": ("awq", {"group_size": True}, "group_size True;"),
     "awq-marlin": (
@@ -108,7 +112,11 @@ REFUSED = {
         {"dynamic": {"+:up": {"bits": 6}}},
         r"bits 6 in the dynamic rule '\+:up'; .*bits 2, 3, 4, 8",
     ),
-    "gptq-override-group": ("gptq-sym", {"dynamic": {"up": {"group_size": 12}}}, "group_size 12"),
+    "gptq-override-group": (
+        "gptq-sym",
+        {"dynamic": {"up": {"group_size": 12}}},
+        "QuantizeConfig 32",
+    ),
     "gptq-override-sym": ("gptq-sym", {"dynamic": {"up": {"sym": 1}}}, "sym 1 in the dynamic rule"),
     "gptq-override-pack": (
         "gptq-sym",

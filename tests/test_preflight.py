@@ -148,6 +148,7 @@ def test_parts_of_one_fused_layer_must_share_their_scheme(tmp_path: Path) -> Non
     assert problem.layer == "model.layers.0.mlp.gate_up_proj"
     assert problem.found.startswith("parts with different schemes in one fused layer (gate_proj")
     assert problem.supported == "one scheme for all parts that vLLM fuses into a layer"
+    assert problem.fix.endswith('or with all of them excluded by "-:regex" in dynamic')
 
 
 def test_old_gpus_and_other_dtypes_are_refused(tmp_path: Path) -> None:

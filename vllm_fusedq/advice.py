@@ -11,6 +11,7 @@ from vllm_fusedq.capacity import Capacity
 from vllm_fusedq.checkpoint import Checkpoint
 from vllm_fusedq.errors import Problem
 from vllm_fusedq.formats import format_for
+from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.plan import LayerPlan, Target
 from vllm_fusedq.preflight import ModelPlan, fold_problems
 
@@ -44,8 +45,7 @@ def warnings_for(
             rounded = f"{layer.spec.scale_dtype} scales are rounded to {act_dtype}"
             found[f"{rounded}, as cpu-wna16 demands"].append(layer.prefix)
         if layer.rows > layer.k:
-            padded = f"its activation order takes {layer.rows / layer.k:.2f} times its share of the"
-            found[f"{padded} weight at tensor_parallel_size {plan.tp_size}"].append(layer.prefix)
+            found[_of_order(layer, fmt)].append(layer.prefix)
     return _folded(found) + _of_memory(checkpoint, capacity)
 
 
@@ -83,6 +83,12 @@ def memory_problem(checkpoint: Checkpoint, capacity: Capacity) -> Problem | None
         "--gpu-memory-utilization allows",
         fix="use more ranks (--tensor-parallel-size, --pipeline-parallel-size) or a larger device",
     )
+
+
+def _of_order(layer: LayerPlan, fmt: CheckpointFormat) -> str:
+    share = f"{layer.rows / layer.k:.2f} times its share of the weight"
+    where = f"at tensor_parallel_size {layer.shard.tp_size}"
+    return f"its activation order takes {share} {where}; quantize with {fmt.without_order}"
 
 
 def _folded(found: Mapping[str, Sequence[str]]) -> list[Warned]:

@@ -26,6 +26,7 @@ from fusedq_kernels.types import (
     runs,
 )
 from vllm_fusedq.errors import PreflightError, Problem
+from vllm_fusedq.formats import FORMATS
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.formats.ordering import resident_rows, resident_spec
 from vllm_fusedq.sharding import LayerShard, ParallelStyle
@@ -127,7 +128,7 @@ def plan_layer(
         where = f"{full} full, [{shard.n}, {shard.k}] per rank at tensor_parallel_size "
         where += str(shard.tp_size)
         layer = f"{shard.prefix} (out_features x in_features {where})"
-        raise PreflightError([_problem(layer, reason) for reason in choice.reasons])
+        raise PreflightError([Problem(layer, *reason) for reason in choice.reasons])
     _check_insisted(shard, spec, target.insisted)
     decode, prefill = choice.launches
     if target.batch_invariant and not heuristics.is_batch_invariant(decode.kernel):
@@ -181,11 +182,6 @@ def _choose(size: tuple[int, int], spec: QuantSpec, phase: int, target: Target) 
     return _Choice((), launches, resident, declared)
 
 
-def _problem(layer: str, reason: Reason) -> Problem:
-    fix = "choose another --tensor-parallel-size or --dtype, or quantize the model again"
-    return Problem(layer, reason.found, reason.supported, fix)
-
-
 def _check_insisted(shard: LayerShard, spec: QuantSpec, kernel: KernelName | None) -> None:
     if kernel is None or runs(kernel, spec.weight_type):
         return
@@ -229,7 +225,8 @@ def _of_one_scheme(
                     layer=shard.prefix,
                     found=f"parts with different schemes in one fused layer ({listing})",
                     supported="one scheme for all parts that vLLM fuses into a layer",
-                    fix="re-quantize these modules alike, or exclude all of them",
+                    fix="quantize the model again with these modules alike, or with all of them "
+                    f"excluded{_by_exclusion(found)}",
                 )
             ]
         )
@@ -237,6 +234,11 @@ def _of_one_scheme(
     if len({layer.k for layer in layers}) > 1:
         raise PreflightError([_different_sizes(shard, layers)])
     return layers
+
+
+def _by_exclusion(found: Sequence[tuple[str, LayerFormat | None]]) -> str:
+    names = {FORMATS[layer.format].exclusion for _, layer in found if layer is not None}
+    return f" by {names.pop()}" if len(names) == 1 else ""
 
 
 def _different_sizes(shard: LayerShard, layers: Sequence[LayerFormat]) -> Problem:

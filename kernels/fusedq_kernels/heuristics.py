@@ -47,6 +47,10 @@ _TILES_PER_SM = 2.1
 _MIN_BLOCKS_PER_SPLIT = 4
 _MAX_SPLIT_K = 16
 
+_RESHARD = "choose another tensor-parallel size, or leave this layer unquantized"
+_REGROUP = "choose another tensor-parallel size, or quantize the model with another group size"
+
+
 # A tile of this width is used from this N up, unless it is the last of its rule.
 _MIN_N = {256: 4096, 128: 2049}
 
@@ -199,16 +203,16 @@ def unsupported_reasons(
     kernel = kernel_for(device, spec.weight_type)
     reasons = []
     if n % 8:
-        reasons.append(Reason(f"{n} out_features per rank", "multiples of 8"))
+        reasons.append(Reason(f"{n} out_features per rank", "multiples of 8", _RESHARD))
     if k % 16:
-        reasons.append(Reason(f"{k} in_features per rank", "multiples of 16"))
+        reasons.append(Reason(f"{k} in_features per rank", "multiples of 16", _RESHARD))
     if DType.of(act_dtype) not in ACT_DTYPES:
-        reasons.append(Reason(f"activations in {DType.of(act_dtype)}", ", ".join(ACT_DTYPES)))
+        found, fix = f"activations in {DType.of(act_dtype)}", "run in one of these (--dtype)"
+        reasons.append(Reason(found, ", ".join(ACT_DTYPES), fix))
     if kernel is KernelName.TRITON_GEMM and device.capability < _MIN_CAPABILITY:
-        found, needed = ("{}.{}".format(*c) for c in (device.capability, _MIN_CAPABILITY))
-        reasons.append(
-            Reason(f"{device.name} of compute capability {found}", f"{needed} and newer")
-        )
+        capability, needed = ("{}.{}".format(*c) for c in (device.capability, _MIN_CAPABILITY))
+        board = f"{device.name} of compute capability {capability}"
+        reasons.append(Reason(board, f"{needed} and newer", "use a newer GPU, or a CPU"))
     reasons += _scale_reasons(spec, kernel)
     reasons += _group_reasons(k, spec, phase, kernel)
     return tuple(reasons)
@@ -269,7 +273,8 @@ def _scale_reasons(spec: QuantSpec, kernel: KernelName) -> list[Reason]:
     if spec.scale_dtype in supported:
         return []
     beside = " beside zero points" if spec.has_zero_points else ""
-    return [Reason(f"scales in {spec.scale_dtype}{beside}", ", ".join(supported))]
+    fix = "quantize the model again with scales in one of these, loaded in that dtype"
+    return [Reason(f"scales in {spec.scale_dtype}{beside}", ", ".join(supported), fix)]
 
 
 def _group_reasons(k: int, spec: QuantSpec, phase: int, kernel: KernelName) -> list[Reason]:
@@ -279,15 +284,15 @@ def _group_reasons(k: int, spec: QuantSpec, phase: int, kernel: KernelName) -> l
     if kernel is KernelName.CPU_WNA16:
         if spec.group_size % 2:
             supported = "even group sizes, or one group for all in_features of the rank"
-            return [Reason(f"group_size {spec.group_size}", supported)]
+            return [Reason(f"group_size {spec.group_size}", supported, _REGROUP)]
         return []
     reasons = []
     if spec.group_size % _MIN_STEP:
         supported = f"multiples of {_MIN_STEP}, or one group for all in_features of the rank"
-        reasons.append(Reason(f"group_size {spec.group_size}", supported))
+        reasons.append(Reason(f"group_size {spec.group_size}", supported, _REGROUP))
     # A step of 8 needs no padding in front; any other is padded, by whole 16-byte loads of x.
     unit = _MIN_STEP if geometry.step <= _MIN_STEP else 16
     if phase % unit:
         found = f"a rank that starts {phase} in_features into a group"
-        reasons.append(Reason(found, f"multiples of {unit}"))
+        reasons.append(Reason(found, f"multiples of {unit}", _REGROUP))
     return reasons

@@ -224,10 +224,11 @@ class Launch:
 
 
 class Reason(NamedTuple):
-    """Why a kernel cannot run a layer: what was found, what is supported."""
+    """Why a kernel cannot run a layer: what was found, what is supported, what to do."""
 
     found: str
     supported: str
+    fix: str
 
 
 @dataclass(frozen=True, slots=True)

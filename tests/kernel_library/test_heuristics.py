@@ -177,6 +177,11 @@ def test_8_bit_weights_run_striped_on_a_cpu():
     assert chosen == Launch(KernelName.CPU_STRIPED, None, "rule: cpu, amx")
 
 
+RESHARD = "choose another tensor-parallel size, or leave"
+REGROUP = "choose another tensor-parallel size, or quantize"
+REQUANTIZE = "quantize the model again with scales"
+
+
 def reasons(n=4096, k=4096, spec=SPEC, phase=0, device=H200, act_dtype=torch.bfloat16):
     return unsupported_reasons(n, k, spec, phase, device, act_dtype)
 
@@ -199,39 +204,51 @@ def test_common_schemes_are_supported_everywhere(device, spec):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("arguments", "expected", "fix"),
     [
-        ({"n": 4100}, ("4100 out_features per rank", "multiples of 8")),
-        ({"k": 4104}, ("4104 in_features per rank", "multiples of 16")),
-        ({"act_dtype": torch.float32}, ("activations in float32", "float16, bfloat16")),
+        ({"n": 4100}, ("4100 out_features per rank", "multiples of 8"), RESHARD),
+        ({"k": 4104}, ("4104 in_features per rank", "multiples of 16"), RESHARD),
+        (
+            {"act_dtype": torch.float32},
+            ("activations in float32", "float16, bfloat16"),
+            "run in",
+        ),
         (
             {"device": DeviceSpec("t4", "cuda", (7, 5), 40, 65536)},
             ("t4 of compute capability 7.5", "8.0 and newer"),
+            "use a newer GPU",
         ),
         (
             {"spec": replace(SPEC, group_size=36)},
             ("group_size 36", "multiples of 8, or one group for all in_features of the rank"),
+            REGROUP,
         ),
         (
             {"phase": 8},
             ("a rank that starts 8 in_features into a group", "multiples of 16"),
+            REGROUP,
         ),
         (
             {"spec": replace(ZERO_SPEC, scale_dtype=torch.float32)},
             ("scales in float32 beside zero points", "float16, bfloat16"),
+            REQUANTIZE,
         ),
         (
             {"spec": replace(SPEC, scale_dtype=torch.float64)},
             ("scales in float64", "float16, bfloat16, float32"),
+            REQUANTIZE,
         ),
         (
             {"spec": replace(SPEC, group_size=33), "device": CPU_AMX},
             ("group_size 33", "even group sizes, or one group for all in_features of the rank"),
+            REGROUP,
         ),
     ],
 )
-def test_unsupported_layer_names_found_and_needed(arguments, expected):
-    assert reasons(**arguments) == (expected,)
+def test_unsupported_layer_names_found_needed_and_what_to_do(arguments, expected, fix):
+    (reason,) = reasons(**arguments)
+    assert reason[:2] == expected
+    assert reason.fix.startswith(fix)
 
 
 def test_all_reasons_are_collected():

@@ -51,6 +51,7 @@ class AwqFormat(CheckpointFormat):
         ),
     )
     exclusion = "modules_to_not_convert"
+    grouping = "AutoAWQ's q_group_size"
 
     def check_config(self) -> None:
         self.bits = self._check_bits(self._option("bits", "w_bit"))

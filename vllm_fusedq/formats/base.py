@@ -69,6 +69,10 @@ class CheckpointFormat(ABC):
     """What users are told of the method, a row for each kind of checkpoint."""
     exclusion: ClassVar[str]
     """What in the config excludes modules, for messages."""
+    grouping: ClassVar[str] = "group_size"
+    """What sets the group size where such models are quantized, for messages."""
+    without_order: ClassVar[str] = "without activation reordering"
+    """How such a model is quantized without activation reordering, for messages."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -230,7 +234,11 @@ class CheckpointFormat(ABC):
         """-1 (all of K) or a positive multiple of 8; refuses anything else."""
         if type(found) is int and (found == -1 or (found > 0 and found % 8 == 0)):
             return found
-        raise self.refusal(f"group_size {found!r:.80}", "group_size -1 or a multiple of 8")
+        raise self.refusal(
+            f"group_size {found!r:.80}",
+            "group_size -1 or a multiple of 8",
+            f"quantize again with {self.grouping} 32, 64 or 128, or {USE_VLLM}",
+        )
 
     def check_names(self, key: str, section: Mapping[str, Any] | None = None) -> list[str]:
         """A config entry that lists names; absent and null are an empty list."""

@@ -66,6 +66,7 @@ class BitsAndBytesFormat(CheckpointFormat):
         ),
     )
     exclusion = "llm_int8_skip_modules"
+    grouping = "the blocksize of bitsandbytes' quantize_4bit"
 
     def check_config(self) -> None:
         if self._is_set("load_in_8bit"):

@@ -16,6 +16,7 @@ from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import LogicalWeight
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.base import (
+    USE_VLLM,
     CheckpointFormat,
     Dim,
     LayerFormat,
@@ -74,6 +75,8 @@ class CompressedTensorsFormat(CheckpointFormat):
         ),
     )
     exclusion = "ignore"
+    grouping = "the group_size in the weights of llm-compressor's config_groups"
+    without_order = "actorder static in llm-compressor's GPTQModifier"
 
     def check_config(self) -> None:
         for key, found in REFUSED_SECTIONS.items():
@@ -144,7 +147,10 @@ class CompressedTensorsFormat(CheckpointFormat):
         for key in ("input_activations", "output_activations"):
             if group.get(key):
                 raise self.refusal(
-                    f"quantized activations ({name}.{key})", "quantized weights only"
+                    f"quantized activations ({name}.{key})",
+                    "quantized weights only",
+                    "quantize the original model again with a weight-only scheme of "
+                    f"llm-compressor (W4A16, W8A16), or {USE_VLLM}",
                 )
         packing = group.get("format") or self.config.get("format")
         if packing not in list(PACKINGS):

@@ -58,6 +58,8 @@ class GptqFormat(CheckpointFormat):
         ),
     )
     exclusion = '"-:regex" in dynamic'
+    grouping = "the group_size of GPTQModel's QuantizeConfig"
+    without_order = "desc_act false in GPTQModel's QuantizeConfig"
 
     def check_config(self) -> None:
         config = self.config
