@@ -258,6 +258,19 @@ def test_the_verdict_outlives_a_reader_that_goes_away(
     process.stderr.close()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_output_that_cannot_be_written_is_no_verdict(options: list[str]) -> None:
+    code = "from vllm_fusedq.cli import app; app()"
+    arguments = ["check", str(asset(CHECKPOINTS[0])), "--device", "cpu", *options]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 3
+    assert done.stderr == "the output cannot be written: No space left on device\n"
+
+
 def test_ctrl_c_ends_a_wait_for_the_hub_without_a_traceback() -> None:
     code = "from vllm_fusedq.cli import app; app()"
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from vllm_fusedq.cli.output import ExitCode, console, print_json, progress_bar
+from vllm_fusedq.cli.output import ExitCode, console, print_json, progress_bar, writing
 from vllm_fusedq.errors import FusedQError, Problem
 
 if TYPE_CHECKING:
@@ -112,13 +112,14 @@ def check(
         results = [_result(checkpoint, target, size, demand, memory, strict) for size in sizes]
     except FusedQError as error:
         _refuse(error, document("check", **content, error=error_json(error)) if as_json else None)
-    if as_json:
-        content["dtype"] = target.act_dtype.value
-        content["results"] = [_result_json(result, demand) for result in results]
-        print_json(document("check", **content))
-    else:
-        _print_results(results, spec, demand)
-        if expert_parallel:
+    with writing():
+        if as_json:
+            content["dtype"] = target.act_dtype.value
+            content["results"] = [_result_json(result, demand) for result in results]
+            print_json(document("check", **content))
+        else:
+            _print_results(results, spec, demand)
+        if expert_parallel and not as_json:
             console(stderr=True).print(
                 "--expert-parallel changes nothing: quantized MoE experts are refused, and dense "
                 "layers are cut by --tensor-parallel-size alone"

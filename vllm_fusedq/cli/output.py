@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from enum import IntEnum
 from typing import IO, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -15,10 +16,11 @@ from vllm_fusedq.hub import Progress as OnProgress
 
 
 class ExitCode(IntEnum):
-    """0: everything runs fused; 1: refused; 2: wrong usage (typer's own)."""
+    """0: everything runs fused; 1: refused; 2: wrong usage (typer's own); 3: not written."""
 
     FUSED = 0
     REFUSED = 1
+    NOT_WRITTEN = 3
 
 
 class _Console(Console):
@@ -35,6 +37,19 @@ def print_json(content: dict[str, Any]) -> None:
         print(json.dumps(content, indent=2), flush=True)
     except BrokenPipeError:
         _discard(sys.stdout)
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Output that cannot be written, as on a full disk, is no verdict: it has its own exit code."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        _discard(sys.stdout)
+        reason = error.strerror or error
+        console(stderr=True).print(f"the output cannot be written: {reason}", style="red")
+        raise typer.Exit(ExitCode.NOT_WRITTEN) from error
 
 
 def _discard(file: IO[str]) -> None:
