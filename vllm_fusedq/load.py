@@ -44,7 +44,9 @@ class LayerLoader:
     _packed_once: bool = False
 
     @classmethod
-    def create(cls, plan: LayerPlan, act_dtype: DType, device: torch.device) -> "LayerLoader":
+    def create(
+        cls, plan: LayerPlan, act_dtype: DType | torch.dtype, device: torch.device
+    ) -> "LayerLoader":
         """Allocate the resident tensors of `plan` on `device`."""
         packed = layout.empty_packed(
             layout_for(plan.kernel, plan.spec.weight_type),

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from fusedq_kernels import bits, layout_wna16, resident
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import (
     GroupGeometry,
     Wna16Geometry,
@@ -55,7 +56,7 @@ class TensorSpec(NamedTuple):
 
 
 def packed_shapes(
-    layout: Layout, n: int, k: int, spec: QuantSpec, phase: int, act_dtype: torch.dtype
+    layout: Layout, n: int, k: int, spec: QuantSpec, phase: int, act_dtype: DType | torch.dtype
 ) -> dict[str, TensorSpec]:
     """`resident.resident_tensors` in torch's dtypes."""
     tensors = resident.resident_tensors(layout, n, k, spec, phase, act_dtype)
@@ -68,7 +69,7 @@ def empty_packed(
     k: int,
     spec: QuantSpec,
     phase: int,
-    act_dtype: torch.dtype,
+    act_dtype: DType | torch.dtype,
     device: torch.device | str,
     in_features: int = 0,
 ) -> PackedWeight:
