@@ -88,7 +88,7 @@ EXPERIMENTS: dict[int, Experiment] = {
         "a fused tile within 5 % of cuBLAS at 4096 tokens, or below dequantize + cuBLAS at 512",
         (Case((_UP, _SQUARE), (512, 1024, 2048, 4096)),),
         _tiles([_scaling(256, 128, 3), _scaling(128, 256, 3), _scaling(128, 128, 2)], split_k=1),
-        ("fusedq", "cublas", "dequant+cublas"),
+        ("fusedq", "fusedq-sliced", "cublas", "dequant+cublas"),
     ),
     3: Experiment(
         "Does a row get the same bits from every tile?",

@@ -16,7 +16,10 @@ from gemmbench.results import ResultFile
 
 TIMED = [number for number, each in EXPERIMENTS.items() if each.numerics is None]
 # Contenders that run on a CPU
-EVERYWHERE = {"fusedq", "cublas", "dequant+cublas", "without-dequant", "dequant-twice"}
+EVERYWHERE = {
+    *("fusedq", "fusedq-sliced", "cublas", "dequant+cublas"),
+    *("without-dequant", "dequant-twice"),
+}
 
 
 def dry_run(number: int, folder: Path) -> str:
