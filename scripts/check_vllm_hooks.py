@@ -53,8 +53,12 @@ RELIED_UPON = (
     Relied(
         _VOCABULARY,
         "VocabParallelEmbedding",
-        ("shard_indices", "num_embeddings", "embedding_dim", "quant_method.create_weights"),
+        (
+            *("shard_indices", "num_embeddings", "embedding_dim"),
+            *("quant_method.create_weights", "quant_method.embedding"),
+        ),
     ),
+    Relied(_VOCABULARY, "ParallelLMHead", ("quant_method.tie_weights",)),
     Relied(
         _VOCABULARY,
         "VocabParallelEmbeddingShardIndices",

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from tiny_models import ASSETS, BITSANDBYTES, CHECKPOINTS, MIXED, UNQUANTIZED
+from tiny_models import ASSETS, BITSANDBYTES, CHECKPOINTS, MIXED, TIED, UNQUANTIZED
 
 MANIFEST = json.loads((ASSETS / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize("name", [UNQUANTIZED, *CHECKPOINTS, *MIXED, *BITSANDBYTES])
+@pytest.mark.parametrize("name", [UNQUANTIZED, *CHECKPOINTS, *MIXED, *TIED, *BITSANDBYTES])
 def test_every_file_has_the_hash_of_the_manifest(name: str) -> None:
     listed = MANIFEST["checkpoints"][name]["files"]
     assert sorted(listed) == sorted(path.name for path in (ASSETS / name).iterdir())

@@ -14,6 +14,8 @@ CHECKPOINTS = (
 )
 MIXED = ("tiny-llama-gptq-mixed", "tiny-llama-ct-mixed")
 """Every other number of bits, several schemes in one checkpoint."""
+TIED = ("tiny-llama-ct-tied",)
+"""Embeddings quantized and tied; one block only."""
 BITSANDBYTES = ("tiny-llama-bnb-nf4",)
 
 

@@ -14,10 +14,11 @@ from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import round_up
 from fusedq_kernels.types import Launch
 from vllm_fusedq.checkpoint import Checkpoint
+from vllm_fusedq.formats.embeddings import INPUT_EMBEDDINGS, LM_HEADS, is_head, is_tied
 from vllm_fusedq.plan import DECODE_TOKENS, PREFILL_TOKENS, LayerPlan
 from vllm_fusedq.preflight import ModelPlan
 from vllm_fusedq.safetensors_header import TensorInfo
-from vllm_fusedq.sharding import HEAD_MODULES, VOCAB_PADDING, ParallelStyle, style_of
+from vllm_fusedq.sharding import VOCAB_PADDING, ParallelStyle, style_of
 
 KV_DTYPE_BYTES = {"auto": None, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 """Of vLLM's `--kv-cache-dtype` those whose size is plain; "auto" is the activations' dtype."""
@@ -28,7 +29,6 @@ MAX_BATCHED_TOKENS = 8192
 _DECODE_LIMIT = 64
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
-_INPUT_EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings"})
 _FINAL_NORMS = frozenset({"norm", "ln_f", "final_layernorm", "final_layer_norm"})
 
 
@@ -212,10 +212,10 @@ def _stages_of(
     """The pipeline stages that hold a tensor; what lies outside of the decoder is on the first."""
     last = len(ranges) - 1
     parts = set(name.split("."))
-    tied = bool(checkpoint.config.get("tie_word_embeddings"))
-    if parts & _INPUT_EMBEDDINGS:
+    tied = is_tied(checkpoint)
+    if parts & INPUT_EMBEDDINGS:
         return (0, last) if tied and last else (0,)
-    if parts & HEAD_MODULES:
+    if parts & LM_HEADS:
         return () if tied else (last,)
     if match := _BLOCK.search(name):
         index = int(match.group(1))
@@ -227,7 +227,7 @@ def _rank_bytes(info: TensorInfo, tp_size: int, act_dtype: DType) -> int:
     """A tensor's bytes on one rank, cut as vLLM cuts layers of that name."""
     elements, sizes = prod(info.shape), info.shape
     module, _, suffix = info.name.rpartition(".")
-    if set(module.split(".")) & (_INPUT_EMBEDDINGS | HEAD_MODULES) and sizes:
+    if set(module.split(".")) & (INPUT_EMBEDDINGS | LM_HEADS) and sizes:
         elements = -(-round_up(sizes[0], VOCAB_PADDING) // tp_size) * prod(sizes[1:])
     elif len(sizes) == 2 or (suffix == "bias" and len(sizes) == 1):
         axis = {ParallelStyle.COLUMN: 0, ParallelStyle.ROW: 1}.get(style_of(module))
@@ -244,7 +244,7 @@ def _activations(
     An lm_head runs for one token of each sequence.
     """
     hidden = checkpoint.number("hidden_size") or 0
-    inner = (layer for layer in layers if layer.prefix.rpartition(".")[2] not in HEAD_MODULES)
+    inner = (layer for layer in layers if not is_head(layer.prefix))
     widest = max((layer.n for layer in inner), default=0)
     logits = 2 * 4 * demand.max_num_seqs * (checkpoint.number("vocab_size") or 0) if last else 0
     return 2 * MAX_BATCHED_TOKENS * (2 * hidden + widest + widest // 2) + logits

@@ -8,7 +8,7 @@ that loads, and the next run continues behind the last whole file.
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from vllm_fusedq.convert_journal import JOURNAL, Progress, begin, sync, write_js
 from vllm_fusedq.errors import CheckpointError, PreflightError, UnsupportedCheckpoint
 from vllm_fusedq.formats import Finding, format_for, settle
 from vllm_fusedq.formats.base import CheckpointFormat
+from vllm_fusedq.formats.embeddings import is_input_embedding
 from vllm_fusedq.formats.fusedq import LAYOUT_VERSION, PERM, QWEIGHT, SCALES, ZEROS, FusedQFormat
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.load import LayerLoader
@@ -140,6 +141,8 @@ def _items(checkpoint: Checkpoint, fmt: CheckpointFormat) -> list[_Item]:
 def _plan(layer: LayerFormat) -> LayerPlan:
     part = PartShard(layer.module, None, layer.whole)
     shard = LayerShard(layer.module, ParallelStyle.REPLICATED, 1, (part,))
+    if is_input_embedding(layer.module):
+        shard = replace(shard, gathered=True, multiplied=False)
     return plan_layer(shard, {layer.module: layer}, TARGET)
 
 

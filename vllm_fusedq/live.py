@@ -62,7 +62,7 @@ class LiveReport:
         """After the last layer: stop the clock, run every launch once."""
         self.load_seconds = time.perf_counter() - self.started - self.pack_seconds
         layers = (
-            LoadedLayer(loader.packed, loader.plan.kernel, has_bias)
+            LoadedLayer(loader.packed, loader.plan.kernel, has_bias, loader.plan.gather)
             for loader, has_bias in zip(self.loaders, self.with_bias, strict=True)
         )
         self.warmed = warm_up(layers, self.target, self.max_tokens)

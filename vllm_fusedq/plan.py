@@ -16,6 +16,7 @@ from fusedq_kernels.dtype import DType
 from fusedq_kernels.resident import PERM_DTYPE, ResidentTensor, resident_tensors
 from fusedq_kernels.types import (
     DeviceSpec,
+    GatherName,
     GemmShape,
     KernelName,
     Launch,
@@ -56,12 +57,13 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """How one rank runs one vLLM linear layer.
+    """How one rank runs one vLLM linear layer or embedding.
 
     `spec`, `phase` and `rows` (along K) are those of the resident weight. Where `ordered`, the
     activation is gathered into `rows` features once before the kernel. `resident` is the bytes of
     each tensor that stays in memory, by `PackedWeight` field name. `declared` is what else than
-    `kernel` some number of tokens reaches, with its workspace.
+    `kernel` some number of tokens reaches, with its workspace. `gather` looks up the rows of an
+    embedding; it is `kernel` too unless the embedding is also the lm_head.
     """
 
     shard: LayerShard
@@ -70,11 +72,12 @@ class LayerPlan:
     phase: int
     rows: int
     ordered: bool
-    kernel: KernelName
+    kernel: KernelName | GatherName
     decode: Launch
     prefill: Launch
     resident: tuple[tuple[str, int], ...]
     declared: heuristics.DeclaredLaunch | None = None
+    gather: GatherName | None = None
 
     @property
     def prefix(self) -> str:
@@ -87,6 +90,13 @@ class LayerPlan:
     @property
     def k(self) -> int:
         return self.shard.k
+
+    @property
+    def kernel_name(self) -> str:
+        """Like "cpu-wna16", "cpu-gather" or, of a tied embedding, "cpu-gather + cpu-wna16"."""
+        if self.gather in (None, self.kernel):
+            return self.kernel.value
+        return f"{self.gather.value} + {self.kernel.value}"
 
     @property
     def weight_bytes(self) -> int:
@@ -122,17 +132,19 @@ def plan_layer(
         rows, spec, phase = resident_rows(first, region), resident_spec(first, region), 0
     else:
         rows, spec, phase = shard.k, first.spec, region.k_start % first.spec.group_size
-    choice = _choose((shard.n, rows), spec, phase, target)
+    gather = heuristics.gather_for(target.device) if shard.gathered else None
+    choice = _choose((shard.n, rows), spec, phase, target, None if shard.multiplied else gather)
     if choice.reasons:
         full = " + ".join(f"[{layer.n}, {layer.k}]" for layer in layer_formats)
         where = f"{full} full, [{shard.n}, {shard.k}] per rank at tensor_parallel_size "
         where += str(shard.tp_size)
         layer = f"{shard.prefix} (out_features x in_features {where})"
         raise PreflightError([Problem(layer, *reason) for reason in choice.reasons])
-    _check_insisted(shard, spec, target.insisted)
     decode, prefill = choice.launches
-    if target.batch_invariant and not heuristics.is_batch_invariant(decode.kernel):
-        raise PreflightError([_batch_dependent(shard, decode.kernel)])
+    if shard.multiplied:
+        _check_insisted(shard, spec, target.insisted)
+        if target.batch_invariant and not heuristics.is_batch_invariant(decode.kernel):
+            raise PreflightError([_batch_dependent(shard, decode.kernel)])
     resident = choice.resident
     if first.ordered:
         resident = (*resident, ("perm", ResidentTensor((rows,), PERM_DTYPE).nbytes))
@@ -148,6 +160,7 @@ def plan_layer(
         prefill=prefill,
         resident=resident,
         declared=choice.declared,
+        gather=gather,
     )
 
 
@@ -160,22 +173,30 @@ class _Choice(NamedTuple):
 
 # A model has a handful of shapes, repeated in every block and on every rank.
 @functools.lru_cache(maxsize=1024)
-def _choose(size: tuple[int, int], spec: QuantSpec, phase: int, target: Target) -> _Choice:
-    """What stands against a shard, else its launches for decode and prefill and its bytes."""
+def _choose(
+    size: tuple[int, int], spec: QuantSpec, phase: int, target: Target, gather: GatherName | None
+) -> _Choice:
+    """What stands against a shard, else its launches for decode and prefill and its bytes.
+
+    With `gather` rows are looked up and never multiplied.
+    """
     (n, rows), device, act_dtype = size, target.device, target.act_dtype
-    if reasons := heuristics.unsupported_reasons(n, rows, spec, phase, device, act_dtype):
+    if reasons := heuristics.unsupported_reasons(n, rows, spec, phase, device, act_dtype, gather):
         return _Choice(reasons)
-    launches = tuple(
-        heuristics.select(
-            *(GemmShape(m, n, rows), spec, device),
-            batch_invariant=target.batch_invariant,
-            sliced_prefill=target.sliced_prefill,
-        )
-        for m in (DECODE_TOKENS, PREFILL_TOKENS)
-    )
     declared = None
-    if target.sliced_prefill and not target.batch_invariant:
-        declared = heuristics.declared_launch(n, rows, spec, device)
+    if gather:
+        launches = (heuristics.select_gather(device),) * 2
+    else:
+        launches = tuple(
+            heuristics.select(
+                *(GemmShape(m, n, rows), spec, device),
+                batch_invariant=target.batch_invariant,
+                sliced_prefill=target.sliced_prefill,
+            )
+            for m in (DECODE_TOKENS, PREFILL_TOKENS)
+        )
+        if target.sliced_prefill and not target.batch_invariant:
+            declared = heuristics.declared_launch(n, rows, spec, device)
     form = layout_for(launches[0].kernel, spec.weight_type)
     tensors = resident_tensors(form, n, rows, spec, phase, act_dtype)
     resident = tuple((name, tensor.nbytes) for name, tensor in tensors.items())

@@ -12,13 +12,14 @@ from vllm_fusedq.checkpoint import Checkpoint
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats import format_for
 from vllm_fusedq.formats.base import CheckpointFormat
+from vllm_fusedq.formats.embeddings import is_input_embedding, is_lm_head, is_tied
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.plan import LayerPlan, Target, merge_problems, plan_layer
 from vllm_fusedq.sharding import (
     FUSED_LAYERS,
-    HEAD_MODULES,
     LayerShard,
     UnevenSplit,
+    shard_embedding,
     shard_head,
     shard_module,
     style_of,
@@ -163,8 +164,12 @@ def _shards(
     for prefix, members in groups.items():
         style = style_of(members[0][0])
         try:
-            if prefix.rpartition(".")[2] in HEAD_MODULES:
+            if is_lm_head(prefix):
                 shards.append(shard_head(prefix, layers[prefix].n, layers[prefix].k, tp, rank))
+                continue
+            if is_input_embedding(prefix):
+                sizes = (layers[prefix].n, layers[prefix].k)
+                shards.append(shard_embedding(prefix, *sizes, tp, rank, is_tied(checkpoint)))
                 continue
             parts = tuple(
                 shard_module(

@@ -123,8 +123,8 @@ def describe_launch(launch: Launch) -> str:
 def _kernels(plan: LayerPlan) -> str:
     """The kernel of a layer, and the declared one that some number of tokens reaches."""
     if plan.declared is None:
-        return plan.kernel.value
-    return f"{plan.kernel.value} + {plan.declared.launch.kernel.value}"
+        return plan.kernel_name
+    return f"{plan.kernel_name} + {plan.declared.launch.kernel.value}"
 
 
 def _prefill(plan: LayerPlan) -> str:

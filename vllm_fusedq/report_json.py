@@ -48,7 +48,7 @@ def layers_json(plans: Sequence[LayerPlan]) -> list[dict[str, Any]]:
                 "resident_rows": plan.rows,
                 "out_features": plan.n,
                 "phase": plan.phase,
-                "kernel": plan.kernel.value,
+                "kernel": plan.kernel_name,
                 "decode": _launch_json(plan.decode),
                 "prefill": _launch_json(plan.prefill),
                 "declared": _declared_json(plan),

@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 
 from fusedq_kernels import layout, op, reference
-from fusedq_kernels.types import LogicalWeight
+from fusedq_kernels.embedding import embedding
+from fusedq_kernels.types import GatherName, Layout, LogicalWeight, PackedWeight
 from vllm_fusedq.checkpoint import Checkpoint
 from vllm_fusedq.formats import decode, stored_slices
 from vllm_fusedq.formats.layer import LayerFormat, Region
@@ -31,9 +32,10 @@ ROWS = 1024
 class LayerCheck:
     """What was found for one layer.
 
-    `wrong_values` counts codes, scales and zero points that the resident weight holds wrongly.
-    `max_error` and `rms_error` are of the worst of several numbers of tokens, relative to the
-    root-mean-square of the reference; `limit` is what rounding alone can explain of `max_error`.
+    `wrong_values` counts codes, scales and zero points that the resident weight holds wrongly, and
+    values of an embedding that are looked up wrongly. `max_error` and `rms_error` are of the worst
+    of several numbers of tokens, relative to the root-mean-square of the reference; `limit` is what
+    rounding alone can explain of `max_error`.
     """
 
     plan: LayerPlan
@@ -62,15 +64,18 @@ def check_layer(
     loader.check_complete()
     resident = layout.unpack(loader.packed)
     generator = torch.Generator().manual_seed(0)
+    multiplied = TOKENS if plan.shard.multiplied else ()
     xs = [
         torch.randn(m, plan.k, generator=generator).to(device, target.act_dtype.torch)
-        for m in TOKENS
+        for m in multiplied
     ]
     found = [op.matmul(x, loader.packed, None, plan.kernel).double() for x in xs]
     wrong, expected, start = 0, [[] for _ in xs], 0
     for weight in _decoded(plan, stored, device):
         stop = start + weight.codes.shape[0]
         wrong += _differences(resident, weight, start, stop)
+        if plan.gather is not None:
+            wrong += _wrong_rows(loader.packed, weight, start, plan.gather, target.act_dtype.torch)
         for answers, x in zip(expected, xs, strict=True):
             answers.append(reference.matmul(x, weight))
         start = stop
@@ -81,8 +86,8 @@ def check_layer(
     return LayerCheck(
         plan,
         wrong,
-        max(worst for worst, _ in errors),
-        max(rms for _, rms in errors),
+        max((worst for worst, _ in errors), default=0.0),
+        max((rms for _, rms in errors), default=0.0),
         _limit(target.act_dtype.torch),
     )
 
@@ -133,6 +138,23 @@ def _differences(resident: LogicalWeight, weight: LogicalWeight, start: int, sto
     if weight.perm is not None:
         wrong += int((resident.perm != weight.perm).sum())
     return wrong
+
+
+def _wrong_rows(
+    packed: PackedWeight,
+    weight: LogicalWeight,
+    start: int,
+    gather: GatherName,
+    act_dtype: torch.dtype,
+) -> int:
+    """Values of rows from `start` on that are not the decoded ones, rounded once."""
+    ids = torch.arange(start, start + weight.codes.shape[0], device=weight.codes.device)
+    # The CPU operator's layout keeps scales in the dtype of the activations
+    kept = act_dtype if packed.layout is Layout.CPU_WNA16 else weight.scales.dtype
+    rows = reference.dequantize(replace(weight, scales=weight.scales.to(kept)), act_dtype)
+    if weight.perm is not None:
+        rows = torch.empty_like(rows).index_copy_(1, weight.perm.long(), rows)
+    return int((embedding(ids, packed, gather, act_dtype) != rows.to(act_dtype)).sum())
 
 
 def _errors(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:

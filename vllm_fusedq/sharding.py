@@ -5,7 +5,7 @@ Pure arithmetic on logical indices. `plan.py` turns the slices into kernels and 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from vllm_fusedq.formats.layer import Region
@@ -36,7 +36,9 @@ class PartShard:
 class LayerShard:
     """One vLLM linear layer as a rank holds it: its parts stacked along N, one range of K.
 
-    `padding` rows worth zero follow the parts: vLLM pads the vocabulary of an lm_head.
+    `padding` rows worth zero follow the parts: vLLM pads the vocabulary of an lm_head and of an
+    embedding. Of an embedding rows are `gathered`; it is `multiplied` too where it is also the
+    lm_head.
     """
 
     prefix: str
@@ -44,6 +46,8 @@ class LayerShard:
     tp_size: int
     parts: tuple[PartShard, ...]
     padding: int = 0
+    gathered: bool = False
+    multiplied: bool = True
 
     @property
     def n(self) -> int:
@@ -69,7 +73,6 @@ ROW_PARALLEL_MODULES = frozenset(
     {"o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "wo", "w2", "fc2"}
 )
 REPLICATED_MODULES = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "gate", "router"})
-HEAD_MODULES = frozenset({"lm_head"})
 # vLLM's DEFAULT_VOCAB_PADDING_SIZE: a vocabulary is padded to a multiple of it before it is cut.
 VOCAB_PADDING = 64
 KV_MODULES = frozenset({"k_proj", "v_proj"})
@@ -151,3 +154,15 @@ def shard_head(module: str, n: int, k: int, tp_size: int, tp_rank: int) -> Layer
     region = Region(min(start, n), min(stop, n), 0, k)
     part = PartShard(module, None, region)
     return LayerShard(module, ParallelStyle.COLUMN, tp_size, (part,), stop - start - region.n)
+
+
+def shard_embedding(
+    module: str, n: int, k: int, tp_size: int, tp_rank: int, tied: bool
+) -> LayerShard:
+    """The rank's part of an input embedding, `tied` where it is the lm_head too.
+
+    Raises:
+        UnevenSplit: the padded vocabulary is not divisible.
+    """
+    shard = shard_head(module, n, k, tp_size, tp_rank)
+    return replace(shard, gathered=True, multiplied=tied)

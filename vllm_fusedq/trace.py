@@ -12,12 +12,21 @@ import torch
 from torch.profiler import record_function
 
 from fusedq_kernels.cpu import STRIPE_BYTES
+from fusedq_kernels.embedding import STRIPE_VALUES
+from fusedq_kernels.geometry import BLOCK_K
 from fusedq_kernels.heuristics import DECLARED_KERNELS, select
-from fusedq_kernels.types import DeviceSpec, GemmShape, KernelName, Launch, PackedWeight
+from fusedq_kernels.types import (
+    DeviceSpec,
+    GatherName,
+    GemmShape,
+    KernelName,
+    Launch,
+    PackedWeight,
+)
 from vllm_fusedq.plan import LayerPlan
 
-MARK = "fusedq layer "
-OPERATOR = "fusedq::matmul"
+MARK, LOOKUP_MARK = "fusedq layer ", "fusedq lookup in "
+OPERATOR, LOOKUP_OPERATOR = "fusedq::matmul", "fusedq::embedding"
 # What has to appear inside the operator, and what must not, by kernel.
 _EVIDENCE = {
     KernelName.CPU_WNA16: "_C::cpu_gemm_wna16",
@@ -26,6 +35,8 @@ _EVIDENCE = {
     KernelName.TRITON_GEMM: "fused_gemm_kernel",
     # aten::mm or aten::addmm; that no more than a slice was dequantized, the allocations tell.
     KernelName.SLICED_CUBLAS: "mm",
+    GatherName.CPU_GATHER: "aten::index",
+    GatherName.TRITON_GATHER: "gather_kernel",
 }
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::clone")
 # Rounding of allocators, bias and group sums of a few rows.
@@ -36,12 +47,14 @@ _SLACK_BYTES = 1 << 16
 class LayerTrace:
     """What the trace shows of one layer.
 
-    `kernels` are the names under which the kernel showed itself; `largest` is the largest single
-    allocation in bytes within one call, `allowed` what activations and declared workspace explain,
-    `dequantized` the bytes of the weight in the activation dtype. `problems` is empty if all holds.
+    `kernel` is what the plan says had to run, `kernels` are the names under which it showed itself;
+    `largest` is the largest single allocation in bytes within one call, `allowed` what activations
+    and declared workspace explain, `dequantized` the bytes of the weight in the activation dtype.
+    `problems` is empty if all holds.
     """
 
     plan: LayerPlan
+    kernel: str
     calls: int
     kernels: tuple[str, ...]
     largest: int
@@ -50,9 +63,9 @@ class LayerTrace:
     problems: tuple[str, ...]
 
 
-def record(prefix: str) -> record_function:
-    """Marks what runs in its block as a call of the layer `prefix`."""
-    return record_function(MARK + prefix)
+def record(prefix: str, lookup: bool = False) -> record_function:
+    """Marks what runs in its block as a call of the layer `prefix`, or a `lookup` in it."""
+    return record_function((LOOKUP_MARK if lookup else MARK) + prefix)
 
 
 def judge(
@@ -62,6 +75,7 @@ def judge(
     tokens: int,
     act_dtype: torch.dtype,
     device: DeviceSpec,
+    lookup: bool = False,
 ) -> LayerTrace:
     """Judge one layer.
 
@@ -70,14 +84,19 @@ def judge(
         packed: the resident weight.
         events: `profile(record_shapes=True, profile_memory=True).events()`.
         tokens: the most tokens of a call. Calls with fewer have to reach the same kernel.
+        lookup: whether the lookups in an embedding are judged instead of products with it.
     """
-    calls = [event for event in events if event.name == MARK + plan.prefix]
+    mark, operator = (LOOKUP_MARK, LOOKUP_OPERATOR) if lookup else (MARK, OPERATOR)
+    kernel = plan.gather if lookup else _launch_at(plan, tokens, device).kernel
+    evidence = _EVIDENCE[kernel]
+    calls = [event for event in events if event.name == mark + plan.prefix]
     problems = []
     if not calls:
         problems.append("the layer never ran")
-    allowed = allowed_bytes(plan, packed, tokens, act_dtype, device)
-    launch = _launch_at(plan, tokens, device)
-    evidence = _EVIDENCE[launch.kernel]
+    if lookup:
+        allowed = lookup_bytes(plan, tokens, act_dtype)
+    else:
+        allowed = allowed_bytes(plan, packed, tokens, act_dtype, device)
     resident = [
         list(t.shape) for t in (packed.qweight, packed.scales, packed.zeros) if t is not None
     ]
@@ -85,7 +104,7 @@ def judge(
     largest = 0
     for call in calls:
         inside = list(_descendants(call))
-        operators = [event for event in inside if event.name.startswith(OPERATOR)]
+        operators = [event for event in inside if event.name.startswith(operator)]
         if len(operators) != 1:
             problems.append(f"{len(operators)} fused operators in one call")
         found = [name for name in _names(inside) if evidence in name]
@@ -102,7 +121,9 @@ def judge(
             f"an allocation of {largest} bytes, where activations and workspace explain {allowed}"
         )
     unique = tuple(dict.fromkeys(problems))
-    return LayerTrace(plan, len(calls), tuple(kernels), largest, allowed, dequantized, unique)
+    return LayerTrace(
+        *(plan, kernel.value, len(calls), tuple(kernels), largest, allowed, dequantized, unique)
+    )
 
 
 def allowed_bytes(
@@ -129,6 +150,16 @@ def _launch_at(plan: LayerPlan, tokens: int, device: DeviceSpec) -> Launch:
         return plan.decode
     shape = GemmShape(tokens, plan.n, plan.rows)
     return select(shape, plan.spec, device, sliced_prefill=plan.declared is not None)
+
+
+def lookup_bytes(plan: LayerPlan, tokens: int, act_dtype: torch.dtype) -> int:
+    """The largest single allocation that a lookup of `tokens` ids may need."""
+    largest = tokens * plan.k * act_dtype.itemsize
+    if plan.gather is GatherName.CPU_GATHER:
+        # fp32 values of a stripe of rows
+        padded = plan.k + BLOCK_K
+        largest = max(largest, 4 * min(tokens * padded, max(STRIPE_VALUES, padded)))
+    return largest + _SLACK_BYTES
 
 
 def _descendants(event: Any) -> Iterator[Any]:

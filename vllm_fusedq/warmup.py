@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fusedq_kernels.op import matmul
-from fusedq_kernels.types import KernelName, PackedWeight
+from fusedq_kernels.types import GatherName, KernelName, PackedWeight
 from vllm_fusedq.plan import Target
 
 
@@ -21,11 +21,12 @@ class WarmUp:
 
 @dataclass(frozen=True, slots=True)
 class LoadedLayer:
-    """A layer's resident weight, the kernel that its plan names, and whether it adds a bias."""
+    """A layer's resident weight, what its plan names, and whether it adds a bias."""
 
     packed: PackedWeight
-    kernel: KernelName
+    kernel: KernelName | GatherName
     has_bias: bool
+    gather: GatherName | None = None
 
 
 def warm_up(layers: Iterable[LoadedLayer], target: Target, max_tokens: int) -> WarmUp:
@@ -39,7 +40,7 @@ def warm_up(layers: Iterable[LoadedLayer], target: Target, max_tokens: int) -> W
     for layer in layers:
         packed = layer.packed
         key = (packed.spec, packed.n, packed.k, packed.phase, packed.perm is None)
-        distinct.setdefault((*key, layer.kernel, layer.has_bias), layer)
+        distinct.setdefault((*key, layer.kernel, layer.has_bias, layer.gather), layer)
     count = sum(_run(layer, target, max_tokens) for layer in distinct.values())
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -47,6 +48,25 @@ def warm_up(layers: Iterable[LoadedLayer], target: Target, max_tokens: int) -> W
 
 
 def _run(layer: LoadedLayer, target: Target, max_tokens: int) -> int:
+    launches = 0
+    if layer.gather is not None:
+        launches += _look_up(layer.packed, layer.gather, target)
+    if layer.kernel is not layer.gather:
+        launches += _multiply(layer, target, max_tokens)
+    return launches
+
+
+def _look_up(packed: PackedWeight, gather: GatherName, target: Target) -> int:
+    if gather is GatherName.TRITON_GATHER and not packed.qweight.is_cuda:
+        return 0
+    from fusedq_kernels.embedding import embedding
+
+    ids = torch.zeros(1, dtype=torch.int64, device=packed.qweight.device)
+    embedding(ids, packed, gather, target.act_dtype.torch)
+    return 1
+
+
+def _multiply(layer: LoadedLayer, target: Target, max_tokens: int) -> int:
     # A row-parallel layer adds its bias on the first rank only.
     with_bias = {False, layer.has_bias}
     packed = layer.packed

@@ -35,7 +35,7 @@ from fusedq_kernels.jit_hooks import named_for_hooks
 
 
 @triton.jit
-def _to_output(acc, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+def to_output(acc, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
     """Round fp32 to DTYPE, ties to even."""
     if INTERPRET and DTYPE == tl.bfloat16:
         # The interpreter truncates; adding half a bf16 ulp first makes it round like a GPU.
@@ -65,7 +65,7 @@ def scaled(weight, scale, NARROW_SCALE: tl.constexpr, INTERPRET: tl.constexpr):
     if NARROW_SCALE and not INTERPRET:
         return weight * scale[:, None].to(weight.dtype)
     else:
-        return _to_output(weight.to(tl.float32) * scale[:, None], weight.dtype, INTERPRET)
+        return to_output(weight.to(tl.float32) * scale[:, None], weight.dtype, INTERPRET)
 
 
 @triton.jit
@@ -224,4 +224,4 @@ def fused_gemm_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
         total += bias.to(tl.float32)[:, None]
-    tl.store(y_ptr + offs_y, _to_output(total, DTYPE, INTERPRET), mask=mask)
+    tl.store(y_ptr + offs_y, to_output(total, DTYPE, INTERPRET), mask=mask)

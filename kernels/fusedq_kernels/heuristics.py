@@ -18,6 +18,7 @@ from fusedq_kernels.slices import workspace_bytes
 from fusedq_kernels.tiles import Rule, rules_for
 from fusedq_kernels.types import (
     DeviceSpec,
+    GatherName,
     GemmShape,
     KernelName,
     Launch,
@@ -38,6 +39,7 @@ DECLARED_KERNELS = (KernelName.SLICED_CUBLAS,)
 
 _SCALE_DTYPES = (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32)
 _MIN_CAPABILITY = (8, 0)
+_ANY_GROUP = (KernelName.CPU_STRIPED, GatherName.CPU_GATHER)
 _MIN_STEP = 8
 # With 8 tokens Triton 3.6 chooses mma.sync where it has wgmma for more.
 _MIN_INVARIANT_M = 16
@@ -74,6 +76,16 @@ def kernels_for(device: DeviceSpec) -> tuple[KernelName, ...]:
 def kernel_for(device: DeviceSpec, weight_type: WeightType) -> KernelName:
     """The one implementation that runs weights of this type on this device."""
     return next(kernel for kernel in kernels_for(device) if runs(kernel, weight_type))
+
+
+def gather_for(device: DeviceSpec) -> GatherName:
+    """The implementation that looks up rows on this device."""
+    return GatherName.TRITON_GATHER if device.kind == "cuda" else GatherName.CPU_GATHER
+
+
+def select_gather(device: DeviceSpec) -> Launch:
+    """The launch that looks up any number of rows of any weight."""
+    return Launch(gather_for(device), None, f"rule: {device.kind}")
 
 
 def is_batch_invariant(kernel: KernelName) -> bool:
@@ -187,6 +199,7 @@ def unsupported_reasons(
     phase: int,
     device: DeviceSpec,
     act_dtype: DType | torch.dtype,
+    gather: GatherName | None = None,
 ) -> tuple[Reason, ...]:
     """Every reason why this device cannot run this layer fused; empty if it can.
 
@@ -196,20 +209,21 @@ def unsupported_reasons(
         phase: position of the rank's first input feature within its group.
         device: where it would run.
         act_dtype: dtype of the activations.
+        gather: where rows are looked up and never multiplied, by what.
 
     Raises:
         ValueError: `k` or `phase` is no valid size (see `geometry.count_groups`).
     """
-    kernel = kernel_for(device, spec.weight_type)
+    kernel = gather or kernel_for(device, spec.weight_type)
     reasons = []
-    if n % 8:
+    if n % 8 and gather is None:
         reasons.append(Reason(f"{n} out_features per rank", "multiples of 8", _RESHARD))
-    if k % 16:
+    if k % 16 and gather is None:
         reasons.append(Reason(f"{k} in_features per rank", "multiples of 16", _RESHARD))
     if DType.of(act_dtype) not in ACT_DTYPES:
         found, fix = f"activations in {DType.of(act_dtype)}", "run in one of these (--dtype)"
         reasons.append(Reason(found, ", ".join(ACT_DTYPES), fix))
-    if kernel is KernelName.TRITON_GEMM and device.capability < _MIN_CAPABILITY:
+    if device.kind == "cuda" and device.capability < _MIN_CAPABILITY:
         capability, needed = ("{}.{}".format(*c) for c in (device.capability, _MIN_CAPABILITY))
         board = f"{device.name} of compute capability {capability}"
         reasons.append(Reason(board, f"{needed} and newer", "use a newer GPU, or a CPU"))
@@ -265,7 +279,7 @@ def _split_for(tiles: int, k: int, device: DeviceSpec) -> int:
     return whole_splits(num_blocks, split_k)
 
 
-def _scale_reasons(spec: QuantSpec, kernel: KernelName) -> list[Reason]:
+def _scale_reasons(spec: QuantSpec, kernel: KernelName | GatherName) -> list[Reason]:
     supported = _SCALE_DTYPES
     if spec.has_zero_points and kernel is not KernelName.CPU_WNA16:
         # P4 keeps scale and zero point in one 32-bit word.
@@ -277,9 +291,11 @@ def _scale_reasons(spec: QuantSpec, kernel: KernelName) -> list[Reason]:
     return [Reason(f"scales in {spec.scale_dtype}{beside}", ", ".join(supported), fix)]
 
 
-def _group_reasons(k: int, spec: QuantSpec, phase: int, kernel: KernelName) -> list[Reason]:
+def _group_reasons(
+    k: int, spec: QuantSpec, phase: int, kernel: KernelName | GatherName
+) -> list[Reason]:
     geometry = group_geometry(k, spec.group_size, phase)
-    if geometry.num_groups == 1 or kernel is KernelName.CPU_STRIPED:
+    if geometry.num_groups == 1 or kernel in _ANY_GROUP:
         return []
     if kernel is KernelName.CPU_WNA16:
         if spec.group_size % 2:

@@ -30,6 +30,7 @@ __all__ = [
     "Wna16Geometry",
     "count_groups",
     "empty_packed",
+    "gather",
     "group_geometry",
     "pack",
     "pack_rows",
@@ -135,6 +136,14 @@ def unpack(packed: PackedWeight) -> LogicalWeight:
     )
 
 
+def gather(packed: PackedWeight, rows: torch.Tensor) -> LogicalWeight:
+    """Outputs `rows`, int64 `[M]` below `packed.n`, of `unpack(packed)`; reads no other."""
+    codes, scales, zeros = _CODECS[packed.layout].gather(packed, rows)
+    return LogicalWeight(
+        codes, scales, zeros, packed.spec, packed.phase, packed.perm, packed.in_features
+    )
+
+
 def weight_bytes(packed: PackedWeight) -> dict[str, int]:
     """Resident bytes of each tensor, padding included, by field name."""
     names = ("qweight", "scales", "zeros", "perm")
@@ -149,6 +158,7 @@ class _Codec(Protocol):
     write_codes: Callable[..., None]
     read_groups: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     read_codes: Callable[..., torch.Tensor]
+    gather: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
 
 _CODECS: dict[Layout, _Codec] = {**TILED, Layout.CPU_WNA16: layout_wna16}

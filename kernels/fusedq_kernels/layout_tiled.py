@@ -23,7 +23,7 @@ not pipeline.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -79,6 +79,14 @@ class TiledCodec:
         """Codes uint8 `[stop - start, K]` of outputs `[start, stop)`."""
         pad = group_geometry(packed.k, packed.spec.group_size, packed.phase).pad
         return self.padded_codes(packed, start, stop)[:, pad : pad + packed.k]
+
+    def gather(
+        self, packed: PackedWeight, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes, scales and zero points of outputs `rows`, int64 `[M]`."""
+        qweight, scales = (each.index_select(1, rows) for each in (packed.qweight, packed.scales))
+        few = replace(packed, qweight=qweight, scales=scales, n=len(rows))
+        return self.read_codes(few, 0, few.n), *self.read_groups(few, 0, few.n)
 
     def padded_codes(self, packed: PackedWeight, start: int, stop: int) -> torch.Tensor:
         """Codes uint8 `[stop - start, k_padded]` of outputs `[start, stop)`."""

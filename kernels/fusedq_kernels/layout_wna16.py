@@ -64,3 +64,22 @@ def read_codes(packed: PackedWeight, start: int, stop: int) -> torch.Tensor:
     first, last = start // WNA16_BLOCK_N, -(-stop // WNA16_BLOCK_N)
     codes = bits.wna16_decode(packed.qweight[first:last])
     return codes[: stop - start, pad : pad + packed.k]
+
+
+def gather(
+    packed: PackedWeight, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes, scales and zero points of outputs `rows`, int64 `[M]`."""
+    geometry = wna16_geometry(packed.k, packed.spec.group_size, packed.phase)
+    block, place = rows // WNA16_BLOCK_N, rows % WNA16_BLOCK_N
+    # Little-endian: 8 bytes hold the nibbles of 16 outputs
+    octets = packed.qweight.view(torch.uint8).view(-1, geometry.k_padded, WNA16_BLOCK_N // 2)
+    codes = octets[block, :, place // 2] >> (place % 2 * 4).byte()[:, None]
+    codes = codes[:, geometry.pad : geometry.pad + packed.k] & 15
+    num_groups = count_groups(packed.k, packed.spec.group_size, packed.phase)
+    scales = packed.scales[:num_groups].index_select(1, rows).t()
+    if packed.zeros is None:
+        return codes, scales, None
+    words = packed.zeros[:num_groups].index_select(1, rows // 8)
+    zeros = (words >> (rows % 8 * 4).int()) & 15
+    return codes, scales, zeros.byte().t()

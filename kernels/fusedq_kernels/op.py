@@ -38,7 +38,7 @@ _SCHEMAS = (
     f"matmul({_ARGUMENTS}) -> Tensor",
     f"matmul_out(Tensor(a!) out, {_ARGUMENTS}) -> ()",
 )
-_SCALE_DTYPES = {
+SCALE_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -271,9 +271,9 @@ def _call(
 ) -> _Call:
     if act_dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"x must be float16 or bfloat16, got {act_dtype}")
-    if scale_dtype not in _SCALE_DTYPES:
-        raise ValueError(f"scale_dtype must be one of {list(_SCALE_DTYPES)}, got {scale_dtype!r}")
-    spec = QuantSpec(WeightType(weight_type), group_size, _SCALE_DTYPES[scale_dtype])
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"scale_dtype must be one of {list(SCALE_DTYPES)}, got {scale_dtype!r}")
+    spec = QuantSpec(WeightType(weight_type), group_size, SCALE_DTYPES[scale_dtype])
     name = KernelName(kernel)
     runners = _SLICING_RUNNERS if sliced_prefill else _RUNNERS
     if batch_invariant:

@@ -18,16 +18,16 @@ def check_operands(
     if x.ndim == 0 or x.shape[-1] != packed.in_features:
         raise ValueError(f"x must have shape [..., {packed.in_features}], got {list(x.shape)}")
     device = x.device
-    _check_tensor("qweight", packed.qweight, expected["qweight"], device)
-    _check_tensor("scales", packed.scales, expected["scales"], device)
-    _check_tensor("zeros", packed.zeros, expected.get("zeros"), device)
+    check_tensor("qweight", packed.qweight, expected["qweight"], device)
+    check_tensor("scales", packed.scales, expected["scales"], device)
+    check_tensor("zeros", packed.zeros, expected.get("zeros"), device)
     if packed.perm is None:
         if packed.in_features != packed.k:
             raise ValueError(f"{packed.in_features} features need a perm to {packed.k} rows")
     else:
-        _check_tensor("perm", packed.perm, TensorSpec((packed.k,), PERM_DTYPE), device)
+        check_tensor("perm", packed.perm, TensorSpec((packed.k,), PERM_DTYPE), device)
     if bias is not None:
-        _check_tensor("bias", bias, expected["bias"], device)
+        check_tensor("bias", bias, expected["bias"], device)
 
 
 def check_out(out: torch.Tensor, x: torch.Tensor, n: int) -> None:
@@ -42,7 +42,7 @@ def check_out(out: torch.Tensor, x: torch.Tensor, n: int) -> None:
         raise ValueError(f"out must be on {x.device} like x, got {out.device}")
 
 
-def _check_tensor(
+def check_tensor(
     name: str, tensor: torch.Tensor | None, expected: TensorSpec | None, device: torch.device
 ) -> None:
     if tensor is None and expected is None:

@@ -103,6 +103,13 @@ class KernelName(Enum):
     CPU_STRIPED = "cpu-striped"
 
 
+class GatherName(Enum):
+    """Every implementation of `torch.ops.fusedq.embedding`."""
+
+    TRITON_GATHER = "triton-gather"
+    CPU_GATHER = "cpu-gather"
+
+
 _TILED_LAYOUTS = {
     WeightType.UINT4: Layout.P4,
     WeightType.UINT4B8: Layout.P4,
@@ -119,6 +126,9 @@ _KERNEL_LAYOUTS = {
         WeightType.UINT4B8: Layout.CPU_WNA16,
     },
     KernelName.CPU_STRIPED: _TILED_LAYOUTS,
+    # What a weight that is gathered only is kept in; the gathers read those of the others too.
+    GatherName.TRITON_GATHER: _TILED_LAYOUTS,
+    GatherName.CPU_GATHER: _TILED_LAYOUTS,
 }
 
 
@@ -132,7 +142,7 @@ def holds(layout: Layout, weight_type: WeightType) -> bool:
     return layout in {layouts.get(weight_type) for layouts in _KERNEL_LAYOUTS.values()}
 
 
-def layout_for(kernel: KernelName, weight_type: WeightType) -> Layout:
+def layout_for(kernel: KernelName | GatherName, weight_type: WeightType) -> Layout:
     """The layout in which `kernel` reads weights of `weight_type`.
 
     Raises ValueError, naming the weight types of the kernel, where there is none.
@@ -218,7 +228,7 @@ class TileConfig:
 class Launch:
     """A chosen kernel; `source` says why ("rule: ..." or "tuned:<device> row <i>")."""
 
-    kernel: KernelName
+    kernel: KernelName | GatherName
     tile: TileConfig | None
     source: str
 

@@ -81,7 +81,7 @@ def _run(
         check = check_layer(checkpoint, plan, target, device)
         checks.append(check)
         table.add_row(
-            *(plan.prefix, plan.formats[0].description, plan.kernel.value, str(check.wrong_values)),
+            *(plan.prefix, plan.formats[0].description, plan.kernel_name, str(check.wrong_values)),
             *(f"{check.max_error:.1e}", f"{check.limit:.1e}", f"{check.rms_error:.1e}"),
             style="" if check.passed else "red",
         )

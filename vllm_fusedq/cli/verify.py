@@ -40,22 +40,23 @@ def verify(
         table.add_column(column, overflow="fold")
     for column in ("largest MB", "explained MB", "unpacked MB"):
         table.add_column(column, justify="right")
-    layers = {trace.plan.prefix: trace for trace in reversed(traces)}
+    seen = {(trace.plan.prefix, trace.kernel): trace for trace in reversed(traces)}
     failed = {}
     for trace in traces:
         failed |= {(trace.plan.prefix, problem): None for problem in trace.problems}
-    for prefix, trace in reversed(layers.items()):
+    for (prefix, kernel_name), trace in reversed(seen.items()):
         sizes = (trace.largest, trace.allowed, trace.dequantized)
         table.add_row(
-            *(prefix, trace.plan.kernel.value, ", ".join(trace.kernels), str(trace.calls)),
+            *(prefix, kernel_name, ", ".join(trace.kernels), str(trace.calls)),
             *(f"{size / 1e6:.3f}" for size in sizes),
         )
     out.print(table)
     for prefix, problem in failed:
         err.print(f"{prefix}: {problem}", style="red", markup=False, highlight=False)
     wrong = len({prefix for prefix, _ in failed})
+    count = len({prefix for prefix, _ in seen})
     out.print(
-        f"{len(layers)} layers verified in the engine and with {SIZES[0]} to {SIZES[-1]} tokens, "
+        f"{count} layers verified in the engine and with {SIZES[0]} to {SIZES[-1]} tokens, "
         f"{wrong} failed",
         highlight=False,
     )

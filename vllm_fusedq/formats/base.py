@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from fusedq_kernels.types import LogicalWeight, PackedWeight
 from vllm_fusedq.checkpoint import Checkpoint
 from vllm_fusedq.errors import PreflightError, Problem, UnsupportedCheckpoint
+from vllm_fusedq.formats.embeddings import is_head, is_input_embedding, is_lm_head, is_tied
 from vllm_fusedq.formats.findings import Finding
 from vllm_fusedq.formats.headers import describe_layer
 from vllm_fusedq.formats.layer import (
@@ -47,8 +48,6 @@ USE_VLLM = "drop `--quantization fusedq` to use vLLM's own support, if it has an
 
 _EXPERTS = re.compile(r"(?:^|.*?\.)experts(?=\.|$)")
 _BLOCK = re.compile(r"(.*?)\.\d+(?=\.|$)")
-_HEADS = frozenset({"lm_head", "wte", "wpe"})
-_EMBEDDINGS = ("embed", "embedding", "embeddings")
 
 
 class CheckpointFormat(ABC):
@@ -106,6 +105,10 @@ class CheckpointFormat(ABC):
 
     def claims_head(self, module: str) -> bool:
         """Whether the config says that this lm_head is quantized; few methods can."""
+        return False
+
+    def claims_embedding(self, module: str) -> bool:
+        """Whether the config says that this input embedding is quantized; few methods can."""
         return False
 
     @abstractmethod
@@ -168,7 +171,7 @@ class CheckpointFormat(ABC):
         found = []
         for module, stored in self.checkpoint.modules().items():
             weight = stored.get("weight")
-            linear = weight is not None and len(weight.shape) == 2 and not _is_head(module)
+            linear = weight is not None and len(weight.shape) == 2 and not is_head(module)
             damaged = weight is None and self.leftovers & stored.keys()
             if self.markers & stored.keys() or ((linear or damaged) and self.claims(module)):
                 found.append(module)
@@ -198,18 +201,8 @@ class CheckpointFormat(ABC):
                 "dense linear layers; MoE experts are not supported yet",
                 USE_VLLM,
             )
-        if _is_head(module):
-            if packed and _is_lm_head(module) and self.claims_head(module):
-                self._refuse_tied(module)
-                return describe_layer(self.name, module, stored, self.scheme(module))
-            if not packed:
-                return None
-            raise _problem(
-                module,
-                f"a quantized embedding or lm_head ({', '.join(packed)})",
-                "quantized linear layers, and an lm_head where the config says so",
-                f"quantize again without {module.rpartition('.')[2]}, or {USE_VLLM}",
-            )
+        if is_head(module):
+            return self._head_for(module, stored, packed)
         if not self.claims(module):
             if not packed:
                 return None
@@ -277,11 +270,27 @@ class CheckpointFormat(ABC):
         packed = (m for m, s in self.checkpoint.modules().items() if self.markers & s.keys())
         return frozenset(match.group() for m in packed if (match := _EXPERTS.match(m)))
 
+    def _head_for(
+        self, module: str, stored: Mapping[str, TensorInfo], packed: list[str]
+    ) -> LayerFormat | None:
+        """`spec_for` an lm_head or an embedding."""
+        if not packed:
+            return None
+        if is_lm_head(module) and self.claims_head(module):
+            self._refuse_tied(module)
+        elif not (is_input_embedding(module) and self.claims_embedding(module)):
+            raise _problem(
+                module,
+                f"a quantized embedding or lm_head ({', '.join(packed)})",
+                "quantized linear layers, and an lm_head or (compressed-tensors) an input "
+                "embedding where the config says so",
+                f"quantize again without {module.rpartition('.')[2]}, or {USE_VLLM}",
+            )
+        return describe_layer(self.name, module, stored, self.scheme(module))
+
     def _refuse_tied(self, module: str) -> None:
         """vLLM uses the embeddings as lm_head where they are tied, whatever else is stored."""
-        text_config = self.checkpoint.config.get("text_config")
-        sections = (self.checkpoint.config, text_config if isinstance(text_config, dict) else {})
-        if any(section.get("tie_word_embeddings") for section in sections):
+        if is_tied(self.checkpoint):
             raise _problem(
                 module,
                 "a quantized lm_head although tie_word_embeddings is true in config.json",
@@ -305,15 +314,6 @@ class CheckpointFormat(ABC):
             "config and tensors that agree",
             f"exclude it by {self.exclusion} if it is meant to stay unquantized",
         )
-
-
-def _is_lm_head(module: str) -> bool:
-    return module.rpartition(".")[2] == "lm_head"
-
-
-def _is_head(module: str) -> bool:
-    last = module.rpartition(".")[2]
-    return last in _HEADS or last.endswith(_EMBEDDINGS) or last.startswith("embed_")
 
 
 def _problem(layer: str, found: str, supported: str, fix: str) -> PreflightError:

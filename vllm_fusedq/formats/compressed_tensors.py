@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 from fusedq_kernels.dtype import DType
@@ -33,6 +34,7 @@ from vllm_fusedq.formats.compressed_tensors_packing import (
     VARIANTS,
     Tensors,
 )
+from vllm_fusedq.formats.embeddings import is_input_embedding
 from vllm_fusedq.formats.layer import with_all_groups
 from vllm_fusedq.formats.ordering import sort_rows
 from vllm_fusedq.formats.support import Support, bit_widths
@@ -44,6 +46,7 @@ BITS = range(2, 9)
 # 3-, 5-, 6- and 7-bit codes straddle words from this version of the package on
 FIRST_STREAMING_VERSION = (0, 18)
 LINEAR_CLASS = "Linear"
+EMBEDDING_CLASS = "Embedding"
 # Both only change how the quantizer calibrates, not what it stores
 HARMLESS_ORDERS = (None, False, "static", "weight")
 STORED_ORDERS = ("group", "dynamic")
@@ -64,7 +67,8 @@ class CompressedTensorsFormat(CheckpointFormat):
     )
     support = (
         Support(
-            "compressed-tensors `pack-quantized`, weight-only, any `actorder`, also `lm_head`",
+            "compressed-tensors `pack-quantized`, weight-only, any `actorder`, also `lm_head`, "
+            "input embeddings, tied or not",
             bit_widths(BITS),
             "symmetric and asymmetric",
         ),
@@ -93,9 +97,13 @@ class CompressedTensorsFormat(CheckpointFormat):
                 self.check_regex(target[3:])
 
     def claims(self, module: str) -> bool:
-        return not self._matches(module, self.ignored) and self._group_of(module) is not None
+        ignored = self._matches(module, self.ignored) or _class_of(module) in self.ignored
+        return not ignored and self._group_of(module) is not None
 
     def claims_head(self, module: str) -> bool:
+        return self.claims(module)
+
+    def claims_embedding(self, module: str) -> bool:
         return self.claims(module)
 
     def scheme(self, module: str) -> Scheme:
@@ -200,19 +208,24 @@ class CompressedTensorsFormat(CheckpointFormat):
         raise self.refusal(f"strategy {strategy!r} in {name}", "strategy group or channel")
 
     def _group_of(self, module: str) -> _Group | None:
-        """The group that targets a module: a name or regex wins over the class of all linears."""
-        for group in self.groups:
-            if self._matches(module, (t for t in group.targets if t != LINEAR_CLASS)):
-                return group
-        return next((group for group in self.groups if LINEAR_CLASS in group.targets), None)
+        """The group that targets a module: a name or regex wins over its class."""
+        named = (group for group in self.groups if self._matches(module, group.targets))
+        of_class = (group for group in self.groups if _class_of(module) in group.targets)
+        return next(chain(named, of_class), None)
 
     def _matches(self, module: str, targets: Iterable[str]) -> bool:
+        """By name or regex."""
         for target in targets:
-            if target in (module, LINEAR_CLASS):
+            if target == module:
                 return True
             if target.startswith("re:") and self.check_regex(target[3:]).match(module):
                 return True
         return False
+
+
+def _class_of(module: str) -> str:
+    """The class of torch.nn that a target may name."""
+    return EMBEDDING_CLASS if is_input_embedding(module) else LINEAR_CLASS
 
 
 class _Group(NamedTuple):

@@ -90,6 +90,9 @@ class FusedQFormat(CheckpointFormat):
     def claims_head(self, module: str) -> bool:
         return self.claims(module)
 
+    def claims_embedding(self, module: str) -> bool:
+        return self.claims(module)
+
     def scheme(self, module: str) -> Scheme:
         scheme, n, k = self.layers[module]
         weight_type, group_size, ordered = scheme

@@ -74,6 +74,12 @@ class FusedQConfig(QuantizationConfig):
         """
         from vllm.model_executor.models.utils import WeightsMapper
 
+        if self._worker is not None:
+            from vllm_fusedq.integration.embedding import check_all_created
+            from vllm_fusedq.integration.last_words import speaking_last
+
+            with speaking_last(self.message_file):
+                check_all_created(self._worker, self._loaded_format())
         names = {f".{name}": f".{parameter_name(name)}" for name in self._loaded_format().markers}
         renamed = {old: new for old, new in names.items() if old != new}
         return super().get_cache_scale_mapper() | WeightsMapper(orig_to_new_suffix=renamed)
@@ -107,21 +113,27 @@ class FusedQConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Fused where the checkpoint is quantized, vLLM's own method where it is not."""
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.model_executor.layers.vocab_parallel_embedding import (
+            ParallelLMHead,
+            VocabParallelEmbedding,
+        )
 
+        from vllm_fusedq.integration.embedding import embedding_method, tied_head_method
         from vllm_fusedq.integration.last_words import speaking_last
         from vllm_fusedq.integration.linear import FusedQLinearMethod
 
-        head = isinstance(layer, ParallelLMHead)
-        if not head and not isinstance(layer, LinearBase):
+        if not isinstance(layer, LinearBase | VocabParallelEmbedding):
             return None
+        head = isinstance(layer, ParallelLMHead)
         with speaking_last(self.message_file):
-            state = self._worker_state()
+            state, fmt = self._worker_state(), self._loaded_format()
             modules = self.modules_of(prefix)
-            formats = {module: self._loaded_format().spec_for(module) for module in modules}
-        if not any(formats.values()):
-            return None if head else UnquantizedLinearMethod()
-        return FusedQLinearMethod(state, prefix, modules, formats)
+            if isinstance(layer, VocabParallelEmbedding) and not head:
+                return embedding_method(modules[0], state, fmt)
+            formats = {module: fmt.spec_for(module) for module in modules}
+        if any(formats.values()):
+            return FusedQLinearMethod(state, prefix, modules, formats)
+        return tied_head_method(prefix, state, fmt) if head else UnquantizedLinearMethod()
 
     def modules_of(self, prefix: str) -> tuple[str, ...]:
         """The checkpoint modules that vLLM stacks in its layer `prefix`, in order."""

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 import fusedq_kernels.op  # noqa: F401  (registers torch.ops.fusedq.matmul)
 from fusedq_kernels.cpu import wna16_call
@@ -61,7 +61,7 @@ class FusedQLinearMethod(LinearMethodBase):
         round.
         """
         with speaking_last(self.state.message_file):
-            if isinstance(layer, ParallelLMHead):
+            if isinstance(layer, VocabParallelEmbedding):
                 shard = self._head_shard(layer, output_partition_sizes)
             else:
                 shard = self._shard(
@@ -82,7 +82,7 @@ class FusedQLinearMethod(LinearMethodBase):
             self.state.target.sliced_prefill,
         )
         device = torch.get_default_device()
-        if isinstance(layer, ParallelLMHead):
+        if isinstance(layer, VocabParallelEmbedding):
             # vLLM's LoRA asks an lm_head for the dtype and the device of its weight
             layer.register_buffer("weight", torch.empty(0, dtype=params_dtype), persistent=False)
         loader = LayerLoader.create(plan, params_dtype, device)
@@ -160,7 +160,7 @@ class FusedQLinearMethod(LinearMethodBase):
         style = ParallelStyle.ROW if row else ParallelStyle.COLUMN
         return LayerShard(self.prefix, style, tp_size, tuple(parts))
 
-    def _head_shard(self, layer: ParallelLMHead, n_local: list[int]) -> LayerShard:
+    def _head_shard(self, layer: VocabParallelEmbedding, n_local: list[int]) -> LayerShard:
         """This rank's part of the vocabulary; vLLM pads it and cuts the padding off the logits."""
         (module,) = self.modules
         indices = layer.shard_indices

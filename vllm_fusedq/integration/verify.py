@@ -57,14 +57,19 @@ def _mark_layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, LayerLoa
     for layer in model.modules():
         loader = getattr(layer, "fusedq_loader", None)
         if loader is not None:
-            layer.quant_method.apply = _marking(layer.quant_method.apply, loader.plan.prefix)
+            method, plan = layer.quant_method, loader.plan
+            method.apply = _marking(method.apply, plan.prefix)
+            if plan.gather is not None:
+                method.embedding = _marking(method.embedding, plan.prefix, lookup=True)
             layers.append((layer, loader))
     return layers
 
 
-def _marking(apply: Callable[..., torch.Tensor], prefix: str) -> Callable[..., torch.Tensor]:
+def _marking(
+    apply: Callable[..., torch.Tensor], prefix: str, lookup: bool = False
+) -> Callable[..., torch.Tensor]:
     def marked(*args: Any, **kwargs: Any) -> torch.Tensor:
-        with record(prefix):
+        with record(prefix, lookup):
             return apply(*args, **kwargs)
 
     return marked
@@ -78,11 +83,15 @@ def _judge_layer(
     device = packed.qweight.device
     act_dtype = torch.get_default_dtype() if not layer.params_dtype else layer.params_dtype
     spec = current_device(device, fused_op=True)
-    traces = [judge(plan, packed, served, PREFILL_TOKENS, act_dtype, spec)]
-    for tokens in SIZES:
-        x = torch.zeros(tokens, plan.k, dtype=act_dtype, device=device)
-        events = _profiled(lambda x=x: layer.quant_method.apply(layer, x))
-        traces.append(judge(plan, packed, events, tokens, act_dtype, spec))
+    traces = []
+    for lookup in (True,) * (plan.gather is not None) + (False,) * plan.shard.multiplied:
+        call = layer.quant_method.embedding if lookup else layer.quant_method.apply
+        traces.append(judge(plan, packed, served, PREFILL_TOKENS, act_dtype, spec, lookup))
+        for tokens in SIZES:
+            shape, dtype = ((tokens,), torch.int64) if lookup else ((tokens, plan.k), act_dtype)
+            x = torch.zeros(shape, dtype=dtype, device=device)
+            events = _profiled(lambda call=call, x=x: call(layer, x))
+            traces.append(judge(plan, packed, events, tokens, act_dtype, spec, lookup))
     return traces
 
 

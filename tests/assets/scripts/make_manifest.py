@@ -141,6 +141,23 @@ CHECKPOINTS: dict[str, dict] = {
             SAME_TOKENIZER,
         ],
     },
+    "tiny-llama-ct-tied": {
+        "tool": "llmcompressor",
+        "requirements": "requirements-llmcompressor.txt",
+        "command": "python scripts/quantize_llmcompressor.py --model tiny-llama-bf16 "
+        "--out tiny-llama-ct-tied --variant tied",
+        "format": "compressed-tensors pack-quantized",
+        "bits": 4,
+        "group_size": 32,
+        "symmetric": True,
+        "notes": [
+            "Made by llm-compressor's front door: oneshot with QuantizationModifier and two "
+            "groups, one of the class Linear, one of the class Embedding; it ties the quantized "
+            "embedding and the lm_head, whose values are equal. Only the first block was kept.",
+            "Needs no calibration.",
+            SAME_TOKENIZER,
+        ],
+    },
     "tiny-llama-bnb-nf4": {
         "tool": "bitsandbytes",
         "requirements": "requirements-bnb.txt",

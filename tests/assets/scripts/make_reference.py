@@ -78,9 +78,10 @@ def decode_compressed_tensors(parts: dict, settings: dict, module: str) -> Quant
     from compressed_tensors.quantization import QuantizationScheme
     from compressed_tensors.utils.match import is_match
 
-    linear = torch.nn.Linear(1, 1)
+    embedding = module.endswith("embed_tokens")
+    layer = torch.nn.Embedding(1, 1) if embedding else torch.nn.Linear(1, 1)
     schemes = [QuantizationScheme.model_validate(g) for g in settings["config_groups"].values()]
-    scheme = next(s for s in schemes if is_match(module, linear, s.targets))
+    scheme = next(s for s in schemes if is_match(module, layer, s.targets))
     scales, bits = parts["weight_scale"], scheme.weights.num_bits
     # With fp32 scales the library computes in fp32.
     state = dict(parts, weight_scale=scales.float())

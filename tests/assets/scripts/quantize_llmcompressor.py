@@ -15,7 +15,9 @@ from compressed_tensors.quantization import (
 )
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -42,13 +44,19 @@ SCHEMES = {
         group(r"re:.*\.layers\.1\.self_attn\..*", 3, 32),
         group(r"re:.*\.layers\.1\.mlp\..*", 5, 64),
     ],
+    "tied": [group("Linear", 4, 32), group("Embedding", 4, 32)],
 }
+# One block, for a small file
+BLOCKS = {"tied": {"num_hidden_layers": 1}}
 
 
-def recipe(variant: str) -> GPTQModifier:
+def recipe(variant: str) -> Modifier:
     if variant == "sym-g128":
         return GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W4A16")
     groups = {f"group_{index}": scheme for index, scheme in enumerate(SCHEMES[variant])}
+    if variant == "tied":
+        # Only where both are quantized to the same values, without data, does the tool tie them
+        return QuantizationModifier(config_groups=groups)
     return GPTQModifier(ignore=["lm_head"], config_groups=groups)
 
 
@@ -61,7 +69,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype="auto", **BLOCKS.get(args.variant, {})
+    )
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = common.calibration_windows(tokenizer)
     dataset = Dataset.from_dict(
@@ -77,6 +87,8 @@ def main() -> None:
         shuffle_calibration_samples=False,
     )
     model.save_pretrained(args.out, save_compressed=True)
+    # The tool writes the original config again
+    common.update_json(args.out / "config.json", BLOCKS.get(args.variant, {}))
     common.finish_directory(args.model, args.out)
 
 
