@@ -13,6 +13,7 @@ from fusedq_kernels import geometry
 from fusedq_kernels.decode import BLOCK_K, scale_of
 from fusedq_kernels.gemm import FP_FUSION, weight_constants
 from fusedq_kernels.gemm_kernel import scaled
+from fusedq_kernels.jit_hooks import named_for_hooks
 from fusedq_kernels.types import PackedWeight, QuantSpec
 
 # One warp takes a K block of 8 rows: 16 bytes of 4-bit codes to a thread.
@@ -21,6 +22,7 @@ NUM_WARPS = 1
 
 
 # One binary for any number of rows and any size of the weight, wherever the ids start.
+@named_for_hooks
 @triton.jit(do_not_specialize=["M", "N", "last_group"], do_not_specialize_on_alignment=["ids_ptr"])
 def gather_kernel(
     ids_ptr,

@@ -7,7 +7,7 @@ import sys
 SCRIPT = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from fusedq_kernels import device, gemm, heuristics, layout, slices, staged
+from fusedq_kernels import device, gather_kernel, gemm, heuristics, layout, slices, staged
 from fusedq_kernels import testing, tuned_file, types, warmup
 
 class Driver:
@@ -86,6 +86,14 @@ for limit in (1000, 333, 4000):
     for m in (65, 300, 512):
         staged.sliced_gemm(torch.zeros(m, k, dtype=act), packed, None, launch)
 assert set(asked) == known
+
+asked.clear()
+ids = torch.zeros(701, dtype=torch.int64)
+for first, m in ((0, 1), (0, 16), (1, 17), (1, 700)):
+    out = torch.empty(m, packed.k, dtype=act)
+    gather_kernel.gather_rows(ids[first : first + m], packed, out)
+assert len(asked) == 4
+assert len(set(asked)) == 1
 """
 
 
