@@ -82,7 +82,9 @@ def test_a_dry_run_serves_names_the_kernels_and_resumes(tmp_path: Path) -> None:
     rows = ResultFile(tmp_path / "serving.csv", serve_compare.COLUMNS).rows()
     values = {row["metric"]: float(row["value"]) for row in rows}
     assert {"decode-1_tok_s", "decode-2_tok_s", "prefill-16_tok_s", "load_read_s"} <= set(values)
-    assert all(value > 0 for value in values.values())
+    timed = {name for name, value in values.items() if value > 0}
+    # Neither repacking a tiny model nor warming up a CPU takes a hundredth of a second
+    assert set(values) - timed <= {"repack_s", "warm_up_s"}
     # Two blocks of four fused layers.
     assert all("cpu-wna16:8" in row["kernels"] for row in rows)
     again = CliRunner().invoke(serve_compare.app, [*arguments, str(tmp_path / "work")])
