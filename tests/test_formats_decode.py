@@ -75,7 +75,7 @@ def test_nibbles_by_hand(nibble: int) -> None:
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     assert unpack_columns(word)[0].nonzero().tolist() == [[nibble]]
     assert unpack_rows(word)[:, 0].nonzero().tolist() == [[nibble]]
-    assert unpack_rows(word, order)[:, 0].nonzero().tolist() == [[order[nibble]]]
+    assert unpack_rows(word, order=order)[:, 0].nonzero().tolist() == [[order[nibble]]]
 
 
 def test_awq_word_by_hand() -> None:
@@ -104,6 +104,16 @@ def test_unpacking_takes_any_strides(layout: str) -> None:
     rows, columns = words.shape
     assert torch.equal(unpack_columns(words), expected.reshape(rows, 8 * columns))
     assert torch.equal(unpack_rows(words), expected.transpose(1, 2).reshape(8 * rows, columns))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_stream_of_bits_down_a_column(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (70, 5))
+    stream = [sum(int(code) << bits * i for i, code in enumerate(column)) for column in codes.T]
+    length = -(-70 * bits // 32)
+    words = [[word >> 32 * i & 0xFFFFFFFF for word in stream] for i in range(length)]
+    found = unpack_rows(torch.tensor(words).to(torch.int32), bits)
+    assert torch.equal(found[:70].long(), codes)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -28,7 +28,7 @@ from fusedq_kernels.dtype import DType
 from fusedq_kernels.lazy import torch
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats.layer import SCALE_DTYPES, Dim, LayerFormat, Region, TensorLayout
-from vllm_fusedq.formats.unpacking import NIBBLES, take, unpack_columns, unpack_rows
+from vllm_fusedq.formats.unpacking import IN_ORDER, NIBBLES, take, unpack_columns, unpack_rows
 from vllm_fusedq.safetensors_header import TensorInfo
 
 BITS = (4,)
@@ -75,9 +75,7 @@ def _unpack_gemm(tensors: Tensors, layer: LayerFormat, region: Region) -> Unpack
 
 def _gemm_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 `[K, W]` -> uint8 codes `[32 * W / bits, K]`."""
-    if bits in BITS:
-        return unpack_rows(words.T, ORDER)
-    return unpack_columns(words, bits, straddling=32 % bits > 0).T
+    return unpack_rows(words.T, bits, ORDER if bits in BITS else IN_ORDER)
 
 
 def _unpack_gemv(tensors: Tensors, layer: LayerFormat, region: Region) -> Unpacked:

@@ -10,6 +10,7 @@ the codes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 
 from fusedq_kernels.lazy import torch
 
@@ -40,16 +41,29 @@ def unpack_columns(
     return spread.bitwise_and_(0x0F0F).view(torch.uint8).view(rows, nibbles * width)
 
 
-def unpack_rows(words: torch.Tensor, order: Sequence[int] = IN_ORDER) -> torch.Tensor:
-    """int32 `[W, C]`, row `8 * w + order[i]` in nibble i -> contiguous uint8 `[8 * W, C]`."""
+def unpack_rows(
+    words: torch.Tensor, bits: int = 4, order: Sequence[int] = IN_ORDER
+) -> torch.Tensor:
+    """int32 `[W, C]`, each column one stream of bits -> contiguous uint8 `[32 * W / bits, C]`.
+
+    Row `8 * i + order[j]` is code j of the i-th 8, which take `bits` bytes; where the last of them
+    are missing, rows of zeros are added.
+    """
+    if missing := -len(words) % (bits // gcd(bits, words.itemsize)):
+        words = torch.nn.functional.pad(words, (0, 0, 0, missing))
     height, width = words.shape
     # Contiguous byte planes: reading every fourth byte does not vectorise
     planes = _bytes(words).view(height, width, 4).permute(0, 2, 1).contiguous()
-    codes = torch.empty(height, NIBBLES, width, dtype=torch.uint8, device=words.device)
-    for byte in range(4):
-        torch.bitwise_and(planes[:, byte], 15, out=codes[:, order[2 * byte]])
-        torch.bitwise_right_shift(planes[:, byte], 4, out=codes[:, order[2 * byte + 1]])
-    return codes.view(NIBBLES * height, width)
+    planes = planes.view(4 * height // bits, bits, width)
+    codes = torch.empty(len(planes), NIBBLES, width, dtype=torch.uint8, device=words.device)
+    for index, place in enumerate(order):
+        byte, low = divmod(bits * index, 8)
+        code = torch.bitwise_right_shift(planes[:, byte], low, out=codes[:, place])
+        if low + bits > 8:
+            code |= planes[:, byte + 1] << (8 - low)
+        if low + bits != 8:
+            code &= (1 << bits) - 1
+    return codes.view(-1, width)
 
 
 def take(
