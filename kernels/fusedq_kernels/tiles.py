@@ -1,6 +1,6 @@
 """The tiles of the Triton kernel, by layout and kind of tensor core; `heuristics.py` chooses.
 
-The tables come from ahead-of-time compilation (`audit.py`; Triton 3.9, and 3.6 for P4), not from
+The tables come from ahead-of-time compilation (`audit.py`; Triton 3.9 and 3.6), not from
 timing runs: no tile spills, stores a decoded weight to shared memory, or waits for a plain global
 load. Wider tiles read x less often, narrower ones fill the GPU when N is small. On `mma.sync`
 targets a tile of 32 or more tokens keeps its warps along N where it can, because warps spread over
@@ -38,13 +38,15 @@ class Rules:
     """Rules of one kind of tensor core, fewest tokens first.
 
     `fine` is for groups that 32 does not divide, whatever the number of tokens; `in_order` takes
-    the place of `prefill` in a batch-invariant layer.
+    the place of `prefill` in a batch-invariant layer. `coarse` takes the place of all where a group
+    holds whole steps of 64.
     """
 
     decode: tuple[Rule, ...]
     prefill: tuple[Rule, ...]
     in_order: TileConfig
     fine: tuple[Rule, ...]
+    coarse: "Rules | None" = None
 
 
 def _tile(
@@ -114,6 +116,15 @@ _TCGEN05 = _as_decode(
     TileConfig(32, 128, 1, 4, 4),
     _fine(16, 128, 4, 3),
 )
+# 8-bit values in fp16 spill in the 32-token tiles with Triton 3.6, but for steps of 32.
+_P8_TCGEN05 = replace(
+    _TCGEN05,
+    coarse=_as_decode(
+        (*_TCGEN05.decode[:2], Rule(64, (_tile(64, 256, 8, 3), _tile(64, 128, 4, 3)))),
+        _TCGEN05.in_order,
+        _TCGEN05.fine,
+    ),
+)
 _P4_MMA_SYNC = _as_decode(
     (
         Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
@@ -156,7 +167,7 @@ _PL4_MMA_SYNC = _as_decode(
 _RULES = {
     Layout.P4: (_WGMMA, _TCGEN05, _P4_MMA_SYNC),
     Layout.PL4: (_PL4_WGMMA, _TCGEN05, _PL4_MMA_SYNC),
-    Layout.P8: (_P8_WGMMA, _TCGEN05, _P8_MMA_SYNC),
+    Layout.P8: (_P8_WGMMA, _P8_TCGEN05, _P8_MMA_SYNC),
 }
 
 
@@ -168,6 +179,8 @@ def rules_for(
     rules = {9: wgmma, 10: tcgen05}.get(device.capability[0], mma_sync)
     if step < 32:
         return rules.fine
+    if step >= 64 and rules.coarse is not None:
+        rules = rules.coarse
     if batch_invariant:
         return (*rules.decode, Rule(None, (Choice(rules.in_order),)))
     return (*rules.decode, *rules.prefill)
