@@ -55,6 +55,7 @@ def kernel_constants(
     """The constexpr arguments of `fused_gemm_kernel`; shared by the launcher and the audit."""
     return weight_constants(spec, step, num_groups) | {
         "SCALE_WEIGHTS": tile.scale_weights,
+        "SCALE_STEPS": tile.scale_steps,
         "NARROW_SCALE": tile.scale_weights and spec.scale_dtype.torch == act_dtype,
         "X_DESCRIPTOR": tile.x_descriptor,
         "HAS_BIAS": has_bias,

@@ -108,6 +108,7 @@ def fused_gemm_kernel(
     DECODE: tl.constexpr,
     SCALE_DTYPE: tl.constexpr,
     SCALE_WEIGHTS: tl.constexpr,
+    SCALE_STEPS: tl.constexpr,
     NARROW_SCALE: tl.constexpr,
     X_DESCRIPTOR: tl.constexpr,
     WORDS: tl.constexpr,
@@ -138,6 +139,7 @@ def fused_gemm_kernel(
     # masked to zero.
     ROWS: tl.constexpr = STEP if STEP > 16 else 16
     PARTS: tl.constexpr = ROWS // STEP
+    SCALE_LAST: tl.constexpr = STEPS_PER_GROUP == 0 and not SCALE_STEPS
     SUMS_IN_FLIGHT: tl.constexpr = 8 if BLOCK_M * BLOCK_N <= 2048 else 1
     pid_m = tl.program_id(0)
     pid_n = tl.program_id(1)
@@ -188,7 +190,7 @@ def fused_gemm_kernel(
                         mask_k &= offs_k // STEP == sub - sub // PARTS * PARTS
                     tokens = tl.load(x_ptrs + k, mask=mask_m[None, :] & mask_k[:, None], other=0.0)
                 weight = DECODE(words, metadata, sub // PARTS, ROWS, DTYPE, INTERPRET)
-                if STEPS_PER_GROUP == 0:
+                if SCALE_LAST:
                     acc = _dot(weight, tokens, acc, INTERPRET)
                 elif SCALE_WEIGHTS:
                     weight = scaled(
@@ -219,7 +221,7 @@ def fused_gemm_kernel(
         for split in tl.range(SPLIT_K, loop_unroll_factor=SUMS_IN_FLIGHT):
             ptrs = partial_ptr + split * split_size + offs_y
             total += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-    if STEPS_PER_GROUP == 0:
+    if SCALE_LAST:
         total *= scale_of(metadata, SCALE_DTYPE)[:, None]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)

@@ -68,6 +68,25 @@ def _fine(block_m: int, block_n: int, num_warps: int, num_stages: int) -> tuple[
     return Rule(16, (few,)), Rule(None, (many,))
 
 
+def _scaling_steps(rules: Rules) -> Rules:
+    """For tcgen05: a sum that runs through all of K would stay in tensor memory, and Triton then
+    brings the tokens through registers, waiting for each load."""
+
+    def changed(some: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        return tuple(replace(rule, choices=tuple(map(scaled, rule.choices))) for rule in some)
+
+    def scaled(choice: Choice) -> Choice:
+        return replace(choice, tile=replace(choice.tile, scale_steps=True))
+
+    return Rules(
+        changed(rules.decode),
+        changed(rules.prefill),
+        replace(rules.in_order, scale_steps=True),
+        changed(rules.fine),
+        None if rules.coarse is None else _scaling_steps(rules.coarse),
+    )
+
+
 _WGMMA = Rules(
     decode=(
         Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
@@ -76,10 +95,10 @@ _WGMMA = Rules(
         Rule(64, (_tile(64, 256, 8, 4, 64), _tile(64, 128, 8, 4), _tile(64, 64, 4, 4))),
     ),
     prefill=(
-        Rule(128, (_scaling(128, 128, 8, 3, 64), _scaling(64, 128, 8, 4))),
+        Rule(128, (_scaling(128, 128, 8, 2, 64), _scaling(64, 128, 8, 4))),
         Rule(
             None,
-            (_scaling(256, 128, 8, 3, 128), _scaling(128, 128, 8, 3, 64), _scaling(64, 128, 8, 4)),
+            (_scaling(256, 128, 8, 3, 128), _scaling(128, 128, 8, 2, 64), _scaling(64, 128, 8, 4)),
         ),
     ),
     in_order=TileConfig(64, 128, 1, 8, 4),
@@ -109,7 +128,7 @@ def _as_decode(decode: tuple[Rule, ...], in_order: TileConfig, fine: tuple[Rule,
 _TCGEN05 = _as_decode(
     (
         Rule(8, (_tile(8, 128, 4, 4),)),
-        Rule(16, (_tile(16, 128, 4, 4),)),
+        Rule(16, (_tile(16, 128, 4, 5),)),
         Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4))),
         Rule(64, (_tile(64, 256, 8, 3, 64), _tile(64, 128, 4, 3, 64), _tile(32, 128, 4, 4))),
     ),
@@ -165,9 +184,9 @@ _PL4_MMA_SYNC = _as_decode(
     _MMA_SYNC_FINE,
 )
 _RULES = {
-    Layout.P4: (_WGMMA, _TCGEN05, _P4_MMA_SYNC),
-    Layout.PL4: (_PL4_WGMMA, _TCGEN05, _PL4_MMA_SYNC),
-    Layout.P8: (_P8_WGMMA, _P8_TCGEN05, _P8_MMA_SYNC),
+    Layout.P4: (_WGMMA, _scaling_steps(_TCGEN05), _P4_MMA_SYNC),
+    Layout.PL4: (_PL4_WGMMA, _scaling_steps(_TCGEN05), _PL4_MMA_SYNC),
+    Layout.P8: (_P8_WGMMA, _scaling_steps(_P8_TCGEN05), _P8_MMA_SYNC),
 }
 
 

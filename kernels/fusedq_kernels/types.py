@@ -209,7 +209,8 @@ class TileConfig:
     weights, rounded to 16 bits, instead of the fp32 partial product. With `x_descriptor` tiles of x
     come by the tensor memory accelerator (sm_90 and newer). With `pdl` the launch overlaps the end
     of its predecessor (programmatic dependent launch, sm_90 and newer), and with `prefetch` it
-    brings the first blocks of the weight to L2 meanwhile.
+    brings the first blocks of the weight to L2 meanwhile. With `scale_steps` a per-channel scale
+    multiplies the sums of each step, like a group's, instead of the total.
     """
 
     block_m: int
@@ -222,6 +223,7 @@ class TileConfig:
     x_descriptor: bool = False
     pdl: bool = False
     prefetch: bool = False
+    scale_steps: bool = False
 
 
 @dataclass(frozen=True, slots=True)

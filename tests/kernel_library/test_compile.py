@@ -49,6 +49,10 @@ RUNS = {
     "sm_90-split": (
         "--target sm_90 --act-dtype bf16 --weight-type uint4 --tile 8x128 64x256 --split-k 16"
     ),
+    "sm_100-channel": (
+        "--target sm_100 --act-dtype bf16 --weight-type uint4 uint8b128 --tile 16x128 64x128 "
+        "--group-size 131072"
+    ),
     "sm_80": "--target sm_80 --act-dtype bf16 --weight-type uint4 --tile 8x128 32x256 64x256",
     "sm_80-8bit": "--target sm_80 --act-dtype bf16 --weight-type uint8 --tile 32x256",
     "sm_80-finest": (

@@ -27,6 +27,23 @@ def test_scaled_weights_are_rounded_once(weight_type, group_size, act_dtype):
     assert torch.equal(y, reference.dequantize(logical, act_dtype).t().to(act_dtype))
 
 
+@pytest.mark.parametrize("options", [{"scale_steps": True}, {"scale_steps": True, "segments": 3}])
+@pytest.mark.parametrize("weight_type", WeightType)
+def test_scaled_steps_add_up_to_the_same(weight_type, options):
+    spec = QuantSpec(weight_type, PER_CHANNEL, HALF)
+    problem = testing.make_problem(9, 72, 528, spec, phase=0, act_dtype=HALF, has_bias=True)
+    packed = pack(problem.logical, HALF)
+    y = run(problem.x, packed, problem.bias, launch(**options)).double()
+    weight = reference.dequantize(problem.logical, HALF).double()
+    magnitude = problem.x.double().abs() @ weight.abs().t() + problem.bias.double().abs()
+    # Sums in fp32, each step's rounded once more by its scale, and one rounding of y.
+    summed = 2 * (528 + 8) * 2**-24 * magnitude
+    unit = torch.finfo(HALF).eps / 2
+    assert ((y - problem.expected).abs() <= summed + unit * (problem.expected.abs() + summed)).all()
+    one_hot = run(testing.one_hot(528, dtype=HALF), packed, None, launch(512, 128, **options))
+    assert torch.equal(one_hot, reference.dequantize(problem.logical, HALF).t().to(HALF))
+
+
 @pytest.mark.parametrize("act_dtype", gemm.ACT_DTYPES)
 @pytest.mark.parametrize("scale_dtype", [HALF, torch.bfloat16])
 @pytest.mark.parametrize("weight_type", [WeightType.UINT4, WeightType.UINT8B128, WeightType.NF4])
