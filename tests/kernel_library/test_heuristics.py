@@ -35,6 +35,7 @@ SPEC = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
 ZERO_SPEC = QuantSpec(WeightType.UINT4, 128, torch.float16)
 SPECS = [QuantSpec(each, 128, torch.float16) for each in WeightType]
 SCALING = (1, True, True)
+STEPS = (1, False, False, False, False, True)  # scale_steps
 SIZES = [8, 576, 1024, 2048, 2056, 4096, 6528, 14336, 57344]
 TOKENS = [1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 2048]
 
@@ -49,12 +50,12 @@ TOKENS = [1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 2048]
         (H200, (17, 6144, 4096), (32, 256, 4, 8, 4), "rule: m<=32, 32x256, split 4"),
         (H200, (32, 6528, 4096), (32, 128, 4, 8, 4), "rule: m<=32, 32x128, split 4"),
         (H200, (64, 8192, 28672), (64, 256, 4, 8, 4), "rule: m<=64, 64x256, split 4"),
-        (H200, (128, 14336, 8192), (128, 128, 2, 8, 3, *SCALING), "rule: m<=128, 128x128, split 2"),
+        (H200, (128, 14336, 8192), (128, 128, 2, 8, 2, *SCALING), "rule: m<=128, 128x128, split 2"),
         (H200, (4096, 8192, 8192), (256, 128, 1, 8, 3, *SCALING), "rule: m>128, 256x128"),
         (H200, (1, 1024, 1152), (8, 64, 3, 4, 4), "rule: m<=8, 8x64, split 3"),
         (RTX4090, (64, 2048, 2048), (64, 64, 8, 4, 3), "rule: m<=64, 64x64, split 8"),
         (RTX4090, (512, 8192, 8192), (64, 256, 1, 8, 3), "rule: m>64, 64x256"),
-        (B200, (1, 1024, 4096), (8, 128, 16, 4, 4), "rule: m<=8, 8x128, split 16"),
+        (B200, (1, 1024, 4096), (8, 128, 16, 4, 4, *STEPS), "rule: m<=8, 8x128, split 16"),
     ],
 )
 def test_golden_launches(device, shape, tile, source):
