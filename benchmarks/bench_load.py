@@ -62,6 +62,9 @@ def main() -> None:
         default="wall",
         help="cpu: CPU seconds of all threads, where others use the machine too",
     )
+    parser.add_argument(
+        "--on", choices=("cpu", "cuda"), default="cpu", help="where layers are decoded and packed"
+    )
     parser.add_argument("--only", default="", help="formats whose name contains this")
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
@@ -71,9 +74,11 @@ def main() -> None:
         if arguments.only not in made.name:
             continue
         layer = describe(made)
-        for device in DEVICES:
+        for device in DEVICES if arguments.on == "cpu" else ("gpu-layout",):
             clock = CLOCKS[arguments.clock]
-            seconds, packed = measure(layer, made.tensors, device, arguments.repeats, clock)
+            seconds, packed = measure(
+                layer, made.tensors, device, arguments.repeats, clock, torch.device(arguments.on)
+            )
             median = statistics.median(seconds)
             speed, weight = packed / 1e6 / median, median * 1e9 / (layer.n * layer.k)
             row = (made.name, device, round(speed), round(packed / 1e6, 1), round(weight, 2))
@@ -103,17 +108,24 @@ def describe(made: RandomLayer) -> LayerFormat:
 
 
 def measure(
-    layer: LayerFormat, tensors: Tensors, device: str, repeats: int, clock: Callable[[], float]
+    layer: LayerFormat,
+    tensors: Tensors,
+    device: str,
+    repeats: int,
+    clock: Callable[[], float],
+    place: torch.device,
 ) -> tuple[list[float], int]:
     part = PartShard(MODULE, None, Region(0, layer.n, 0, layer.k))
     shard = LayerShard(MODULE, ParallelStyle.COLUMN, 1, (part,))
     plan = plan_layer(shard, {MODULE: layer}, Target(DEVICES[device], torch.float16))
-    loader = LayerLoader.create(plan, torch.float16, torch.device("cpu"))
+    loader = LayerLoader.create(plan, torch.float16, place)
     seconds = []
     for _ in range(repeats + 1):
         start = clock()
         for name, tensor in tensors.items():
             loader.add(name, tensor)
+        if place.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(clock() - start)
     loader.check_complete()
     return seconds[1:], plan.weight_bytes + plan.metadata_bytes

@@ -108,6 +108,7 @@ def dequant_breakdown(decode: pd.DataFrame) -> Figure:
     figure, axis = plt.subplots(figsize=(max(6.4, 1.3 * len(times)), 4.2))
     times.plot.bar(ax=axis, color=["#cccccc", COLORS[OURS], "#8b1a1a"], rot=0, width=0.8)
     axis.set(xlabel="", ylabel="microseconds")
+    axis.margins(y=0.3)  # Room for the legend above the bars
     axis.legend(["no dequantization", "fusedq", "dequantization twice"], frameon=False)
     return figure
 
