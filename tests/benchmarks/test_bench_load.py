@@ -2,6 +2,8 @@
 
 import time
 
+import torch
+
 from bench_load import DEVICES, describe, measure
 from random_layers import random_layers
 
@@ -13,7 +15,9 @@ def test_every_random_layer_loads_on_both_devices() -> None:
         assert (layer.n, layer.k) == (64, 256)
         descriptions.append(layer.description)
         for device in DEVICES:
-            seconds, packed = measure(layer, made.tensors, device, 1, time.perf_counter)
+            seconds, packed = measure(
+                layer, made.tensors, device, 1, time.perf_counter, torch.device("cpu")
+            )
             assert packed > 64 * 256 * layer.spec.weight_type.bits // 8
             assert len(seconds) == 1
     formats = {name.split()[0] for name in descriptions}
