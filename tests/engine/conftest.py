@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engines import SMALL_CACHE
 from local_server import Server, compile_arguments, serving
 from tiny_models import CHECKPOINTS, asset
 
@@ -21,7 +22,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[tuple[s
     name = request.param
     log = tmp_path_factory.mktemp(name) / "server.log"
     arguments = ["--quantization", "fusedq", "--served-model-name", "tiny"]
-    arguments += ["--max-model-len", "512", *compile_arguments()]
+    arguments += ["--max-model-len", "512", *compile_arguments(), *SMALL_CACHE]
     settings = {"fusedq": {"report": str(log.with_name("plan.json"))}}
     arguments += ["--additional-config", json.dumps(settings)]
     with serving(asset(name), log, arguments, VLLM_PLUGINS="fusedq") as server:

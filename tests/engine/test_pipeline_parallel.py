@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from engines import SMALL_CACHE, get
 from local_server import Server, serving
 from tiny_models import asset
 from vllm_fusedq.cli import app
@@ -27,17 +28,12 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Ser
     """A server of two stages, and the folder of its reports."""
     folder = tmp_path_factory.mktemp("staged")
     settings = {"fusedq": {"report": str(folder / "plan.json")}}
-    arguments = ["--quantization", "fusedq", "--served-model-name", "tiny", "--enforce-eager"]
+    arguments = ["--quantization", "fusedq", "--enforce-eager", *SMALL_CACHE]
     arguments += ["--pipeline-parallel-size", "2", "--distributed-executor-backend", "mp"]
     arguments += ["--max-model-len", "256", "--additional-config", json.dumps(settings)]
     env = {"VLLM_PLUGINS": "fusedq", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     with serving(asset(NAME), folder / "server.log", arguments, **env) as server:
         yield folder, server
-
-
-def get(server: Server, path: str) -> dict:
-    with urllib.request.urlopen(f"{server.url}{path}", timeout=60) as response:
-        return json.load(response)
 
 
 def checked() -> list[dict]:

@@ -1,20 +1,33 @@
 """The plugin as vLLM sees it: registered once, harmless when it cannot run, cheap when unused."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from preloaded import run_script
 
 pytestmark = pytest.mark.engine
 
 
-def in_vllm_process(code: str) -> str:
+def result(printed: str) -> str:
+    return next(line for line in printed.splitlines() if line.startswith("RESULT "))[7:]
+
+
+def in_new_process(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return next(x for x in done.stdout.splitlines() if x.startswith("RESULT ")).removeprefix(
-        "RESULT "
-    )
+    return result(done.stdout)
+
+
+def in_vllm_process(code: str, folder: Path) -> str:
+    script, log = folder / "code.py", folder / "code.log"
+    script.write_text(code)
+    assert run_script(script, [], dict(os.environ), log) == 0, log.read_text()[-4000:]
+    return result(log.read_text())
 
 
 def test_register_is_idempotent_and_imports_next_to_nothing() -> None:
@@ -34,7 +47,7 @@ print("RESULT " + json.dumps([
     q.QUANTIZATION_METHODS.count("fusedq"), config.__name__, new,
 ]))
 """
-    count, name, new = json.loads(in_vllm_process(code))
+    count, name, new = json.loads(in_new_process(code))
     assert (count, name) == (1, "FusedQConfig")
     assert not {module.split(".")[0] for module in new} & {"triton", "kernels", "fusedq_kernels"}
     # Every vLLM process pays for these, whatever it serves.
@@ -48,7 +61,7 @@ print("RESULT " + json.dumps([
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0", "dev"])
-def test_other_vllm_versions_get_one_line_and_no_registration(version: str) -> None:
+def test_other_vllm_versions_get_one_line_and_no_registration(tmp_path: Path, version: str) -> None:
     code = f"""
 import json, logging
 import vllm, vllm_fusedq
@@ -61,24 +74,24 @@ vllm.__version__ = {version!r}
 vllm_fusedq.register()
 print("RESULT " + json.dumps([lines, "fusedq" in q.QUANTIZATION_METHODS]))
 """
-    lines, registered = json.loads(in_vllm_process(code))
+    lines, registered = json.loads(in_vllm_process(code, tmp_path))
     assert len(lines) == 1
     assert lines[0].startswith("vllm-fusedq is not active: vLLM")
     assert version in lines[0]
     assert not registered
 
 
-def test_register_never_raises() -> None:
+def test_register_never_raises(tmp_path: Path) -> None:
     code = """
 import sys, vllm_fusedq
 sys.modules["vllm_fusedq.integration.versions"] = None
 vllm_fusedq.register()
 print("RESULT survived")
 """
-    assert in_vllm_process(code) == "survived"
+    assert in_vllm_process(code, tmp_path) == "survived"
 
 
-def test_override_answers_only_when_asked_and_takes_new_arguments() -> None:
+def test_override_answers_only_when_asked_and_takes_new_arguments(tmp_path: Path) -> None:
     code = """
 import json
 from vllm_fusedq.integration.config import FusedQConfig
@@ -89,10 +102,10 @@ print("RESULT " + json.dumps([
     ask({"quant_method": "awq"}, "fusedq", hf_config=None, anything=1),
 ]))
 """
-    assert json.loads(in_vllm_process(code)) == [None, None, "fusedq"]
+    assert json.loads(in_vllm_process(code, tmp_path)) == [None, None, "fusedq"]
 
 
-def test_attention_with_more_projections_is_refused() -> None:
+def test_attention_with_more_projections_is_refused(tmp_path: Path) -> None:
     code = """
 from vllm_fusedq.integration.linear import FusedQLinearMethod
 try:
@@ -100,12 +113,12 @@ try:
 except RuntimeError as error:
     print("RESULT " + str(error).replace(chr(10), " "))
 """
-    message = in_vllm_process(code)
+    message = in_vllm_process(code, tmp_path)
     assert "model.layers.0.self_attn.qkv_proj: found an attention layer that fuses 5" in message
     assert "supported: query, key and value projections" in message
 
 
-def test_amx_is_requested_in_every_vllm_process() -> None:
+def test_amx_is_requested_in_every_vllm_process(tmp_path: Path) -> None:
     """Without the request, vLLM's CPU attention dies with SIGILL on some AMX machines."""
     code = """
 import torch, vllm_fusedq
@@ -115,10 +128,10 @@ torch.cpu._init_amx = lambda: asked.append(True)
 vllm_fusedq.register()
 print("RESULT", len(asked))
 """
-    assert in_vllm_process(code) == "1"
+    assert in_vllm_process(code, tmp_path) == "1"
 
 
-def test_g_idx_survives_vllms_weight_mapper() -> None:
+def test_g_idx_survives_vllms_weight_mapper(tmp_path: Path) -> None:
     """vLLM's base class drops `.g_idx` from every quantized checkpoint before it is loaded."""
     code = """
 import json
@@ -127,7 +140,7 @@ mapper = FusedQConfig.get_checkpoint_weight_mapper()
 names = ["model.layers.0.mlp.up_proj.g_idx", "model.layers.0.mlp.up_proj.qweight"]
 print("RESULT " + json.dumps(mapper.apply_list(names)))
 """
-    assert json.loads(in_vllm_process(code)) == [
+    assert json.loads(in_vllm_process(code, tmp_path)) == [
         "model.layers.0.mlp.up_proj.g_idx",
         "model.layers.0.mlp.up_proj.qweight",
     ]

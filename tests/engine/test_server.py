@@ -13,7 +13,7 @@ import pytest
 import torch
 from openai import OpenAI
 
-from engines import mean_error
+from engines import get, mean_error, prompt_logprobs
 from local_server import Server, compile_arguments
 from tiny_models import asset, reference
 from vllm_fusedq.checkpoint import read_checkpoint
@@ -28,22 +28,6 @@ FUSED_LAYERS = 8  # qkv_proj, o_proj, gate_up_proj and down_proj in each of two 
 
 def client(server: Server) -> OpenAI:
     return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
-
-
-def prompt_logprobs(server: Server, token_ids: list[int]) -> list[float | None]:
-    body = {"model": "tiny", "prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0}
-    request = urllib.request.Request(
-        f"{server.url}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        choice = json.load(response)["choices"][0]
-    entries = choice["prompt_logprobs"]
-    return [
-        None if entry is None else entry[str(token)]["logprob"]
-        for token, entry in zip(token_ids, entries, strict=True)
-    ]
 
 
 def test_prompt_logprobs_match_the_producing_library(served: Served) -> None:
@@ -116,14 +100,9 @@ def test_check_and_engine_say_the_same(served: Served) -> None:
     assert all(row in logged for row in rows)
 
 
-def get(server: Server, path: str) -> bytes:
-    with urllib.request.urlopen(f"{server.url}{path}", timeout=60) as response:
-        return response.read()
-
-
 def test_the_live_plan_over_http_and_in_the_report_file(served: Served) -> None:
     name, server = served
-    (rank,) = json.loads(get(server, "/fusedq/plan"))["ranks"]
+    (rank,) = get(server, "/fusedq/plan")["ranks"]
     jsonschema.validate(rank, json.loads(PLAN_SCHEMA.read_text()))
     assert json.loads(server.log_file.with_name("plan.json").read_text()) == rank
     assert rank["model"] == str(asset(name))
@@ -144,14 +123,14 @@ def test_the_live_plan_over_http_and_in_the_report_file(served: Served) -> None:
 
 def test_health_and_metrics_of_the_live_plan(served: Served) -> None:
     _, server = served
-    assert json.loads(get(server, "/fusedq/health")) == {
+    assert get(server, "/fusedq/health") == {
         "status": "healthy",
         "ranks": [{"fused": FUSED_LAYERS, "unquantized": 1, "fallbacks": 0}],
     }
-    (rank,) = json.loads(get(server, "/fusedq/plan"))["ranks"]
-    metrics = dict(
-        line.rsplit(" ", 1) for line in get(server, "/metrics").decode().splitlines() if line
-    )
+    (rank,) = get(server, "/fusedq/plan")["ranks"]
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
+        lines = response.read().decode().splitlines()
+    metrics = dict(line.rsplit(" ", 1) for line in lines if line)
     kernel = rank["layers"][0]["kernel"]
     assert float(metrics[f'fusedq_layers{{kernel="{kernel}"}}']) == FUSED_LAYERS
     size = sum(row["bytes"]["qweight"] for row in rank["layers"])

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from checkpoints import replace, write_checkpoint
-from engines import generate, mean_error
-from tiny_models import asset, reference
+from engines import SMALL_CACHE, generate, get, mean_error, prompt_logprobs
+from local_server import serving
+from tiny_models import UNQUANTIZED, asset, reference
 
 pytestmark = pytest.mark.engine
 
@@ -90,7 +91,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_starts_inside_a_group(tmp_path: Path) -> None:
-    """intermediate 896, group 128: at TP=2 the second rank starts in the middle of group 3."""
+    """intermediate 896, group 128: the second rank of a server starts in the middle of group 3."""
     model = tmp_path / "model"
     generator = torch.Generator().manual_seed(0)
     tables = [
@@ -101,8 +102,18 @@ def test_a_rank_that_starts_inside_a_group(tmp_path: Path) -> None:
     ]
     write_checkpoint(model, "awq", hidden=256, intermediate=896, group_size=128, edits=tables)
     prompts = [[(7 * i + 3 * j) % 30 for i in range(24)] for j in range(3)]
-    one, weights_of_one = run(tmp_path, model, prompts, 1)
-    two, weights_of_two = run(tmp_path, model, prompts, 2)
-    assert_same_weights(weights_of_one, weights_of_two)
+    one, _ = run(tmp_path, model, prompts, 1)
+    arguments = ["--quantization", "fusedq", "--tensor-parallel-size", "2", "--enforce-eager"]
+    arguments += ["--served-model-name", "tiny", "--tokenizer", str(asset(UNQUANTIZED))]
+    arguments += ["--max-model-len", "128", "--dtype", "bfloat16", *SMALL_CACHE]
+    env = TWO_RANKS | {"VLLM_PLUGINS": "fusedq"}
+    with serving(model, tmp_path / "server.log", arguments, **env) as server:
+        ranks = get(server, "/fusedq/plan")["ranks"]
+        two = [prompt_logprobs(server, ids) for ids in prompts]
+    phases = [
+        next(row["phase"] for row in rank["layers"] if "down_proj" in row["layers"])
+        for rank in ranks
+    ]
+    assert phases == [0, 64]
     for a, b in zip(one, two, strict=True):
-        assert mean_error(a["prompt_logprobs"], b["prompt_logprobs"]) <= 0.03
+        assert mean_error(a["prompt_logprobs"], b) <= 0.03

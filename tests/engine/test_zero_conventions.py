@@ -54,7 +54,7 @@ def test_a_worker_tells_or_refuses_a_wrong_checkpoint_format(tmp_path: Path) -> 
     write_checkpoint(tmp_path / "mixed", "gptq-sym", edits=edits, **v2)
     tests = Path(__file__).parents[1]
     code = LOAD.format(path=[str(tests)], folder=str(tmp_path), names=["right", "wrong", "mixed"])
-    answers = json.loads(in_vllm_process(code))
+    answers = json.loads(in_vllm_process(code, tmp_path))
     assert answers["right"] == []
     assert answers["wrong"] == [
         "The config says gptq_v2, the values say gptq (sym is true and every stored zero point 7): "
