@@ -229,13 +229,13 @@ print(json.dumps({{"packed": packed, "beyond": peak - base - packed}}))
 """
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_repacking_needs_at_most_twice_the_packed_layer(tmp_path: Path, device: str) -> None:
+def test_the_process_grows_by_at_most_twice_the_packed_layer(tmp_path: Path) -> None:
+    """As the system counts it; `test_load_memory.py` has every packing, as torch counts it."""
     write_checkpoint(tmp_path / "small", "awq", hidden=64, intermediate=96)
     write_checkpoint(tmp_path / "big", "awq", hidden=1024, intermediate=8192, group_size=128)
     path = [str(Path(__file__).parent)]
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY_PROBE.format(path=path), str(tmp_path), device],
+        [sys.executable, "-c", MEMORY_PROBE.format(path=path), str(tmp_path), "gpu"],
         capture_output=True,
         text=True,
     )
