@@ -252,7 +252,7 @@ BAD_STATES = {
     "no map": (drop(f"{UP}.weight.quant_map"), "found no tensor weight.quant_map"),
     "few absmax": (
         replace(f"{UP}.weight.absmax", lambda t: t[:-1]),
-        r"weight.absmax of shape \[191\]; supported: \[192\] for 96 out_features x 64 in_fe",
+        r"weight.absmax of shape \[191\]; supported: the 192 elements of uint8 \[96, 2\] for 96 ",
     ),
     "absmax dtype": (
         replace(f"{UP}.weight.absmax", torch.Tensor.float),

@@ -33,7 +33,7 @@ from vllm_fusedq.formats.base import (
     check_slices,
 )
 from vllm_fusedq.formats.headers import REDO
-from vllm_fusedq.formats.layer import SCALE_DTYPES, check_finite
+from vllm_fusedq.formats.layer import DTYPES, SCALE_DTYPES, check_finite
 from vllm_fusedq.formats.support import Support
 from vllm_fusedq.formats.unpacking import take, unpack_columns
 
@@ -107,10 +107,15 @@ class BitsAndBytesFormat(CheckpointFormat):
             found = f"{'' if nested else 'no '}tensors of double quantization"
             supported = f"tensors and {name} that agree"
             raise _refused(module, f"{found}, of which {name} says otherwise", supported, REDO)
+        absmax_dtypes = (DType.UINT8,) if nested else SCALE_DTYPES
+        absmax = _vector(ABSMAX, blocks, *absmax_dtypes)
+        if state.k % state.blocksize == 0 and ABSMAX in stored:
+            # Every row begins with a block; elsewhere a rank keeps all blocks while it loads
+            found = DTYPES.get(stored[ABSMAX].dtype, absmax.dtype)
+            absmax = TensorLayout(ABSMAX, (Dim("n"), Dim("g")), absmax_dtypes, flat=found)
         layouts = [
             TensorLayout(WEIGHT, (Dim("n"), Dim("k", 2)), STORAGE_DTYPES, flat=DType.UINT8),
-            # Rows need not begin with a block, so every rank keeps all blocks while it loads
-            _vector(ABSMAX, blocks, *((DType.UINT8,) if nested else SCALE_DTYPES)),
+            absmax,
             _vector(QUANT_MAP, len(STATES[name].codebook), DType.FLOAT32),
             _vector(name, len(raw), DType.UINT8),
         ]
@@ -260,9 +265,11 @@ def _absmax(
     groups = torch.arange(*region.groups(layer.spec.group_size), device=stored.device)
     first_weight = rows[:, None] * layer.k + groups * layer.spec.group_size
     blocks = first_weight // state.blocksize
+    if stored.ndim == 1:
+        stored = stored[blocks]
     if state.nested_blocksize is None:
-        return stored[blocks].float()
-    levels = tensors[NESTED_MAP][stored[blocks].int()]
+        return stored.float()
+    levels = tensors[NESTED_MAP][stored.int()]
     scales = tensors[NESTED_ABSMAX][blocks // state.nested_blocksize]
     offset = torch.tensor(state.nested_offset, dtype=torch.float32, device=stored.device)
     return levels * scales + offset

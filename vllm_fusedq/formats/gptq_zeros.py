@@ -115,7 +115,10 @@ def judge(
         return Finding(said, None, "")
     codes = unpack(qweight[:, :rows].T, layer.bits, region.k_start, region.k)
     counts = torch.bincount(groups, minlength=stored.shape[1])
-    excess = codes.sum().item() - (stored[:rows].long() * counts).sum().item()
+    # A histogram needs no wider copy of the codes, as their sum does
+    numbers = torch.bincount(codes.view(-1), minlength=1 << layer.bits)
+    total = (numbers * torch.arange(len(numbers), device=numbers.device)).sum().item()
+    excess = total - (stored[:rows].long() * counts).sum().item()
     excess /= codes.numel()
     found = _named(excess, CLOSE)
     if found not in (None, said):
