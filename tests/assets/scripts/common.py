@@ -146,3 +146,21 @@ def update_json(path: Path, value: dict) -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
     known.update(value)
     path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+
+
+def write_reference(path: Path, reference: dict) -> None:
+    """A line per prompt and per layer; log-probabilities as exact as the fp32 they come from."""
+    prompts = [json.dumps(rounded(prompt)) for prompt in reference["prompts"]]
+    layers = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in reference["layers"].items()]
+    head = {k: v for k, v in reference.items() if k not in ("prompts", "layers")}
+    lines = ",\n".join([json.dumps(head)[1:-1], '"prompts": [\n' + ",\n".join(prompts) + "]"])
+    path.write_text("{" + lines + ',\n"layers": {\n' + ",\n".join(layers) + "}}\n")
+
+
+def rounded(value):
+    """Floats with 6 digits behind the point."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return round(value, 6) if isinstance(value, float) else value

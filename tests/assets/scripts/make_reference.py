@@ -287,7 +287,7 @@ def main() -> None:
         "layers": layers,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(reference, indent=1) + "\n")
+    common.write_reference(args.out, reference)
 
 
 if __name__ == "__main__":

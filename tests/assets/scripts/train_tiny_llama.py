@@ -44,7 +44,7 @@ def train_tokenizer(texts: list[tuple[str, str]], out: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos_id)]
     )
-    tokenizer.save(str(out / "tokenizer.json"))
+    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     # Written by hand: the class name transformers 5 would write is unknown to transformers 4,
     # which the older quantizers need.
     settings = {
