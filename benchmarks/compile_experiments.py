@@ -13,7 +13,6 @@ import torch
 import typer
 
 from fusedq_kernels import audit
-from fusedq_kernels.device import device_by_name
 from fusedq_kernels.types import QuantSpec, WeightType
 from gemmbench.experiments import EXPERIMENTS
 from gemmbench.variants import Variant, decoding, describe
@@ -36,11 +35,10 @@ def main(number: Annotated[list[int], typer.Argument(help="of the experiments")]
 
 def compiled_rows(variants: list[Variant]) -> Iterator[str]:
     """A printed line per variant with a tile of its own."""
-    device = device_by_name(TARGET)
     spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
     for variant in (each for each in variants if each.tile is not None):
         with decoding(dict(variant.decoders)):
-            row = audit._audit_one(TARGET, device, variant.tile, spec, torch.bfloat16)
+            row = audit.audit_tile(TARGET, variant.tile, spec, torch.bfloat16)
         problems = ", ".join(row.problems) or "fine"
         yield (
             f"{variant.name}: {describe(variant.tile)}: {row.registers} registers, "

@@ -1,12 +1,13 @@
 """Compiles a Triton kernel for a GPU that is not here, and reads what came of it.
 
-`audit.py` and `audit_slices.py` say which kernels, and what they may look like.
+`audit.py`, `audit_slices.py` and `audit_gather.py` say which kernels, `audit_row.py` what they may
+look like.
 """
 
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,11 +16,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedq_kernels import gemm
+from fusedq_kernels.audit_row import WARP_SIZE
 from fusedq_kernels.device import KNOWN_DEVICES
-from fusedq_kernels.types import DeviceSpec
+from fusedq_kernels.geometry import GroupGeometry, group_geometry
+from fusedq_kernels.types import DeviceSpec, QuantSpec
 
+# In-features of an audited weight: groups of this size or more are one group per channel.
+AUDIT_K = 1 << 16
 TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-WARP_SIZE = 32
+
 
 _ALIGNED = [["tt.divisibility", gemm.ALIGNMENT]]
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
@@ -40,17 +45,43 @@ def target_of(device: DeviceSpec) -> GPUTarget:
     return GPUTarget("cuda", 10 * major + minor, WARP_SIZE)
 
 
+def audited_groups(spec: QuantSpec) -> GroupGeometry:
+    """Where the groups of an audited weight fall."""
+    return group_geometry(AUDIT_K, spec.group_size, 0)
+
+
+def variant(target: str, spec: QuantSpec, act_dtype: torch.dtype) -> dict[str, object]:
+    """What is compiled for whom, by field of `CompiledRow`."""
+    return {
+        "target": target,
+        "weight_type": spec.weight_type.value,
+        "act_dtype": TRITON_NAMES[act_dtype],
+        "group_size": spec.group_size,
+    }
+
+
+def pointer_types(spec: QuantSpec, act_dtype: torch.dtype) -> dict[str, str]:
+    """Triton's type of every pointer that a kernel of ours takes, by argument name."""
+    act = "*" + TRITON_NAMES[act_dtype]
+    return {
+        **dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr", "out_ptr"), act),
+        **dict.fromkeys(("qweight_ptr", "arrivals_ptr", "perm_ptr"), "*i32"),
+        "scales_ptr": "*i32" if spec.has_zero_points else "*fp32",
+        "partial_ptr": "*fp32",
+        "ids_ptr": "*i64",
+    }
+
+
 def compile_kernel(
     kernel: triton.JITFunction,
     target: GPUTarget,
     constants: Mapping[str, object],
     pointers: Mapping[str, str],
-    aligned: Collection[str],
     **options: object,
 ) -> triton.compiler.CompiledKernel:
-    """Compile as a launch would specialise it; arguments without a type in `pointers` are int32.
+    """Compile as a launch does whose arguments are multiples of 16 wherever the kernel asks.
 
-    `aligned` names the arguments that are multiples of 16.
+    Arguments without a type in `pointers` are int32; an argument that is None is a constant.
     """
     if gemm.INTERPRETED:
         raise RuntimeError("unset TRITON_INTERPRET: the interpreter has no compiler")
@@ -58,7 +89,12 @@ def compile_kernel(
         name: "constexpr" if name in constants else pointers.get(name, "i32")
         for name in kernel.arg_names
     }
-    attrs = {(i,): _ALIGNED for i, name in enumerate(kernel.arg_names) if name in aligned}
+    attrs = {
+        (each.num,): _ALIGNED
+        for each in kernel.params
+        if each.name not in constants
+        and not (each.do_not_specialize or each.do_not_specialize_on_alignment)
+    }
     return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attrs),
         target=target,
@@ -66,24 +102,26 @@ def compile_kernel(
     )
 
 
-def disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], dict[str, int]]:
-    """SASS as (address, text) and the REG and STACK figures of `cuobjdump -res-usage`."""
+def disassemble(
+    kernel: triton.compiler.CompiledKernel,
+) -> tuple[list[tuple[int, str]], dict[str, int]]:
+    """SASS as (address, text), and what a thread and a block take, by field of `CompiledRow`."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(kernel.asm["cubin"])
         file.flush()
-        sass = subprocess.run(
-            [tool, "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        done = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        sass, usage = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
+            for option in ("-sass", "-res-usage")
         )
-    usage = {
-        key: int(value)
-        for key, value in re.findall(r"\b(REG|STACK):(\d+)", done.stdout + done.stderr)
+    used = dict(re.findall(r"\b(REG|STACK):(\d+)", usage.stdout + usage.stderr))
+    matches = (_INSTRUCTION.match(line) for line in sass.stdout.splitlines())
+    resources = {
+        "registers": int(used["REG"]),
+        "stack": int(used["STACK"]),
+        "smem": kernel.metadata.shared,
     }
-    matches = (_INSTRUCTION.match(line) for line in sass.splitlines())
-    return [(int(m[1], 16), m[2]) for m in matches if m], usage
+    return [(int(m[1], 16), m[2]) for m in matches if m], resources
 
 
 def opcode(text: str) -> str:

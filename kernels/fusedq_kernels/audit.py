@@ -14,7 +14,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,15 +25,24 @@ from fusedq_kernels import audit_slices, gemm
 from fusedq_kernels.ahead_of_time import (
     TRITON_NAMES,
     architectures,
+    audited_groups,
     compile_kernel,
     disassemble,
     main_loop,
     opcode,
+    pointer_types,
     target_of,
+    variant,
 )
-from fusedq_kernels.audit_row import AuditRow, tile_name
+from fusedq_kernels.audit_row import (
+    RESOURCE_COLUMNS,
+    SCHEME_COLUMNS,
+    VERDICT_COLUMNS,
+    AuditRow,
+    Columns,
+    tile_name,
+)
 from fusedq_kernels.device import device_by_name
-from fusedq_kernels.geometry import GroupGeometry, group_geometry
 from fusedq_kernels.heuristics import tiles_for
 from fusedq_kernels.tiles import rules_for
 from fusedq_kernels.types import (
@@ -45,11 +54,7 @@ from fusedq_kernels.types import (
     layout_for,
 )
 
-AUDIT_K = 1 << 16
-
 _ACT_DTYPES = {name: dtype for dtype, name in TRITON_NAMES.items()}
-_SPLIT_POINTERS = ("partial_ptr", "arrivals_ptr")
-_POINTERS = ("x_ptr", "qweight_ptr", "scales_ptr", "bias_ptr", "y_ptr", *_SPLIT_POINTERS)
 _MMA_PTX = re.compile(r"\b(wgmma)\.mma_async|\b(mma)\.sync|\b(tcgen05)\.mma")
 
 
@@ -68,23 +73,18 @@ def audit(
 
     `tiles` names the tiles to keep ("16x128", "128x128s" where the scale multiplies the weights) of
     all those that `select` can return for the device and group size. A group size of at least
-    `AUDIT_K` stands for per-channel scales, `scale_dtype` None for that of the activations. With
-    `batch_invariant` only the tile for more than 64 tokens, adding up 4 segments of K: the others
-    are those of any layer.
+    `ahead_of_time.AUDIT_K` stands for per-channel scales, `scale_dtype` None for that of the
+    activations. With `batch_invariant` only the tile for more than 64 tokens, adding up 4 segments
+    of K: the others are those of any layer.
     """
     device = device_by_name(target)
     return [
-        _audit_one(
-            target,
-            device,
-            replace(tile, split_k=split_k),
-            QuantSpec(weight_type, group_size, scale_dtype or act_dtype),
-            act_dtype,
-        )
+        audit_tile(target, replace(tile, split_k=split_k), spec, act_dtype)
         for group_size in group_sizes
         for weight_type in weight_types
         for act_dtype in act_dtypes
-        for tile in _tiles(device, weight_type, _geometry(group_size).step, batch_invariant)
+        for spec in [QuantSpec(weight_type, group_size, scale_dtype or act_dtype)]
+        for tile in _tiles(device, weight_type, audited_groups(spec).step, batch_invariant)
         if tiles is None or tile_name(tile) in tiles
     ]
 
@@ -99,27 +99,17 @@ def _tiles(
     return tuple(replace(choice.tile, segments=4) for choice in many.choices)
 
 
-def _geometry(group_size: int) -> GroupGeometry:
-    return group_geometry(AUDIT_K, group_size, 0)
-
-
-def _audit_one(
-    target: str, device: DeviceSpec, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype
-) -> AuditRow:
-    kernel = compile_gemm(target_of(device), tile, spec, act_dtype)
-    instructions, usage = disassemble(kernel.asm["cubin"])
+def audit_tile(target: str, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype) -> AuditRow:
+    """Compile one tile for `target`, a name known to `device_by_name`."""
+    kernel = compile_gemm(target_of(device_by_name(target)), tile, spec, act_dtype)
+    instructions, resources = disassemble(kernel)
     body = main_loop(instructions)
     ops = Counter(opcode(text).split(".")[0] for text in body)
     mma = {name for match in _MMA_PTX.findall(kernel.asm["ptx"]) for name in match if name}
     return AuditRow(
-        target=target,
+        **variant(target, spec, act_dtype),
+        **resources,
         tile=tile,
-        weight_type=spec.weight_type.value,
-        act_dtype=TRITON_NAMES[act_dtype],
-        group_size=spec.group_size,
-        registers=usage["REG"],
-        stack=usage["STACK"],
-        smem=kernel.metadata.shared,
         tmem=kernel.metadata.tmem_size,
         mma="+".join(sorted(mma)),
         loop_instructions=len(body),
@@ -133,26 +123,16 @@ def compile_gemm(
     target: GPUTarget, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype
 ) -> triton.compiler.CompiledKernel:
     """Compile the main kernel exactly as `fused_gemm` would specialise it, with a bias."""
-    geometry = _geometry(spec.group_size)
-    constants = gemm.kernel_constants(
-        spec, geometry.step, geometry.num_groups, tile, act_dtype, has_bias=True
-    )
-    act = "*" + TRITON_NAMES[act_dtype]
-    scales = "*i32" if spec.has_zero_points else "*fp32"
-    pointers = dict(zip(_POINTERS, (act, "*i32", scales, act, act, "*fp32", "*i32"), strict=True))
+    groups = audited_groups(spec)
+    constants = gemm.kernel_constants(spec, groups, tile, act_dtype, has_bias=True)
+    pointers = pointer_types(spec, act_dtype)
     if tile.x_descriptor:
-        block = f"{tile.block_m}, {geometry.step}"
+        block = f"{tile.block_m}, {groups.step}"
         pointers["x_ptr"] = f"tensordesc<{TRITON_NAMES[act_dtype]}[{block}]>"
     if tile.split_k == 1:
-        # The JIT takes an argument that is None for a constant.
-        constants |= dict.fromkeys(_SPLIT_POINTERS)
+        constants |= dict.fromkeys(("partial_ptr", "arrivals_ptr"))
     return compile_kernel(
-        gemm.fused_gemm_kernel,
-        target,
-        constants,
-        pointers,
-        {*pointers, *gemm.ALIGNED_ARGS, "N"} - {*constants, "bias_ptr"},
-        **gemm.launch_options(tile),
+        gemm.fused_gemm_kernel, target, constants, pointers, **gemm.launch_options(tile)
     )
 
 
@@ -167,25 +147,20 @@ def format_table(rows: Sequence[object], columns: Mapping[str, Callable[..., obj
     )
 
 
-_COLUMNS: dict[str, Callable[[AuditRow], object]] = {
+_COLUMNS: Columns = {
     "target": lambda row: row.target,
     "tile": lambda row: row.tile_name,
     "warps": lambda row: row.tile.num_warps,
     "stages": lambda row: row.tile.num_stages,
-    "weight": lambda row: row.weight_type,
-    "act": lambda row: row.act_dtype,
-    "group": lambda row: row.group_size,
-    "regs": lambda row: row.registers,
-    "stack": lambda row: row.stack,
-    "smem": lambda row: row.smem,
+    **SCHEME_COLUMNS,
+    **RESOURCE_COLUMNS,
     "tmem": lambda row: row.tmem,
     "mma": lambda row: row.mma,
     "loop": lambda row: row.loop_instructions,
     "instr/w": lambda row: f"{row.instructions_per_weight:.2f}",
     "STS": lambda row: row.sts,
     "LDG": lambda row: row.ldg,
-    "local": lambda row: row.local,
-    "problems": lambda row: ", ".join(row.problems) or "none",
+    **VERDICT_COLUMNS,
 }
 
 
@@ -199,8 +174,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.csv:
         write_csv(args.csv, rows, slices)
     if args.json:
-        found = {"fused": [*map(as_json, rows)], "slices": [*map(as_json, slices)]}
-        print(json.dumps({"triton": triton.__version__, **found}, indent=1))
+        found = {"fused": rows, "slices": slices}
+        lists = {name: [row.as_json() for row in each] for name, each in found.items()}
+        print(json.dumps({"triton": triton.__version__, **lists}, indent=1))
     else:
         print(f"triton {triton.__version__}\n{format_table(rows, _COLUMNS)}")
         if slices:
@@ -277,14 +253,6 @@ def _slice_rows(args: argparse.Namespace) -> list[audit_slices.SliceRow]:
 
 def _targets(args: argparse.Namespace) -> list[str]:
     return architectures() if args.target == "all" else [args.target]
-
-
-def as_json(row: AuditRow | audit_slices.SliceRow) -> dict[str, object]:
-    """Its fields, and what follows from them."""
-    return asdict(row) | {
-        "instructions_per_weight": row.instructions_per_weight,
-        "problems": row.problems,
-    }
 
 
 if __name__ == "__main__":

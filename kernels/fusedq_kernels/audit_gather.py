@@ -10,65 +10,55 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import triton
-from triton.compiler import ASTSource
 
-from fusedq_kernels import gather_kernel, geometry
-from fusedq_kernels.ahead_of_time import disassemble, opcode, target_of
-from fusedq_kernels.decode import DECODERS
+from fusedq_kernels import gather_kernel, gemm
+from fusedq_kernels.ahead_of_time import (
+    AUDIT_K,
+    audited_groups,
+    compile_kernel,
+    disassemble,
+    opcode,
+    pointer_types,
+    target_of,
+    variant,
+)
+from fusedq_kernels.audit_row import WARP_SIZE, CompiledRow
 from fusedq_kernels.device import device_by_name
-from fusedq_kernels.gemm import ALIGNMENT, FP_FUSION, INTERPRETED
+from fusedq_kernels.geometry import BLOCK_K
 from fusedq_kernels.types import QuantSpec, WeightType
 
-AUDIT_K = 1 << 16
-_TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-_POINTERS = ("ids_ptr", "qweight_ptr", "scales_ptr", "perm_ptr", "y_ptr")
-_ALIGNED = [["tt.divisibility", ALIGNMENT]]
+_GROUP_SIZES = (8, 32, 128, AUDIT_K)
 _WIDE_LOAD = "LDG.E.128"
-_MAX_REGISTERS = 255
 
 
-@dataclass(frozen=True, slots=True)
-class GatherRow:
-    """`stack` and `smem` are bytes; the counts are SASS instructions of one thread."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatherRow(CompiledRow):
+    """The counts are SASS instructions of one thread."""
 
-    target: str
-    weight_type: str
-    act_dtype: str
-    group_size: int
+    DERIVED = ("instructions_per_value", "problems")
+
     has_perm: bool
-    registers: int
-    stack: int
-    smem: int
     instructions: int
     wide_loads: int
-    local: int
 
     @property
     def instructions_per_value(self) -> float:
-        return self.instructions * 32 / (gather_kernel.BLOCK_M * geometry.BLOCK_K)
+        threads = gather_kernel.NUM_WARPS * WARP_SIZE
+        return self.instructions * threads / (gather_kernel.BLOCK_M * BLOCK_K)
 
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """Everything that keeps this variant from being shipped."""
-        found = []
-        if self.local or self.stack or self.registers > _MAX_REGISTERS:
-            found.append("spills")
-        if self.smem > device_by_name(self.target).smem_per_block:
-            found.append("shared memory")
-        if not self.wide_loads:
-            found.append("narrow loads of packed words")
-        return tuple(found)
+    def _problems(self) -> list[str]:
+        return [] if self.wide_loads else ["narrow loads of packed words"]
 
 
 def audit_gather(
     target: str,
-    weight_types: Iterable[WeightType] = tuple(DECODERS),
-    act_dtypes: Iterable[torch.dtype] = tuple(_TRITON_NAMES),
-    group_sizes: Iterable[int] = (8, 32, 128, AUDIT_K),
+    weight_types: Iterable[WeightType] = tuple(WeightType),
+    act_dtypes: Iterable[torch.dtype] = gemm.ACT_DTYPES,
+    group_sizes: Iterable[int] = _GROUP_SIZES,
     has_perm: bool = False,
 ) -> list[GatherRow]:
     """Compile each combination for `target`, a name known to `device_by_name`."""
@@ -82,19 +72,14 @@ def audit_gather(
 
 def _audit_one(target: str, spec: QuantSpec, act_dtype: torch.dtype, has_perm: bool) -> GatherRow:
     kernel = compile_gather(target, spec, act_dtype, has_perm)
-    instructions, usage = disassemble(kernel.asm["cubin"])
+    instructions, resources = disassemble(kernel)
     names = [opcode(text) for _, text in instructions]
     # What stands behind the last exit is padding
     names = names[: len(names) - names[::-1].index("EXIT")]
     return GatherRow(
-        target=target,
-        weight_type=spec.weight_type.value,
-        act_dtype=_TRITON_NAMES[act_dtype],
-        group_size=spec.group_size,
+        **variant(target, spec, act_dtype),
+        **resources,
         has_perm=has_perm,
-        registers=usage["REG"],
-        stack=usage["STACK"],
-        smem=kernel.metadata.shared,
         instructions=len(names),
         wide_loads=sum(name.startswith(_WIDE_LOAD) for name in names),
         local=sum(name.startswith(("LDL", "STL")) for name in names),
@@ -105,34 +90,16 @@ def compile_gather(
     target: str, spec: QuantSpec, act_dtype: torch.dtype, has_perm: bool
 ) -> triton.compiler.CompiledKernel:
     """Compile the kernel exactly as `gather_rows` would specialise it."""
-    if INTERPRETED:
-        raise RuntimeError("unset TRITON_INTERPRET: the interpreter has no compiler")
-    kernel = gather_kernel.gather_kernel
-    groups = geometry.group_geometry(AUDIT_K, spec.group_size, 0)
-    constants = gather_kernel.gather_constants(spec, groups.step, groups.num_groups, has_perm)
+    constants = gather_kernel.gather_constants(spec, audited_groups(spec), has_perm)
     if not has_perm:
-        # The JIT takes an argument that is None for a constant.
         constants["perm_ptr"] = None
-    scales = "*i32" if spec.has_zero_points else "*fp32"
-    act = "*" + _TRITON_NAMES[act_dtype]
-    pointers = dict(zip(_POINTERS, ("*i64", "*i32", scales, "*i32", act), strict=True))
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "i32")
-        for name in kernel.arg_names
-    }
-    aligned = {*pointers, "K", "n_padded"} - {*constants, "ids_ptr"}
-    attrs = {(i,): _ALIGNED for i, name in enumerate(kernel.arg_names) if name in aligned}
-    return triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs),
-        target=target_of(device_by_name(target)),
-        options={"num_warps": gather_kernel.NUM_WARPS, "enable_fp_fusion": FP_FUSION},
+    return compile_kernel(
+        gather_kernel.gather_kernel,
+        target_of(device_by_name(target)),
+        constants,
+        pointer_types(spec, act_dtype),
+        num_warps=gather_kernel.NUM_WARPS,
     )
-
-
-def as_json(row: GatherRow) -> dict[str, object]:
-    """Its fields, and what follows from them."""
-    derived = {"instructions_per_value": row.instructions_per_value, "problems": row.problems}
-    return asdict(row) | derived
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,14 +107,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fusedq_kernels.audit_gather")
     add = parser.add_argument
     add("--target", default="sm_90", help="known device or architecture")
-    add("--weight-type", nargs="+", type=WeightType, default=list(DECODERS))
-    add("--group-size", nargs="+", type=int, default=[8, 32, 128, AUDIT_K])
+    add("--weight-type", nargs="+", type=WeightType, default=list(WeightType))
+    add("--group-size", nargs="+", type=int, default=_GROUP_SIZES)
     add("--perm", action="store_true", help="with activation reordering")
     args = parser.parse_args(argv)
     rows = audit_gather(
         args.target, args.weight_type, group_sizes=args.group_size, has_perm=args.perm
     )
-    print(json.dumps([as_json(row) for row in rows], indent=1))
+    print(json.dumps([row.as_json() for row in rows], indent=1))
     return 1 if any(row.problems for row in rows) else 0
 
 

@@ -1,16 +1,20 @@
 """What the compiler made of one kernel variant, and what is wrong with it.
 
-`audit.py` compiles and counts. The budgets are what the tiles of `tiles.py` take with Triton 3.9,
-and what a memory-bound GPU has to spare.
+`audit.py`, `audit_slices.py` and `audit_gather.py` compile and count. The budgets of the main
+kernel are what the tiles of `tiles.py` take with Triton 3.9, and what a memory-bound GPU has to
+spare.
 """
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 from fusedq_kernels.device import device_by_name
 from fusedq_kernels.geometry import BLOCK_K
 from fusedq_kernels.types import TileConfig
 
-_WARP_SIZE = 32
+WARP_SIZE = 32
 _MAX_REGISTERS = 255
 _MAX_TMEM = 512
 # Bytes per thread that the last sum of a split may keep in memory, beside the main loop.
@@ -32,28 +36,76 @@ _INSTRUCTIONS = {
 _SHARE = {"uint4": 1, "uint4b8": 1, "uint8": 1.5, "uint8b128": 1.25, "nf4": 1.6, "fp4": 1.6}
 
 
-@dataclass(frozen=True, slots=True)
-class AuditRow:
-    """`smem` and `stack` are bytes, `stack` above zero means spilled registers; `tmem` is columns
-    of tensor memory (sm_100). The counts from `loop_instructions` on are SASS instructions of one
-    thread in one K block of the main loop: `sts` stores to shared memory, `ldg` loads from global
-    memory that were not made asynchronous, `local` spill traffic.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledRow(ABC):
+    """What every audit looks at: `smem` and `stack` are bytes, `stack` above zero means spilled
+    registers, and `local` is the SASS instructions of one thread that move those.
     """
 
+    DERIVED: ClassVar[tuple[str, ...]] = ("instructions_per_weight", "problems")
+
     target: str
-    tile: TileConfig
     weight_type: str
     act_dtype: str
     group_size: int
     registers: int
     stack: int
     smem: int
+    local: int
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Everything that keeps this variant from being shipped."""
+        found = []
+        if self.local or self.stack > self._max_stack() or self.registers > _MAX_REGISTERS:
+            found.append("spills")
+        if self.smem > device_by_name(self.target).smem_per_block:
+            found.append("shared memory")
+        return (*found, *self._problems())
+
+    def _max_stack(self) -> int:
+        return 0
+
+    @abstractmethod
+    def _problems(self) -> list[str]:
+        """Those of this kernel alone."""
+
+    def as_json(self) -> dict[str, object]:
+        """Its fields, and what follows from them."""
+        return asdict(self) | {name: getattr(self, name) for name in self.DERIVED}
+
+
+Columns = dict[str, Callable[..., object]]
+
+SCHEME_COLUMNS: Columns = {
+    "weight": lambda row: row.weight_type,
+    "act": lambda row: row.act_dtype,
+    "group": lambda row: row.group_size,
+}
+RESOURCE_COLUMNS: Columns = {
+    "regs": lambda row: row.registers,
+    "stack": lambda row: row.stack,
+    "smem": lambda row: row.smem,
+}
+VERDICT_COLUMNS: Columns = {
+    "local": lambda row: row.local,
+    "problems": lambda row: ", ".join(row.problems) or "none",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRow(CompiledRow):
+    """`tmem` is columns of tensor memory (sm_100). The counts from `loop_instructions` on, and
+    `local`, are SASS instructions of one thread in one K block of the main loop: `sts` stores to
+    shared memory, `ldg` loads from global memory that were not made asynchronous.
+    """
+
+    tile: TileConfig
     tmem: int
     mma: str
     loop_instructions: int
     sts: int
     ldg: int
-    local: int
 
     @property
     def tile_name(self) -> str:
@@ -61,19 +113,14 @@ class AuditRow:
 
     @property
     def instructions_per_weight(self) -> float:
-        threads = self.tile.num_warps * _WARP_SIZE
+        threads = self.tile.num_warps * WARP_SIZE
         return self.loop_instructions * threads / (self.tile.block_n * BLOCK_K)
 
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """Everything that keeps this variant from being shipped."""
-        device = device_by_name(self.target)
+    def _max_stack(self) -> int:
+        return _MAX_SPLIT_STACK if self.tile.split_k > 1 else 0
+
+    def _problems(self) -> list[str]:
         found = []
-        stack = _MAX_SPLIT_STACK if self.tile.split_k > 1 else 0
-        if self.local or self.stack > stack or self.registers > _MAX_REGISTERS:
-            found.append("spills")
-        if self.smem > device.smem_per_block:
-            found.append("shared memory")
         if self.tmem > _MAX_TMEM:
             found.append("tensor memory")
         if not self.loop_instructions:
@@ -83,13 +130,13 @@ class AuditRow:
         if self.ldg:
             found.append("loads that are waited for")
         # Triton 3.6 compiles 8 tokens to mma.sync everywhere.
-        expected = {_TENSOR_CORES.get(device.capability[0], "mma")}
+        expected = {_TENSOR_CORES.get(device_by_name(self.target).capability[0], "mma")}
         expected |= {"mma"} if self.tile.block_m == 8 else set()
         if self.mma not in expected:
             found.append("tensor cores")
         if self.instructions_per_weight > self._budget():
             found.append("instructions")
-        return tuple(found)
+        return found
 
     def _budget(self) -> float:
         """mma.sync and small groups repeat work that the budget does not count."""

@@ -8,68 +8,61 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from fusedq_kernels import gemm, staged
 from fusedq_kernels.ahead_of_time import (
-    TRITON_NAMES,
-    WARP_SIZE,
+    audited_groups,
     compile_kernel,
     disassemble,
     opcode,
+    pointer_types,
     target_of,
+    variant,
+)
+from fusedq_kernels.audit_row import (
+    RESOURCE_COLUMNS,
+    SCHEME_COLUMNS,
+    VERDICT_COLUMNS,
+    WARP_SIZE,
+    Columns,
+    CompiledRow,
 )
 from fusedq_kernels.device import device_by_name
-from fusedq_kernels.geometry import BLOCK_K, group_geometry
+from fusedq_kernels.geometry import BLOCK_K
 from fusedq_kernels.types import QuantSpec, WeightType
 
-_K = 1 << 16
-_POINTERS = ("qweight_ptr", "scales_ptr", "out_ptr")
-_ALIGNED = {*_POINTERS, "K", "n_padded", "pad"}
 _WIDE = {"128", "256"}
 # SASS instructions per weight of the whole kernel, with Triton 3.9: 8 to 12, the most with groups
 # of 8 rows. Writing 16 bits per weight to L2 leaves time for about 10.
 _MAX_INSTRUCTIONS = 13.0
 
 
-@dataclass(frozen=True, slots=True)
-class SliceRow:
-    """`smem` and `stack` are bytes. Of one thread: `wide_loads` and `wide_stores` are accesses to
-    global memory of 16 bytes or more, `narrow_stores` the others that store, `local` spills.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceRow(CompiledRow):
+    """SASS instructions of one thread: `wide_loads` and `wide_stores` are accesses to global memory
+    of 16 bytes or more, `narrow_stores` the others that store.
     """
 
-    target: str
-    weight_type: str
-    act_dtype: str
-    group_size: int
-    registers: int
-    stack: int
-    smem: int
     instructions: int
     wide_loads: int
     wide_stores: int
     narrow_stores: int
-    local: int
 
     @property
     def instructions_per_weight(self) -> float:
         threads = staged.NUM_WARPS * WARP_SIZE
         return self.instructions * threads / (staged.BLOCK_N * BLOCK_K)
 
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """Everything that keeps this variant from being shipped."""
+    def _problems(self) -> list[str]:
         found = []
-        if self.local or self.stack:
-            found.append("spills")
-        if self.smem > device_by_name(self.target).smem_per_block:
-            found.append("shared memory")
         if not self.wide_loads:
             found.append("narrow loads")
         if self.narrow_stores or not self.wide_stores:
             found.append("narrow stores")
         if self.instructions_per_weight > _MAX_INSTRUCTIONS:
             found.append("instructions")
-        return tuple(found)
+        return found
 
 
 def audit_slices(
@@ -87,34 +80,28 @@ def audit_slices(
     ]
 
 
-def compile_slice(target: str, spec: QuantSpec, act_dtype: torch.dtype) -> object:
+def compile_slice(
+    target: str, spec: QuantSpec, act_dtype: torch.dtype
+) -> triton.compiler.CompiledKernel:
     """Compile `dequantize_slice_kernel` exactly as `staged.dequantize` would specialise it."""
-    geometry = group_geometry(_K, spec.group_size, 0)
-    scales = "*i32" if spec.has_zero_points else "*fp32"
     return compile_kernel(
         staged.dequantize_slice_kernel,
         target_of(device_by_name(target)),
-        staged.slice_constants(spec, geometry.step, geometry.num_groups),
-        dict(zip(_POINTERS, ("*i32", scales, "*" + TRITON_NAMES[act_dtype]), strict=True)),
-        _ALIGNED,
+        staged.slice_constants(spec, audited_groups(spec)),
+        pointer_types(spec, act_dtype),
         num_warps=staged.NUM_WARPS,
     )
 
 
 def _audit_one(target: str, spec: QuantSpec, act_dtype: torch.dtype) -> SliceRow:
     kernel = compile_slice(target, spec, act_dtype)
-    instructions, usage = disassemble(kernel.asm["cubin"])
+    instructions, resources = disassemble(kernel)
     codes = [opcode(text).split(".") for _, text in instructions]
     wide = [code[0] for code in codes if _WIDE & set(code[1:])]
     names = [code[0] for code in codes]
     return SliceRow(
-        target=target,
-        weight_type=spec.weight_type.value,
-        act_dtype=TRITON_NAMES[act_dtype],
-        group_size=spec.group_size,
-        registers=usage["REG"],
-        stack=usage["STACK"],
-        smem=kernel.metadata.shared,
+        **variant(target, spec, act_dtype),
+        **resources,
         instructions=len(instructions),
         wide_loads=wide.count("LDG"),
         wide_stores=wide.count("STG"),
@@ -123,18 +110,13 @@ def _audit_one(target: str, spec: QuantSpec, act_dtype: torch.dtype) -> SliceRow
     )
 
 
-COLUMNS = {
+COLUMNS: Columns = {
     "target": lambda row: row.target,
-    "weight": lambda row: row.weight_type,
-    "act": lambda row: row.act_dtype,
-    "group": lambda row: row.group_size,
-    "regs": lambda row: row.registers,
-    "stack": lambda row: row.stack,
-    "smem": lambda row: row.smem,
+    **SCHEME_COLUMNS,
+    **RESOURCE_COLUMNS,
     "instr/w": lambda row: f"{row.instructions_per_weight:.2f}",
     "wide LDG": lambda row: row.wide_loads,
     "wide STG": lambda row: row.wide_stores,
     "narrow STG": lambda row: row.narrow_stores,
-    "local": lambda row: row.local,
-    "problems": lambda row: ", ".join(row.problems) or "none",
+    **VERDICT_COLUMNS,
 }

@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedq_kernels import geometry
 from fusedq_kernels.decode import BLOCK_K, scale_of
 from fusedq_kernels.gemm import FP_FUSION, weight_constants
 from fusedq_kernels.gemm_kernel import scaled
+from fusedq_kernels.geometry import GroupGeometry, group_geometry
 from fusedq_kernels.jit_hooks import named_for_hooks
 from fusedq_kernels.types import PackedWeight, QuantSpec
 
@@ -83,11 +83,9 @@ def gather_kernel(
         tl.store(y_ptrs + columns[None, :], values, mask=mask_m[:, None] & mask_k[None, :])
 
 
-def gather_constants(
-    spec: QuantSpec, step: int, num_groups: int, has_perm: bool
-) -> dict[str, object]:
+def gather_constants(spec: QuantSpec, groups: GroupGeometry, has_perm: bool) -> dict[str, object]:
     """The constexpr arguments of `gather_kernel`; shared by the launcher and the audit."""
-    return weight_constants(spec, step, num_groups) | {"HAS_PERM": has_perm, "BLOCK_M": BLOCK_M}
+    return weight_constants(spec, groups) | {"HAS_PERM": has_perm, "BLOCK_M": BLOCK_M}
 
 
 def gather_rows(ids: torch.Tensor, packed: PackedWeight, out: torch.Tensor) -> None:
@@ -98,7 +96,7 @@ def gather_rows(ids: torch.Tensor, packed: PackedWeight, out: torch.Tensor) -> N
         packed: a weight in its tiled layout (P4, P8, PL4), phase 0, on the device of `ids`.
         out: `[M, K]`, contiguous, fp16 or bf16; a row whose id is none of the weight's gets zeros.
     """
-    groups = geometry.group_geometry(packed.k, packed.spec.group_size, packed.phase)
+    groups = group_geometry(packed.k, packed.spec.group_size, packed.phase)
     num_blocks, n_padded, _ = packed.qweight.shape
     gather_kernel[(triton.cdiv(len(ids), BLOCK_M), num_blocks)](
         ids,
@@ -110,8 +108,8 @@ def gather_rows(ids: torch.Tensor, packed: PackedWeight, out: torch.Tensor) -> N
         packed.n,
         packed.k,
         n_padded,
-        groups.num_groups - 1,
-        **gather_constants(packed.spec, groups.step, groups.num_groups, packed.perm is not None),
+        groups.last_group,
+        **gather_constants(packed.spec, groups, packed.perm is not None),
         num_warps=NUM_WARPS,
         enable_fp_fusion=FP_FUSION,
     )

@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fusedq_kernels import geometry, heuristics
+from fusedq_kernels import heuristics
 from fusedq_kernels.arrivals import MAX_TILES, arrival_counters
 from fusedq_kernels.decode import DECODERS
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.gemm_kernel import fused_gemm_kernel
+from fusedq_kernels.geometry import GroupGeometry, group_geometry
+from fusedq_kernels.resident import TILED_WORDS
 from fusedq_kernels.types import (
     KernelName,
     Launch,
@@ -23,10 +25,9 @@ from fusedq_kernels.types import (
     layout_for,
 )
 
-# Pointers and these arguments are multiples of 16, which Triton's launch specialisation finds out
-# by itself; without it the loads of x are narrower than a 16-byte asynchronous copy.
+# Pointers and strides are multiples of this, which Triton's launch specialisation finds out by
+# itself; without it the loads of x are narrower than a 16-byte asynchronous copy.
 ALIGNMENT = 16
-ALIGNED_ARGS = ("K", "n_padded", "pad", "stride_xm")
 
 ACT_DTYPES = tuple(dtype.torch for dtype in heuristics.ACT_DTYPES)
 
@@ -46,14 +47,13 @@ INTERPRETED = not isinstance(fused_gemm_kernel, triton.runtime.JITFunction)
 
 def kernel_constants(
     spec: QuantSpec,
-    step: int,
-    num_groups: int,
+    groups: GroupGeometry,
     tile: TileConfig,
     act_dtype: torch.dtype,
     has_bias: bool,
 ) -> dict[str, object]:
     """The constexpr arguments of `fused_gemm_kernel`; shared by the launcher and the audit."""
-    return weight_constants(spec, step, num_groups) | {
+    return weight_constants(spec, groups) | {
         "SCALE_WEIGHTS": tile.scale_weights,
         "SCALE_STEPS": tile.scale_steps,
         "NARROW_SCALE": tile.scale_weights and spec.scale_dtype.torch == act_dtype,
@@ -70,14 +70,14 @@ def kernel_constants(
     }
 
 
-def weight_constants(spec: QuantSpec, step: int, num_groups: int) -> dict[str, object]:
+def weight_constants(spec: QuantSpec, groups: GroupGeometry) -> dict[str, object]:
     """The constexpr arguments of every kernel that reads a tiled weight."""
     return {
         "DECODE": DECODERS[spec.weight_type],
         "SCALE_DTYPE": _TL_DTYPES[spec.scale_dtype] if spec.has_zero_points else tl.float32,
-        "WORDS": geometry.BLOCK_K * spec.weight_type.bits // 32,
-        "STEP": step,
-        "STEPS_PER_GROUP": spec.group_size // step if num_groups > 1 else 0,
+        "WORDS": TILED_WORDS[layout_for(KernelName.TRITON_GEMM, spec.weight_type)],
+        "STEP": groups.step,
+        "STEPS_PER_GROUP": spec.group_size // groups.step if groups.num_groups > 1 else 0,
         "INTERPRET": INTERPRETED,
     }
 
@@ -127,7 +127,7 @@ def fused_gemm(
         x = x.contiguous() if not x.is_contiguous() else x.clone()
         stride_xm = k
 
-    groups = geometry.group_geometry(k, packed.spec.group_size, packed.phase)
+    groups = group_geometry(k, packed.spec.group_size, packed.phase)
     num_blocks, n_padded, _ = packed.qweight.shape
     grid = (triton.cdiv(m, tile.block_m), n_padded // tile.block_n, tile.split_k)
     partial = arrivals = None
@@ -152,14 +152,12 @@ def fused_gemm(
         k,
         n_padded,
         groups.pad,
-        groups.offset // groups.step,
-        groups.num_groups - 1,
+        groups.first_step,
+        groups.last_group,
         num_blocks,
         triton.cdiv(num_blocks, tile.split_k * tile.segments),
         stride_xm,
-        **kernel_constants(
-            packed.spec, groups.step, groups.num_groups, tile, x.dtype, bias is not None
-        ),
+        **kernel_constants(packed.spec, groups, tile, x.dtype, bias is not None),
         **launch_options(tile),
     )
     return y
@@ -175,7 +173,7 @@ def _checked_tile(packed: PackedWeight, launch: Launch) -> TileConfig:
     n_padded = packed.qweight.shape[1]
     if n_padded % tile.block_n:
         raise ValueError(f"block_n {tile.block_n} does not divide the padded N {n_padded}")
-    step = geometry.group_geometry(packed.k, packed.spec.group_size, packed.phase).step
+    step = group_geometry(packed.k, packed.spec.group_size, packed.phase).step
     if tile.x_descriptor and step < _MIN_DESCRIPTOR_STEP:
         raise ValueError(f"x_descriptor needs groups of whole 16 rows, got steps of {step}")
     if tile.prefetch and not tile.pdl:

@@ -26,6 +26,16 @@ class GroupGeometry:
     num_groups: int
     k_padded: int
 
+    @property
+    def first_step(self) -> int:
+        """Steps of its group that lie before the first one stored."""
+        return self.offset // self.step
+
+    @property
+    def last_group(self) -> int:
+        """The highest group; steps made of padding alone may lie beyond it."""
+        return self.num_groups - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Wna16Geometry:

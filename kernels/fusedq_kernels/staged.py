@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedq_kernels import geometry
 from fusedq_kernels.decode import BLOCK_K, group_of, scale_of
 from fusedq_kernels.gemm import FP_FUSION, check_operands, weight_constants
 from fusedq_kernels.gemm_kernel import scaled
+from fusedq_kernels.geometry import GroupGeometry, group_geometry
 from fusedq_kernels.jit_hooks import named_for_hooks
 from fusedq_kernels.slices import slice_rows
 from fusedq_kernels.types import KernelName, Launch, PackedWeight, QuantSpec, layout_for
@@ -80,9 +80,9 @@ def dequantize_slice_kernel(
         tl.store(out_ptrs + k, weight, mask=mask_n[:, None] & mask_k[None, :])
 
 
-def slice_constants(spec: QuantSpec, step: int, num_groups: int) -> dict[str, object]:
+def slice_constants(spec: QuantSpec, groups: GroupGeometry) -> dict[str, object]:
     """The constexpr arguments of `dequantize_slice_kernel`; shared with the audit."""
-    return weight_constants(spec, step, num_groups) | {"BLOCK_N": BLOCK_N}
+    return weight_constants(spec, groups) | {"BLOCK_N": BLOCK_N}
 
 
 def dequantize(packed: PackedWeight, out: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -94,7 +94,7 @@ def dequantize(packed: PackedWeight, out: torch.Tensor, start: int = 0) -> torch
             in which the weight is stored.
         start: the first output.
     """
-    groups = geometry.group_geometry(packed.k, packed.spec.group_size, packed.phase)
+    groups = group_geometry(packed.k, packed.spec.group_size, packed.phase)
     num_blocks, n_padded, _ = packed.qweight.shape
     rows = out.shape[0]
     dequantize_slice_kernel[(num_blocks, triton.cdiv(rows, BLOCK_N))](
@@ -106,9 +106,9 @@ def dequantize(packed: PackedWeight, out: torch.Tensor, start: int = 0) -> torch
         packed.k,
         n_padded,
         groups.pad,
-        groups.offset // groups.step,
-        groups.num_groups - 1,
-        **slice_constants(packed.spec, groups.step, groups.num_groups),
+        groups.first_step,
+        groups.last_group,
+        **slice_constants(packed.spec, groups),
         num_warps=NUM_WARPS,
         enable_fp_fusion=FP_FUSION,
     )

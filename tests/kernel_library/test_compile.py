@@ -80,13 +80,13 @@ import json, sys
 from fusedq_kernels import audit
 runs = json.loads(sys.argv[1])
 rows = {name: audit.rows_of(arguments.split()) for name, arguments in runs.items()}
-print(json.dumps({name: [audit.as_json(row) for row in rows[name]] for name in runs}))
+print(json.dumps({name: [row.as_json() for row in rows[name]] for name in runs}))
 """
 
 SLICES_SCRIPT = """
 import json
 import torch
-from fusedq_kernels import audit, audit_slices
+from fusedq_kernels import audit_slices
 from fusedq_kernels.types import WeightType
 
 rows = [
@@ -96,7 +96,7 @@ rows = [
     *audit_slices.audit_slices("sm_80", [WeightType.UINT4B8], [torch.float16], [8, 48, 1 << 17]),
     *audit_slices.audit_slices("sm_100", [WeightType.UINT8B128], [torch.float16], [32]),
 ]
-print(json.dumps([audit.as_json(row) for row in rows]))
+print(json.dumps([row.as_json() for row in rows]))
 """
 
 # Launches through the JIT with a driver that names a GPU and never reaches one.
@@ -222,9 +222,12 @@ def test_hopper_covers_every_tile(rows_of, run):
     assert {tile_of(row) for row in rows_of[run]} == names <= set(audit_row._INSTRUCTIONS)
 
 
+VARIANT = {"target": "sm_90", "weight_type": "uint4", "act_dtype": "bf16", "group_size": 128}
 GOOD = audit_row.AuditRow(
-    *("sm_90", TileConfig(16, 128, 1, 4, 4), "uint4", "bf16", 128),
-    *(128, 0, 42496, 0, "wgmma", 339, 0, 0, 0),
+    **VARIANT,
+    **{"registers": 128, "stack": 0, "smem": 42496, "local": 0},
+    **{"tile": TileConfig(16, 128, 1, 4, 4), "tmem": 0, "mma": "wgmma"},
+    **{"loop_instructions": 339, "sts": 0, "ldg": 0},
 )
 
 
@@ -265,8 +268,9 @@ def test_a_slice_is_dequantized_16_bytes_at_a_time():
 
 
 GOOD_SLICE = audit_slices.SliceRow(
-    *("sm_90", "uint4", "bf16", 128),
-    *(54, 0, 8192, 528, 2, 8, 0, 0),
+    **VARIANT,
+    **{"registers": 54, "stack": 0, "smem": 8192, "local": 0},
+    **{"instructions": 528, "wide_loads": 2, "wide_stores": 8, "narrow_stores": 0},
 )
 
 

@@ -25,7 +25,7 @@ rows = []
 for target, weight_type, dtype, group_size, perm in json.loads(sys.argv[1]):
     types, dtypes = [WeightType(weight_type)], [getattr(torch, dtype)]
     rows += audit.audit_gather(target, types, dtypes, [group_size], perm)
-print(json.dumps([audit.as_json(row) for row in rows]))
+print(json.dumps([row.as_json() for row in rows]))
 """
 
 
@@ -56,6 +56,10 @@ def test_no_variant_spills_or_loads_narrowly(compiler_env) -> None:
     ],
 )
 def test_every_problem_is_named(changes: dict[str, int], problem: str) -> None:
-    row = GatherRow("sm_90", "uint4", "fp16", 128, False, 53, 0, 2048, 261, 1, 0)
+    row = GatherRow(
+        **{"target": "sm_90", "weight_type": "uint4", "act_dtype": "fp16", "group_size": 128},
+        **{"registers": 53, "stack": 0, "smem": 2048, "local": 0},
+        **{"has_perm": False, "instructions": 261, "wide_loads": 1},
+    )
     assert row.problems == ()
     assert replace(row, **changes).problems == (problem,)
