@@ -44,7 +44,7 @@ _ZERO_SHIFT = tl.constexpr(16)  # 16 + code - zero_point stays positive up to ze
 
 
 @triton.jit
-def _pairs(words, SUB: tl.constexpr, STEP: tl.constexpr):
+def code_pairs(words, SUB: tl.constexpr, STEP: tl.constexpr):
     """Code pairs (k, k + 1) in the halves of an int32, `[BLOCK_N, STEP // 2]`, k ascending."""
     if STEP == 16:
         return part_of_two((words >> (4 * (SUB // 2))) & _PAIR_MASK, SUB % 2)
@@ -63,7 +63,7 @@ def _pairs(words, SUB: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _byte_pairs(words, SUB: tl.constexpr, STEP: tl.constexpr):
-    """Like `_pairs`, for P8."""
+    """Like `code_pairs`, for P8."""
     if STEP == 16:
         plane = part_of_two((words >> (8 * (SUB // 4))) & _BYTE_MASK, (SUB // 2) % 2)
         return part_of_two(plane, SUB % 2)
@@ -92,6 +92,22 @@ def _halves_minus(pairs, OFFSET: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: t
         return (values.to(tl.float32) - OFFSET).to(DTYPE)
     else:
         return values - OFFSET
+
+
+@triton.constexpr_function
+def decoded_rows(step):
+    """Rows of K that a decoder yields for a step: 16 at least, a finer one with its neighbours'."""
+    return max(step, 16)
+
+
+@triton.jit
+def of_step(mask_k, offs_k, SUB: tl.constexpr, STEP: tl.constexpr):
+    """`mask_k` of decoded rows `offs_k`, for those of step SUB alone."""
+    PARTS: tl.constexpr = decoded_rows(STEP) // STEP
+    if PARTS > 1:
+        return mask_k & (offs_k // STEP == SUB % PARTS)
+    else:
+        return mask_k
 
 
 @triton.jit
@@ -132,7 +148,7 @@ def _decode_uint4b8(
     """`code - 8`."""
     BITS: tl.constexpr = _BF16_BITS if DTYPE == tl.bfloat16 else _FP16_BITS
     OFFSET: tl.constexpr = (_BF16_VALUE if DTYPE == tl.bfloat16 else _FP16_VALUE) + 8
-    pairs = _pairs(words, SUB, STEP) | (BITS * _BOTH_HALVES)
+    pairs = code_pairs(words, SUB, STEP) | (BITS * _BOTH_HALVES)
     return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET)
 
 
@@ -150,7 +166,7 @@ def _decode_uint4(
     OFFSET: tl.constexpr = (_BF16_VALUE if DTYPE == tl.bfloat16 else _FP16_VALUE) + _ZERO_SHIFT
     zero = metadata & 0xFFFF
     bits = (BITS + _ZERO_SHIFT) * _BOTH_HALVES - zero * _BOTH_HALVES
-    pairs = _pairs(words, SUB, STEP) + bits[:, None]
+    pairs = code_pairs(words, SUB, STEP) + bits[:, None]
     return _halves_minus(pairs, OFFSET, DTYPE, INTERPRET)
 
 

@@ -11,7 +11,7 @@ instructions. The interpreter runs no assembly and compares instead.
 """
 
 # Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
-# ruff: noqa: RET505, SIM300
+# ruff: noqa: RET505
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedq_kernels.planes import halves, join_four, join_two, part_of_two
+from fusedq_kernels.planes import halves, join_four, join_two, part_of_two, planes_by_asm
 from fusedq_kernels.types import WeightType
 
 
@@ -63,14 +63,26 @@ def lookup_asm(table: Sequence[int]) -> str:
 
 
 _TEMPORARIES = "s0, s1, t0, t1, a, b, l, h"
-_NF4_BF16 = tl.constexpr(table_bits(WeightType.NF4, torch.bfloat16))
-_NF4_FP16 = tl.constexpr(table_bits(WeightType.NF4, torch.float16))
-_FP4_BF16 = tl.constexpr(table_bits(WeightType.FP4, torch.bfloat16))
-_FP4_FP16 = tl.constexpr(table_bits(WeightType.FP4, torch.float16))
-_NF4_BF16_ASM = tl.constexpr(lookup_asm(_NF4_BF16.value))
-_NF4_FP16_ASM = tl.constexpr(lookup_asm(_NF4_FP16.value))
-_FP4_BF16_ASM = tl.constexpr(lookup_asm(_FP4_BF16.value))
-_FP4_FP16_ASM = tl.constexpr(lookup_asm(_FP4_FP16.value))
+# Constants, because the key of Triton's cache holds the values of no others.
+_TABLES = tl.constexpr(
+    {
+        (weight_type.value, name): table_bits(weight_type, dtype)
+        for weight_type in WeightType
+        if weight_type.codebook is not None
+        for name, dtype in ((tl.bfloat16.name, torch.bfloat16), (tl.float16.name, torch.float16))
+    }
+)
+_ASM = tl.constexpr({key: lookup_asm(table) for key, table in _TABLES.value.items()})
+
+
+@triton.constexpr_function
+def _table_of(codebook, dtype):
+    return _TABLES.value[codebook, dtype.name]
+
+
+@triton.constexpr_function
+def _asm_of(codebook, dtype):
+    return _ASM.value[codebook, dtype.name]
 
 
 @triton.jit
@@ -107,25 +119,17 @@ def _lookup(
     STEP: tl.constexpr,
     DTYPE: tl.constexpr,
     INTERPRET: tl.constexpr,
-    TABLE: tl.constexpr,
-    ASM: tl.constexpr,
+    CODEBOOK: tl.constexpr,
 ):
     """Values of columns `[SUB * STEP, SUB * STEP + STEP)` as DTYPE `[BLOCK_N, STEP]`."""
     if INTERPRET:
+        TABLE: tl.constexpr = _table_of(CODEBOOK, DTYPE)
         first = _compare(words, 0, SUB, STEP, TABLE)
         second = _compare(words, 1, SUB, STEP, TABLE)
         third = _compare(words, 2, SUB, STEP, TABLE)
         fourth = _compare(words, 3, SUB, STEP, TABLE)
     else:
-        # Several steps repeat this call on the same words; being pure, it is emitted once.
-        first, second, third, fourth = tl.inline_asm_elementwise(
-            ASM,
-            "=r,=r,=r,=r,r",
-            [words],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
+        first, second, third, fourth = planes_by_asm(words, _asm_of(CODEBOOK, DTYPE))
     if STEP == 16:
         return halves(part_of_two(_of_four(first, second, third, fourth, SUB // 2), SUB % 2), DTYPE)
     elif STEP == 32:
@@ -149,10 +153,7 @@ def decode_nf4(
     INTERPRET: tl.constexpr,
 ):
     """The NF4 entry of each code."""
-    if DTYPE == tl.bfloat16:
-        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _NF4_BF16, _NF4_BF16_ASM)
-    else:
-        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _NF4_FP16, _NF4_FP16_ASM)
+    return _lookup(words, SUB, STEP, DTYPE, INTERPRET, "nf4")
 
 
 @triton.jit
@@ -165,7 +166,4 @@ def decode_fp4(
     INTERPRET: tl.constexpr,
 ):
     """The FP4 entry of each code."""
-    if DTYPE == tl.bfloat16:
-        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _FP4_BF16, _FP4_BF16_ASM)
-    else:
-        return _lookup(words, SUB, STEP, DTYPE, INTERPRET, _FP4_FP16, _FP4_FP16_ASM)
+    return _lookup(words, SUB, STEP, DTYPE, INTERPRET, "fp4")

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedq_kernels.decode import BLOCK_K, scale_of
+from fusedq_kernels.decode import BLOCK_K, decoded_rows, of_step, scale_of
 from fusedq_kernels.gemm import FP_FUSION, weight_constants
 from fusedq_kernels.gemm_kernel import scaled
 from fusedq_kernels.geometry import GroupGeometry, group_geometry
@@ -51,8 +51,7 @@ def gather_kernel(
     """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     STEPS: tl.constexpr = BLOCK_K // STEP
-    # A decoder takes 16 rows of K at least: those of a finer step are decoded with their neighbours
-    ROWS: tl.constexpr = STEP if STEP > 16 else 16
+    ROWS: tl.constexpr = decoded_rows(STEP)
     PARTS: tl.constexpr = ROWS // STEP
     block = tl.program_id(1)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -75,9 +74,7 @@ def gather_kernel(
         scale = tl.where(known, scale_of(metadata, SCALE_DTYPE), 0.0)
         values = scaled(weight, scale, False, INTERPRET)
         columns = block * BLOCK_K + sub // PARTS * ROWS + offs_k
-        mask_k = columns < K
-        if PARTS > 1:
-            mask_k &= offs_k // STEP == sub - sub // PARTS * PARTS
+        mask_k = of_step(columns < K, offs_k, sub, STEP)
         if HAS_PERM:
             columns = tl.load(perm_ptr + columns, mask=mask_k, other=0)
         tl.store(y_ptrs + columns[None, :], values, mask=mask_m[:, None] & mask_k[None, :])

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedq_kernels.decode import BLOCK_K, group_of, scale_of
+from fusedq_kernels.decode import BLOCK_K, decoded_rows, group_of, of_step, scale_of
 from fusedq_kernels.jit_hooks import named_for_hooks
 
 
@@ -137,7 +137,7 @@ def fused_gemm_kernel(
     STEPS: tl.constexpr = BLOCK_K // STEP
     # Tensor cores take 16 rows at least: a finer step multiplies its 16 rows with the others of x
     # masked to zero.
-    ROWS: tl.constexpr = STEP if STEP > 16 else 16
+    ROWS: tl.constexpr = decoded_rows(STEP)
     PARTS: tl.constexpr = ROWS // STEP
     SCALE_LAST: tl.constexpr = STEPS_PER_GROUP == 0 and not SCALE_STEPS
     SUMS_IN_FLIGHT: tl.constexpr = 8 if BLOCK_M * BLOCK_N <= 2048 else 1
@@ -185,9 +185,7 @@ def fused_gemm_kernel(
                     tokens = tl.trans(x_ptr.load([pid_m * BLOCK_M, k]))
                 else:
                     rows = k + offs_k
-                    mask_k = (rows >= 0) & (rows < K)
-                    if PARTS > 1:
-                        mask_k &= offs_k // STEP == sub - sub // PARTS * PARTS
+                    mask_k = of_step((rows >= 0) & (rows < K), offs_k, sub, STEP)
                     tokens = tl.load(x_ptrs + k, mask=mask_m[None, :] & mask_k[:, None], other=0.0)
                 weight = DECODE(words, metadata, sub // PARTS, ROWS, DTYPE, INTERPRET)
                 if SCALE_LAST:

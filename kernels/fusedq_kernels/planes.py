@@ -28,6 +28,23 @@ def join_four(first, second, third, fourth):
 
 
 @triton.jit
+def planes_by_asm(words, ASM: tl.constexpr):
+    """The four planes that PTX makes of the words, `$0` to `$3` of `$4`.
+
+    It reads `$4` for the last time before it writes the first plane. Calls on the same words are
+    emitted once.
+    """
+    return tl.inline_asm_elementwise(
+        ASM,
+        "=r,=r,=r,=r,r",
+        [words],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def part_of_two(plane, INDEX: tl.constexpr):
     """The first or the second half of a plane's words: `[BLOCK_N, W / 2]`."""
     parts = tl.reshape(plane, (plane.shape[0], 2, plane.shape[1] // 2))

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedq_kernels.decode import BLOCK_K, group_of, scale_of
+from fusedq_kernels.decode import BLOCK_K, decoded_rows, group_of, of_step, scale_of
 from fusedq_kernels.gemm import FP_FUSION, check_operands, weight_constants
 from fusedq_kernels.gemm_kernel import scaled
 from fusedq_kernels.geometry import GroupGeometry, group_geometry
@@ -54,8 +54,7 @@ def dequantize_slice_kernel(
     """
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     STEPS: tl.constexpr = BLOCK_K // STEP
-    # Decoders yield 16 rows of K at least: a finer step stores its part of them.
-    ROWS: tl.constexpr = STEP if STEP > 16 else 16
+    ROWS: tl.constexpr = decoded_rows(STEP)
     PARTS: tl.constexpr = ROWS // STEP
     block = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -74,9 +73,7 @@ def dequantize_slice_kernel(
         weight = DECODE(words, metadata, sub // PARTS, ROWS, DTYPE, INTERPRET)
         weight = scaled(weight, scale_of(metadata, SCALE_DTYPE), False, INTERPRET)
         k = block * BLOCK_K + sub // PARTS * ROWS - pad
-        mask_k = (k + offs_k >= 0) & (k + offs_k < K)
-        if PARTS > 1:
-            mask_k &= offs_k // STEP == sub - sub // PARTS * PARTS
+        mask_k = of_step((k + offs_k >= 0) & (k + offs_k < K), offs_k, sub, STEP)
         tl.store(out_ptrs + k, weight, mask=mask_n[:, None] & mask_k[None, :])
 
 
