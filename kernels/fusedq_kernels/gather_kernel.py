@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedq_kernels.decode import BLOCK_K, decoded_rows, of_step, scale_of
+from fusedq_kernels.decode import BLOCK_K, decoded_rows, group_of, of_step, scale_of
 from fusedq_kernels.gemm import FP_FUSION, weight_constants
 from fusedq_kernels.gemm_kernel import scaled
 from fusedq_kernels.geometry import GroupGeometry, group_geometry
@@ -67,8 +67,7 @@ def gather_kernel(
         if STEPS_PER_GROUP == 0:
             metadata = tl.load(scales_ptr + rows)
         else:
-            # Steps made of padding alone may lie beyond the last group.
-            group = tl.minimum((block * STEPS + sub) // STEPS_PER_GROUP, last_group)
+            group = group_of(block, sub, 0, last_group, STEPS, STEPS_PER_GROUP)
             metadata = tl.load(scales_ptr + group.to(tl.int64) * n_padded + rows)
         weight = DECODE(words, metadata, sub // PARTS, ROWS, DTYPE, INTERPRET)
         scale = tl.where(known, scale_of(metadata, SCALE_DTYPE), 0.0)
