@@ -14,6 +14,7 @@ from typing import NamedTuple
 from fusedq_kernels import heuristics
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.resident import PERM_DTYPE, ResidentTensor, resident_tensors
+from fusedq_kernels.support import unsupported_reasons
 from fusedq_kernels.types import (
     DeviceSpec,
     GatherName,
@@ -181,7 +182,7 @@ def _choose(
     With `gather` rows are looked up and never multiplied.
     """
     (n, rows), device, act_dtype = size, target.device, target.act_dtype
-    if reasons := heuristics.unsupported_reasons(n, rows, spec, phase, device, act_dtype, gather):
+    if reasons := unsupported_reasons(n, rows, spec, phase, device, act_dtype, gather):
         return _Choice(reasons)
     declared = None
     if gather:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fusedq_kernels import heuristics
+from fusedq_kernels import support
 from fusedq_kernels.arrivals import MAX_TILES, arrival_counters
 from fusedq_kernels.decode import DECODERS
 from fusedq_kernels.dtype import DType
@@ -29,7 +29,7 @@ from fusedq_kernels.types import (
 # itself; without it the loads of x are narrower than a 16-byte asynchronous copy.
 ALIGNMENT = 16
 
-ACT_DTYPES = tuple(dtype.torch for dtype in heuristics.ACT_DTYPES)
+ACT_DTYPES = tuple(dtype.torch for dtype in support.ACT_DTYPES)
 
 _TL_DTYPES = {
     DType.FLOAT16: tl.float16,
