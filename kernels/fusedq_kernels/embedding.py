@@ -12,15 +12,13 @@ import torch
 
 from fusedq_kernels import layout
 from fusedq_kernels.layout import PERM_DTYPE, TensorSpec, packed_shapes
-from fusedq_kernels.op import SCALE_DTYPES
-from fusedq_kernels.operands import check_tensor
+from fusedq_kernels.operands import check_tensor, scheme
 from fusedq_kernels.types import (
     GatherName,
     Layout,
     LogicalWeight,
     PackedWeight,
     QuantSpec,
-    WeightType,
 )
 
 _SCHEMA = (
@@ -140,9 +138,7 @@ def _call(
 ) -> _Call:
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"dtype must be float16 or bfloat16, got {dtype}")
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(f"scale_dtype must be one of {list(SCALE_DTYPES)}, got {scale_dtype!r}")
-    spec = QuantSpec(WeightType(weight_type), group_size, SCALE_DTYPES[scale_dtype])
+    spec = scheme(weight_type, group_size, scale_dtype)
     form, name = Layout(layout_name), GatherName(gather)
     if name is GatherName.TRITON_GATHER and form is Layout.CPU_WNA16:
         raise ValueError(f"{gather} reads tiled layouts, got {layout_name}")

@@ -16,7 +16,7 @@ import torch
 
 from fusedq_kernels import cpu
 from fusedq_kernels.layout import TensorSpec, packed_shapes
-from fusedq_kernels.operands import check_operands, check_out
+from fusedq_kernels.operands import check_operands, check_out, scheme
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,
@@ -25,7 +25,6 @@ from fusedq_kernels.types import (
     Layout,
     PackedWeight,
     QuantSpec,
-    WeightType,
     layout_for,
 )
 
@@ -38,12 +37,6 @@ _SCHEMAS = (
     f"matmul({_ARGUMENTS}) -> Tensor",
     f"matmul_out(Tensor(a!) out, {_ARGUMENTS}) -> ()",
 )
-SCALE_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
-
 # Tokens [M, K], weight, bias, out [M, N].
 Runner = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None, torch.Tensor], object]
 
@@ -271,9 +264,7 @@ def _call(
 ) -> _Call:
     if act_dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"x must be float16 or bfloat16, got {act_dtype}")
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(f"scale_dtype must be one of {list(SCALE_DTYPES)}, got {scale_dtype!r}")
-    spec = QuantSpec(WeightType(weight_type), group_size, SCALE_DTYPES[scale_dtype])
+    spec = scheme(weight_type, group_size, scale_dtype)
     name = KernelName(kernel)
     runners = _SLICING_RUNNERS if sliced_prefill else _RUNNERS
     if batch_invariant:

@@ -1,11 +1,21 @@
-"""Checks of the tensors that `torch.ops.fusedq.matmul` is given; ValueErrors name what is wrong."""
+"""Checks of what the operators of `torch.ops.fusedq` are given; ValueErrors name what is wrong."""
 
 from collections.abc import Mapping
 
 import torch
 
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.layout import PERM_DTYPE, TensorSpec
-from fusedq_kernels.types import PackedWeight
+from fusedq_kernels.types import PackedWeight, QuantSpec, WeightType
+
+_SCALE_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def scheme(weight_type: str, group_size: int, scale_dtype: str) -> QuantSpec:
+    """The scheme that an operator's plain arguments name."""
+    if scale_dtype not in _SCALE_DTYPES:
+        raise ValueError(f"scale_dtype must be one of {list(_SCALE_DTYPES)}, got {scale_dtype!r}")
+    return QuantSpec(WeightType(weight_type), group_size, DType(scale_dtype))
 
 
 def check_operands(
