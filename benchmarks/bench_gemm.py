@@ -15,7 +15,6 @@ interquartile range. A contender that computes something else is dropped with it
 # ruff: noqa: B006
 
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ if not torch.cuda.is_available():
 from fusedq_kernels.types import QuantSpec
 from gemmbench import comparison, shapes, weights
 from gemmbench.own import device_spec
-from gemmbench.results import ROOT, Problem, ResultFile, environment
+from gemmbench.results import Problem, ResultFile, environment, results_folder
 
 ACT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PHASES = {"decode": shapes.DECODE_TOKENS, "prefill": shapes.PREFILL_TOKENS}
@@ -80,7 +79,7 @@ def main(
         contenders, skipped = comparison.available(contender)
     except (ValueError, KeyError) as error:
         raise typer.BadParameter(str(error)) from error
-    folder = out or default_folder(device, dry_run)
+    folder = out or results_folder(device_spec(device).name, dry_run)
     files = {name: ResultFile(folder / f"gemm_{name}.csv") for name in phase}
     jobs = [
         Job(n, k, weights.default_spec(each, group_size, k, dtype), tuple(wanted))
@@ -93,13 +92,6 @@ def main(
     finished = {name: file.finished() for name, file in files.items()}
     jobs = [remaining(job, act_dtype, finished) for job in jobs]
     measure_all(jobs, files, chosen, contenders, skipped, dtype, device, seconds)
-
-
-def default_folder(device: torch.device, dry_run: bool) -> Path:
-    """Where results belong; those of a dry run belong nowhere."""
-    if dry_run:
-        return Path(tempfile.mkdtemp(prefix="bench_gemm-"))
-    return ROOT / "benchmarks" / "results" / device_spec(device).name
 
 
 def remaining(job: Job, act_dtype: str, finished: dict[str, set[Problem]]) -> Job:

@@ -9,8 +9,6 @@ Writes benchmarks/results/<device>/experiment-<number>.csv in the columns of `be
 with a wrong answer is a row without a time.
 """
 
-# Typer reads defaults from the signature and copies them.
-
 import os
 import time
 from collections import defaultdict
@@ -24,12 +22,13 @@ import typer
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from bench_gemm import ACT_DTYPES, Job, default_folder, measure_all, remaining
+from bench_gemm import ACT_DTYPES, Job, measure_all, remaining
 from fusedq_kernels.types import WeightType
 from gemmbench import comparison, weights
 from gemmbench.experiments import EXPERIMENTS, Experiment, dry
 from gemmbench.numerics import COLUMNS
-from gemmbench.results import ResultFile, environment
+from gemmbench.own import device_spec
+from gemmbench.results import ResultFile, environment, results_folder
 
 DRY_SHAPE = (256, 256)
 
@@ -54,7 +53,7 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not dry_run:
         raise typer.BadParameter("no CUDA device here; --dry-run runs every variant on a CPU, tiny")
-    folder = out or default_folder(device, dry_run)
+    folder = out or results_folder(device_spec(device).name, dry_run)
     for each in number:
         file = folder / f"experiment-{each}.csv"
         left = seconds - (time.monotonic() - start)

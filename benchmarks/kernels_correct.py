@@ -18,7 +18,6 @@ status is 1 if a check failed.
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +31,7 @@ if not torch.cuda.is_available():
 
 from gemmbench import exactness
 from gemmbench.own import device_spec
-from gemmbench.results import ROOT, ResultFile, commit, environment
+from gemmbench.results import ResultFile, commit, environment, results_folder
 from gemmbench.shapes import named_shapes
 
 COLUMNS = ("run", "commit", "case", "check", "passed", "found")
@@ -68,11 +67,7 @@ def main(
         shapes = TINY_SHAPES if small else list(named_shapes(shape_names, tp))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    folder = out or (
-        Path(tempfile.mkdtemp(prefix="kernels_correct-"))
-        if small
-        else ROOT / "benchmarks" / "results" / device_spec(device).name
-    )
+    folder = out or results_folder(device_spec(device).name, small)
     if jobs > 1:
         raise typer.Exit(_run_jobs(jobs, folder))
     file = ResultFile(folder / "correct.csv", COLUMNS)

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gemmbench.own import device_spec
-from gemmbench.results import ROOT, ResultFile, Row, commit, environment
+from gemmbench.results import RESULTS, ResultFile, Row, commit, environment
 from gemmbench.shapes import MODELS, ModelShape
 from random_checkpoint import LAYOUTS, config, write_random_checkpoint
 
@@ -107,9 +107,7 @@ def main(
         if unknown:
             raise typer.BadParameter(f"unknown {unknown}; known: {', '.join(allowed)}")
     work = work or Path(tempfile.mkdtemp(prefix="serve_compare-"))
-    folder = out or (
-        work / "results" if dry_run else ROOT / "benchmarks" / "results" / device_spec(device).name
-    )
+    folder = out or (work / "results" if dry_run else RESULTS / device_spec(device).name)
     file = ResultFile(folder / "serving.csv", COLUMNS)
     at = commit()
     done = {(r["model"], r["layout"], r["side"]) for r in file.rows() if r["commit"] == at}

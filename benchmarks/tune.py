@@ -12,7 +12,6 @@ answer is wrong is not timed. Shapes are finished when all their token buckets a
 # ruff: noqa: B006
 
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,7 +27,7 @@ import typer
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fusedq_kernels import launchers, layout_for, pack, tuning, weight_bytes
+from fusedq_kernels import launchers, tuning
 from fusedq_kernels.device import KNOWN_DEVICES
 from fusedq_kernels.roofline import rates_for
 from fusedq_kernels.types import (
@@ -43,7 +42,7 @@ from fusedq_kernels.types import (
 from gemmbench import candidates, shapes, weights
 from gemmbench.comparison import weight_types
 from gemmbench.own import device_spec
-from gemmbench.results import ROOT, Problem, ResultFile, Row, commit, environment
+from gemmbench.results import Problem, ResultFile, Row, commit, environment, results_folder
 from gemmbench.timing import copies_for, measure
 
 KERNEL = KernelName.TRITON_GEMM
@@ -92,12 +91,8 @@ def main(
         types = weight_types(weight_type)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if dry_run:
-        out = out or Path(tempfile.mkdtemp(prefix="tune-"))
-        tuned = tuned or out
-    file = ResultFile(
-        (out or ROOT / "benchmarks" / "results" / hardware.name) / "tune.csv", COLUMNS
-    )
+    out = out or results_folder(hardware.name, dry_run)
+    file = ResultFile(out / "tune.csv", COLUMNS)
     finished = file.finished()
     jobs = [
         Job(n, k, spec, tuple(m for m in buckets if _problem(n, k, spec, m) not in finished))
@@ -107,8 +102,8 @@ def main(
         for spec in [weights.default_spec(each, group_size, k, torch.bfloat16)]
     ]
     measure_all(jobs, file, keep, device, seconds)
-    path = (tuned or tuning.FOLDER) / f"{hardware.name}.json"
-    write_rows(file, path)
+    tuned = tuned or (out if dry_run else tuning.FOLDER)
+    write_rows(file, tuned / f"{hardware.name}.json")
 
 
 def measure_all(
@@ -144,7 +139,7 @@ class Weight:
         self._spec, self._device = spec, device
         self._logical = weights.random_weight(n, k, spec, device)
         first = self._pack()
-        count = copies_for(sum(weight_bytes(first).values()), device)
+        count = copies_for(weights.packed_bytes(first), device)
         self._copies = [first, *(self._pack() for _ in range(count - 1))]
 
     def measure(self, m: int, keep: int) -> list[Row]:
@@ -165,8 +160,7 @@ class Weight:
         return [{**problem, **_cells(launch), **self._time(launch, x)} for launch in launches]
 
     def _pack(self) -> PackedWeight:
-        layout = layout_for(KERNEL, self._spec.weight_type)
-        return pack(self._logical, layout, torch.bfloat16)
+        return weights.packed_for_gpu(self._logical, torch.bfloat16)
 
     def _time(self, launch: Launch, x: torch.Tensor) -> Row:
         try:

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from fusedq_kernels import layout_for, pack, weight_bytes
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.heuristics import select
 from fusedq_kernels.roofline import rates_for, roofline
 from fusedq_kernels.types import (
     GemmShape,
-    KernelName,
     Launch,
     PackedWeight,
     QuantSpec,
@@ -26,7 +25,14 @@ from gemmbench.results import Problem, Row
 from gemmbench.timing import Timing, copies_for, measure
 from gemmbench.triton_kernels import load_only
 from gemmbench.vllm_linear import VLLM
-from gemmbench.weights import MAX_RMS_ERROR, random_tokens, random_weight, rms_error
+from gemmbench.weights import (
+    MAX_RMS_ERROR,
+    packed_bytes,
+    packed_for_gpu,
+    random_tokens,
+    random_weight,
+    rms_error,
+)
 
 CONTENDERS: tuple[Contender, ...] = (*OWN, *VLLM, *LIBRARIES, *ABLATIONS)
 YARDSTICK = "cublas"
@@ -104,7 +110,8 @@ class Comparison:
     ) -> None:
         self._device, self._act_dtype, self._marker = device, act_dtype, marker
         self._logical = random_weight(n, k, spec, device)
-        self._problem = Problem(spec.weight_type.value, spec.group_size, _name(act_dtype), n, k, 0)
+        types = (spec.weight_type.value, spec.group_size, DType.of(act_dtype).value)
+        self._problem = Problem(*types, n, k, 0)
         self.refused: dict[str, str] = {}
         self._runners = list(self._prepared(contenders))
         self._twins = self._packed_copies()
@@ -125,7 +132,7 @@ class Comparison:
                 row["pct_twin"] = _round(100 * twin.us / row["us"], 1) if twin else ""
                 row["vs_cublas"] = _round(cublas / row["us"], 3) if cublas else ""
         if twin:
-            size = _packed_bytes(self._twins[0])
+            size = packed_bytes(self._twins[0])
             gbs = size / twin.us / 1e3
             times = {"us": _round(twin.us), "iqr_us": _round(twin.iqr_us)}
             rows.append({"kernel": TWIN, **times, "weight_gbs": _round(gbs, 1), "pct_twin": 100.0})
@@ -177,10 +184,10 @@ class Comparison:
         return predict(problem.n, problem.k, m, self._logical.spec, self._device)[0]
 
     def _packed_copies(self) -> list[PackedWeight]:
-        layout = layout_for(KernelName.TRITON_GEMM, self._logical.spec.weight_type)
-        first = pack(self._logical, layout, self._act_dtype)
-        count = copies_for(_packed_bytes(first), self._device)
-        return [first, *(pack(self._logical, layout, self._act_dtype) for _ in range(count - 1))]
+        first = packed_for_gpu(self._logical, self._act_dtype)
+        count = copies_for(packed_bytes(first), self._device)
+        more = (packed_for_gpu(self._logical, self._act_dtype) for _ in range(count - 1))
+        return [first, *more]
 
     def _measure_twin(self, m: int) -> Timing | None:
         problem = self._problem
@@ -214,14 +221,6 @@ def weight_types(names: Sequence[str]) -> list[WeightType]:
 def _raise_if_fatal(name: str, error: Exception) -> None:
     if "CUDA" in str(error) and any(word in str(error) for word in _FATAL):
         raise DeviceLost(f"{name}: {error}") from error
-
-
-def _packed_bytes(packed: PackedWeight) -> int:
-    return sum(weight_bytes(packed).values())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _round(value: float, digits: int = 3) -> float:

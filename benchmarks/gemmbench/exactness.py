@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusedq_kernels import launchers, layout_for, pack, reference
+from fusedq_kernels import launchers, reference
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import round_up
 from fusedq_kernels.heuristics import select, tiles_for
 from fusedq_kernels.layout import count_groups, group_geometry
@@ -18,13 +19,12 @@ from fusedq_kernels.types import (
     KernelName,
     Launch,
     LogicalWeight,
-    PackedWeight,
     QuantSpec,
     TileConfig,
     WeightType,
 )
 from gemmbench.own import device_spec
-from gemmbench.weights import default_spec, random_tokens, random_weight
+from gemmbench.weights import default_spec, packed_for_gpu, random_tokens, random_weight
 
 KERNEL = KernelName.TRITON_GEMM
 SLICED = Launch(KernelName.SLICED_CUBLAS, None, "check")
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        spec, dtype = self.spec, str(self.act_dtype).removeprefix("torch.")
+        spec, dtype = self.spec, DType.of(self.act_dtype)
         phase = f" phase {self.phase}" if self.phase else ""
         return f"{spec.weight_type.value} g{spec.group_size} {dtype} {self.n}x{self.k}{phase}"
 
@@ -61,9 +61,7 @@ class Subject:
         logical = random_weight(case.n, case.k, case.spec, device)
         if case.phase:
             logical = _shifted(logical, case.phase)
-        self.packed: PackedWeight = pack(
-            logical, layout_for(KERNEL, case.spec.weight_type), case.act_dtype
-        )
+        self.packed = packed_for_gpu(logical, case.act_dtype)
         self.weight = reference.dequantize(logical, case.act_dtype).double()
         self.bias = random_tokens(1, case.n, case.act_dtype, device, seed=2)[0]
 

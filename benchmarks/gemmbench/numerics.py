@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusedq_kernels import gemm, layout_for, pack, reference
+from fusedq_kernels import gemm, reference
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, whole_splits
 from fusedq_kernels.heuristics import tiles_for
 from fusedq_kernels.types import (
@@ -20,7 +21,7 @@ from fusedq_kernels.types import (
 from gemmbench.own import device_spec
 from gemmbench.results import Row
 from gemmbench.variants import RAW_MAGIC, decoding, describe
-from gemmbench.weights import default_spec, random_tokens, random_weight
+from gemmbench.weights import default_spec, packed_for_gpu, random_tokens, random_weight
 
 _KERNEL = KernelName.TRITON_GEMM
 _GROUP = 128
@@ -41,7 +42,7 @@ def _bit_equality(device: torch.device, small: bool) -> Iterator[Row]:
     weight_types = (WeightType.UINT4B8, WeightType.UINT8B128, WeightType.NF4)
     for weight_type in weight_types[:1] if small else weight_types:
         spec = default_spec(weight_type, _GROUP, k, torch.bfloat16)
-        packed = _packed(random_weight(n, k, spec, device), torch.bfloat16)
+        packed = packed_for_gpu(random_weight(n, k, spec, device), torch.bfloat16)
         x = random_tokens(m, k, torch.bfloat16, device)
         split = whole_splits(-(-k // BLOCK_K), _SPLIT)
         tiles = [
@@ -63,7 +64,7 @@ def _accumulation(device: torch.device, small: bool) -> Iterator[Row]:
     for act_dtype in (torch.bfloat16, torch.float16):
         spec = QuantSpec(WeightType.UINT4B8, _GROUP, act_dtype)
         logical, x, magnitude = cancelling_problem(n, k, m, spec, act_dtype, device)
-        packed = _packed(logical, act_dtype)
+        packed = packed_for_gpu(logical, act_dtype)
         exact = TileConfig(64, 128, 1, 8, 4)
         scaled = TileConfig(64, 128, 1, 8, 4, scale_weights=True, x_descriptor=True)
         variants = {
@@ -109,18 +110,14 @@ def cancelling_problem(
     return logical, torch.cat([tokens, -tokens[:, order]], 1), magnitude
 
 
-def _packed(logical: LogicalWeight, act_dtype: torch.dtype) -> PackedWeight:
-    return pack(logical, layout_for(_KERNEL, logical.spec.weight_type), act_dtype)
-
-
 def _run(x: torch.Tensor, packed: PackedWeight, tile: TileConfig) -> torch.Tensor:
     return gemm.fused_gemm(x, packed, None, Launch(_KERNEL, tile, "experiment"))
 
 
 def _row(spec: QuantSpec, act_dtype: torch.dtype, n: int, k: int, m: int) -> Row:
-    name = str(act_dtype).removeprefix("torch.")
     sizes = {"n": n, "k": k, "m": m}
-    return {"weight_type": spec.weight_type.value, "act_dtype": name, **sizes}
+    types = {"weight_type": spec.weight_type.value, "act_dtype": DType.of(act_dtype).value}
+    return types | sizes
 
 
 BIT_EQUALITY = Numerics(_bit_equality)

@@ -9,13 +9,15 @@ import triton
 
 import fusedq_kernels
 from fusedq_kernels import device as devices
-from fusedq_kernels import layout_for, pack, reference, weight_bytes
+from fusedq_kernels import reference
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.heuristics import select
 from fusedq_kernels.slices import slice_rows
 from fusedq_kernels.staged import dequantize
 from fusedq_kernels.types import DeviceSpec, GemmShape, KernelName, LogicalWeight
 from gemmbench.contender import Prepared, fused_dram_bytes, tensor_bytes
 from gemmbench.triton_kernels import tiled_gemm
+from gemmbench.weights import packed_bytes, packed_for_gpu
 
 _KERNEL = KernelName.TRITON_GEMM
 
@@ -39,9 +41,9 @@ class Fused:
         return f"triton {triton.__version__}"
 
     def prepare(self, logical: LogicalWeight, act_dtype: torch.dtype) -> Prepared:
-        packed = pack(logical, layout_for(_KERNEL, logical.spec.weight_type), act_dtype)
+        packed = packed_for_gpu(logical, act_dtype)
         n, k = logical.codes.shape
-        size = sum(weight_bytes(packed).values())
+        size = packed_bytes(packed)
         device = device_spec(logical.codes.device)
 
         options = {"batch_invariant": self.batch_invariant, "sliced_prefill": True}
@@ -74,7 +76,7 @@ class Cublas:
             lambda x: torch.mm(x, w.t()),
             size,
             fused_dram_bytes(size, n, k),
-            lambda m: str(act_dtype).removeprefix("torch."),
+            lambda m: DType.of(act_dtype).value,
         )
 
 
@@ -89,10 +91,10 @@ class Unfused:
         return f"triton {version('triton')}, torch {torch.__version__}"
 
     def prepare(self, logical: LogicalWeight, act_dtype: torch.dtype) -> Prepared:
-        packed = pack(logical, layout_for(_KERNEL, logical.spec.weight_type), act_dtype)
+        packed = packed_for_gpu(logical, act_dtype)
         n, k = logical.codes.shape
         buffer = torch.empty((n, k), dtype=act_dtype, device=logical.codes.device)
-        size = sum(weight_bytes(packed).values())
+        size = packed_bytes(packed)
         fused = fused_dram_bytes(size, n, k)
         return Prepared(
             lambda x: self.multiply(x, dequantize(packed, buffer)),

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = ("kernels", "vllm_fusedq", "benchmarks")
 COLUMNS = (
     *("run", "weight_type", "group_size", "act_dtype", "n", "k", "m", "layers"),
@@ -94,6 +96,13 @@ class ResultFile:
             writer.writerows({**row, "run": self.run} for row in rows)
             file.flush()
             os.fsync(file.fileno())
+
+
+def results_folder(device: str, dry_run: bool) -> Path:
+    """Where results of a device belong, by its name; those of a dry run belong nowhere."""
+    if dry_run:
+        return Path(tempfile.mkdtemp(prefix="fusedq-dry-run-"))
+    return RESULTS / device
 
 
 def _without_comments(lines: Iterable[str]) -> Iterator[str]:

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from fusedq_kernels import reference
+from fusedq_kernels import layout_for, pack, reference, weight_bytes
 from fusedq_kernels.layout import count_groups
-from fusedq_kernels.types import LogicalWeight, QuantSpec, WeightType
+from fusedq_kernels.types import KernelName, LogicalWeight, PackedWeight, QuantSpec, WeightType
 
 # Outputs of 16-bit kernels differ from float64 by about 2e-3 RMS (rounding of y, of scaled weights,
 # of scales to the activation dtype); a wrong order of codes, groups or zero points by about 1.
@@ -43,6 +43,16 @@ def random_weight(n: int, k: int, spec: QuantSpec, device: torch.device, seed=0)
         # Zero points lie near the middle in checkpoints; 1 and above, as GPTQ v1 can store.
         zeros = torch.randint(bound // 4, 3 * bound // 4, grouped, **options)
     return LogicalWeight(codes, scales.to(spec.scale_dtype.torch), zeros, spec)
+
+
+def packed_for_gpu(logical: LogicalWeight, act_dtype: torch.dtype) -> PackedWeight:
+    """In the layout of our Triton kernels, on the device of `logical`."""
+    return pack(logical, layout_for(KernelName.TRITON_GEMM, logical.spec.weight_type), act_dtype)
+
+
+def packed_bytes(packed: PackedWeight) -> int:
+    """What a packed weight takes, padding included."""
+    return sum(weight_bytes(packed).values())
 
 
 def random_tokens(m: int, k: int, dtype: torch.dtype, device: torch.device, seed=1) -> torch.Tensor:

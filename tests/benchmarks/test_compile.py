@@ -5,33 +5,22 @@ import sys
 
 CODE = """
 import sys
-from contextlib import nullcontext
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 sys.path.insert(0, {benchmarks!r})
 from compile_experiments import compiled_rows
 from fusedq_kernels import audit
+from fusedq_kernels.ahead_of_time import compile_kernel
 from fusedq_kernels.types import QuantSpec, WeightType
 from gemmbench import ablation, triton_kernels, variants
 from gemmbench.experiments import EXPERIMENTS
 
 
 def compiled(kernel, pointers, constants, num_warps):
-    signature = {{
-        name: "constexpr" if name in constants else pointers.get(name, "i32")
-        for name in kernel.arg_names
-    }}
-    attrs = {{(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-             if name in pointers or name in ("n_padded", "N", "K")}}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    found = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": num_warps}}
-    )
-    return found.asm["ptx"]
+    target = GPUTarget("cuda", 90, 32)
+    return compile_kernel(kernel, target, constants, pointers, num_warps=num_warps).asm["ptx"]
 
 
 ptx = compiled(
@@ -53,9 +42,8 @@ for tile, warps in ((triton_kernels._SMALL_TILE, 4), (triton_kernels._LARGE_TILE
 
 for weight_type in (WeightType.UINT4B8, WeightType.NF4):
     loops = []
-    for variant in (ablation._WITHOUT, None, ablation._TWICE):
-        swap = ablation._decoder(weight_type, variant[weight_type]) if variant else nullcontext()
-        with swap:
+    for decoders in (ablation.WITHOUT, {{}}, ablation.TWICE):
+        with variants.decoding(decoders):
             (row,) = audit.audit("sm_90", ["8x128"], [weight_type], [torch.bfloat16])
         assert (row.stack, row.sts, row.ldg) == (0, 0, 0), row
         loops.append(row.instructions_per_weight)
