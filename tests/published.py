@@ -4,7 +4,7 @@ Sizes are those of the models' published config.json files.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,73 +12,46 @@ from typing import Any
 from builders.awq import awq_config
 from builders.compressed_tensors import compressed_tensors_config
 from builders.gptq import gptq_config
+from gemmbench.shapes import MODELS as SHAPES
+from gemmbench.shapes import ModelShape
+from random_checkpoint import config
 
 DTYPE_BYTES = {"I32": 4, "I64": 8, "F16": 2, "BF16": 2, "F32": 4, "U8": 1}
 Stored = dict[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class Model:
-    """A decoder's published sizes; `bias` on q, k and v; `tied` embeddings have no lm_head."""
+class Model(ModelShape):
+    """A decoder's published sizes; `tied` embeddings have no lm_head."""
 
-    architecture: str
-    model_type: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    head_dim: int = 128
     max_positions: int = 32768
-    bias: bool = False
     tied: bool = False
-    qk_norm: bool = False
 
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Module suffix -> (out_features, in_features)."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "self_attn.q_proj": (q, self.hidden),
-            "self_attn.k_proj": (kv, self.hidden),
-            "self_attn.v_proj": (kv, self.hidden),
-            "self_attn.o_proj": (self.hidden, q),
-            "mlp.gate_proj": (self.intermediate, self.hidden),
-            "mlp.up_proj": (self.intermediate, self.hidden),
-            "mlp.down_proj": (self.hidden, self.intermediate),
-        }
+
+def _published(name: str, **more: Any) -> Model:
+    return Model(**(asdict(SHAPES[name]) | more))
 
 
 MODELS = {
     "Qwen2.5-0.5B": Model(
-        *("Qwen2ForCausalLM", "qwen2", 896, 4864, 24, 14, 2, 151936),
-        head_dim=64,
-        bias=True,
+        *(896, 4864, 24, 14, 2, 64, 151936),
+        qkv_bias=True,
+        model_type="qwen2",
         tied=True,
     ),
-    "Qwen2.5-7B": Model(*("Qwen2ForCausalLM", "qwen2", 3584, 18944, 28, 28, 4, 152064), bias=True),
-    "Qwen2.5-32B": Model(*("Qwen2ForCausalLM", "qwen2", 5120, 27648, 64, 40, 8, 152064), bias=True),
-    "Qwen2-72B": Model(*("Qwen2ForCausalLM", "qwen2", 8192, 29568, 80, 64, 8, 152064), bias=True),
-    "Qwen2.5-72B": Model(*("Qwen2ForCausalLM", "qwen2", 8192, 29696, 80, 64, 8, 152064), bias=True),
-    "Qwen3-8B": Model(
-        *("Qwen3ForCausalLM", "qwen3", 4096, 12288, 36, 32, 8, 151936),
-        max_positions=40960,
-        qk_norm=True,
-    ),
-    "Qwen3-32B": Model(
-        *("Qwen3ForCausalLM", "qwen3", 5120, 25600, 64, 64, 8, 151936),
-        max_positions=40960,
-        qk_norm=True,
-    ),
-    "Mistral-7B": Model(*("MistralForCausalLM", "mistral", 4096, 14336, 32, 32, 8, 32768)),
-    "Llama-3.1-8B": Model(
-        *("LlamaForCausalLM", "llama", 4096, 14336, 32, 32, 8, 128256), max_positions=131072
-    ),
-    "Llama-3.3-70B": Model(
-        *("LlamaForCausalLM", "llama", 8192, 28672, 80, 64, 8, 128256), max_positions=131072
-    ),
+    "Qwen2.5-7B": _published("qwen2.5-7b"),
+    "Qwen2.5-32B": _published("qwen2.5-32b"),
+    "Qwen2-72B": _published("qwen2.5-72b"),
+    # As quantizers pad it.
+    "Qwen2.5-72B": _published("qwen2.5-72b", intermediate=29696),
+    "Qwen3-8B": _published("qwen3-8b", max_positions=40960),
+    "Qwen3-32B": _published("qwen3-32b", max_positions=40960),
+    "Mistral-7B": _published("mistral-7b", model_type="mistral"),
+    "Llama-3.1-8B": _published("llama-3-8b", max_positions=131072),
+    "Llama-3.3-70B": _published("llama-3-70b", max_positions=131072),
     "Llama-3.1-405B": Model(
-        *("LlamaForCausalLM", "llama", 16384, 53248, 126, 128, 8, 128256), max_positions=131072
+        *(16384, 53248, 126, 128, 8, 128, 128256),
+        max_positions=131072,
     ),
 }
 
@@ -166,21 +139,9 @@ QUANTIZED_HEADS = frozenset({"gptq-head"})
 
 
 def config_of(model: Model, fmt: str, group_size: int = 128) -> dict[str, Any]:
-    return {
-        "architectures": [model.architecture],
-        "model_type": model.model_type,
-        "hidden_size": model.hidden,
-        "intermediate_size": model.intermediate,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "vocab_size": model.vocab,
+    return config(model, FORMATS[fmt][1](group_size)) | {
         "max_position_embeddings": model.max_positions,
-        "rms_norm_eps": 1e-6,
         "tie_word_embeddings": model.tied,
-        "torch_dtype": "bfloat16",
-        "quantization_config": FORMATS[fmt][1](group_size),
     }
 
 
@@ -189,13 +150,13 @@ def tensors_of(model: Model, fmt: str, group_size: int = 128) -> Stored:
     stored: Stored = {"model.embed_tokens.weight": ("BF16", (model.vocab, model.hidden))}
     for layer in range(model.layers):
         prefix = f"model.layers.{layer}"
-        for name, (n, k) in model.linears().items():
+        for name, (n, k) in model.unfused_linears().items():
             for suffix, tensor in FORMATS[fmt][0](n, k, group_size).items():
                 stored[f"{prefix}.{name}.{suffix}"] = tensor
-            if model.bias and name[-6:] in ("q_proj", "k_proj", "v_proj"):
+            if model.qkv_bias and name[-6:] in ("q_proj", "k_proj", "v_proj"):
                 stored[f"{prefix}.{name}.bias"] = ("BF16", (n,))
         norms = {"input_layernorm": model.hidden, "post_attention_layernorm": model.hidden}
-        if model.qk_norm:
+        if model.model_type == "qwen3":
             norms |= {"self_attn.q_norm": model.head_dim, "self_attn.k_norm": model.head_dim}
         stored |= {f"{prefix}.{name}.weight": ("BF16", (size,)) for name, size in norms.items()}
     stored["model.norm.weight"] = ("BF16", (model.hidden,))
@@ -213,7 +174,9 @@ def write_headers(
     """Write the checkpoint; its weights are holes in sparse files, which take no room."""
     path.mkdir(parents=True, exist_ok=True)
     stored = list(tensors_of(model, fmt, group_size).items())
-    states = {f"{name}.{NF4_STATE}": _nf4_state(n, k) for name, (n, k) in model.linears().items()}
+    states = {
+        f"{name}.{NF4_STATE}": _nf4_state(n, k) for name, (n, k) in model.unfused_linears().items()
+    }
     weight_map: dict[str, str] = {}
     for shard in range(shards):
         name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"

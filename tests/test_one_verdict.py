@@ -20,9 +20,9 @@ from vllm_fusedq.settings import Settings
 # At TP 2 and 4 a rank of "straddle" begins inside a group of 128; "grouped" replicates key and
 # value heads at TP 4. A vocabulary of 1000 is padded.
 SHAPES = {
-    "even": Model("LlamaForCausalLM", "llama", 256, 512, 2, 8, 8, 1000, head_dim=32),
-    "straddle": Model("LlamaForCausalLM", "llama", 256, 896, 1, 8, 4, 1000, head_dim=32),
-    "grouped": Model("LlamaForCausalLM", "llama", 512, 1024, 1, 8, 2, 1000, head_dim=64),
+    "even": Model(256, 512, 2, 8, 8, head_dim=32, vocab=1000),
+    "straddle": Model(256, 896, 1, 8, 4, head_dim=32, vocab=1000),
+    "grouped": Model(512, 1024, 1, 8, 2, head_dim=64, vocab=1000),
 }
 GROUPS = {"even": 32, "straddle": 128, "grouped": 64}
 DEVICES = {
@@ -118,7 +118,7 @@ def test_headers_and_layers_refuse_alike(
     tmp_path: Path, rank_of: Callable[[int, int], None], device: str
 ) -> None:
     """96 in_features at TP 4 are 24 per rank: no kernel takes them."""
-    model = Model("LlamaForCausalLM", "llama", 64, 96, 1, 4, 4, 64, head_dim=16)
+    model = Model(64, 96, 1, 4, 4, head_dim=16, vocab=64)
     write_headers(tmp_path, model, "gptq", 32)
     checkpoint = read_checkpoint(tmp_path)
     target = Target(DEVICES[device], torch.bfloat16)

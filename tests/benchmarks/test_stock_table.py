@@ -16,7 +16,7 @@ from result_rows import write_results
 from vllm_fusedq.cli import app
 
 # Its down_proj is the [128, 256] of a dry run, its other layers have other shapes
-TINY = Model("LlamaForCausalLM", "llama", 128, 256, 2, 4, 4, 512, head_dim=32)
+TINY = Model(128, 256, 2, 4, 4, head_dim=32, vocab=512)
 
 
 def make_table(*arguments: object) -> str:
