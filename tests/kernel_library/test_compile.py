@@ -99,22 +99,10 @@ rows = [
 print(json.dumps([row.as_json() for row in rows]))
 """
 
-# Launches through the JIT with a driver that names a GPU and never reaches one.
 LAUNCH_SCRIPT = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
+import torch
 from fusedq_kernels import audit, audit_slices, gemm, layout, staged, testing
 from fusedq_kernels.types import KernelName, Launch, Layout, QuantSpec, TileConfig, WeightType
-
-class Driver:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 compiled = []
 launch = triton.JITFunction.run
@@ -123,7 +111,6 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
 
 triton.JITFunction.run = compile_only
-triton.runtime.driver.set_active(Driver())
 tile = TileConfig(16, 128, 1, 4, 4)
 spec = QuantSpec(WeightType.UINT4, 128, torch.float16)
 for m, n, k, phase in ((1, 256, 1424, 0), (17, 144, 2048, 64), (2048, 4096, 272, 16)):
@@ -177,18 +164,15 @@ print(json.dumps(found))
 """
 
 
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-
-
 @pytest.fixture(scope="module")
 def rows_of():
     """Rows of each run."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     shares = [list(RUNS.items())[worker::WORKERS] for worker in range(WORKERS)]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER_SCRIPT, json.dumps(dict(share))],
-            env=environment(),
+            env=env,
             stdout=subprocess.PIPE,
         )
         for share in shares
@@ -258,11 +242,8 @@ def test_every_problem_is_found(changes, problems):
     assert replace(GOOD, **changes).problems == problems
 
 
-def test_a_slice_is_dequantized_16_bytes_at_a_time():
-    done = subprocess.run(
-        [sys.executable, "-c", SLICES_SCRIPT], env=environment(), stdout=subprocess.PIPE, check=True
-    )
-    rows = json.loads(done.stdout)
+def test_a_slice_is_dequantized_16_bytes_at_a_time(compiling):
+    rows = json.loads(compiling(SLICES_SCRIPT))
     assert len(rows) == 7
     assert [row for row in rows if row["problems"]] == []
 
@@ -291,7 +272,7 @@ def test_every_problem_of_a_slice_is_found(changes, problems):
     assert replace(GOOD_SLICE, **changes).problems == problems
 
 
-def test_the_batch_invariant_tile_is_audited_on_every_kind_of_tensor_core():
+def test_the_batch_invariant_tile_is_audited_on_every_kind_of_tensor_core(compiling):
     """Also where it is one of the tiles for few tokens as well."""
     script = (
         "import json, torch; from fusedq_kernels import audit; "
@@ -301,10 +282,7 @@ def test_the_batch_invariant_tile_is_audited_on_every_kind_of_tensor_core():
         "for name in ('sm_80', 'sm_90', 'sm_100')]; "
         "print(json.dumps([[(t.block_m, t.block_n, t.segments) for t in each] for each in found]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(), stdout=subprocess.PIPE, check=True
-    )
-    assert json.loads(done.stdout) == [[[32, 128, 4]], [[64, 128, 4]], [[32, 128, 4]]]
+    assert json.loads(compiling(script)) == [[[32, 128, 4]], [[64, 128, 4]], [[32, 128, 4]]]
 
 
 def test_both_kinds_of_rows_go_to_one_csv(tmp_path):
@@ -318,7 +296,7 @@ def test_both_kinds_of_rows_go_to_one_csv(tmp_path):
     assert (dequantizing["wide STG"], dequantizing["instr/w"]) == ("8", "8.25")
 
 
-def test_a_problem_fails_the_command():
+def test_a_problem_fails_the_command(compiler_env):
     script = (
         "import sys; from fusedq_kernels import audit, audit_row; audit_row._MAX_REGISTERS = 16; "
         "sys.exit(audit.main(sys.argv[1:]))"
@@ -326,7 +304,7 @@ def test_a_problem_fails_the_command():
     arguments = ("--tile", "8x64", "--weight-type", "uint4b8", "--act-dtype", "bf16")
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
-        env=environment(),
+        env=compiler_env,
         capture_output=True,
         text=True,
     )
@@ -335,19 +313,13 @@ def test_a_problem_fails_the_command():
     assert done.stdout.splitlines()[2].endswith("spills")
 
 
-def test_one_audited_binary_serves_every_size():
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCH_SCRIPT], env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_one_audited_binary_serves_every_size(compiling):
+    compiling(LAUNCH_SCRIPT, driver=True)
 
 
-def test_a_dependent_launch_waits_before_it_reads_and_lets_go_before_it_counts():
+def test_a_dependent_launch_waits_before_it_reads_and_lets_go_before_it_counts(compiling):
     """What a predecessor may still write, x and the counters, is behind the wait."""
-    done = subprocess.run(
-        [sys.executable, "-c", PDL_SCRIPT], env=environment(), stdout=subprocess.PIPE, check=True
-    )
-    plain, waiting, prefetching = json.loads(done.stdout)
+    plain, waiting, prefetching = json.loads(compiling(PDL_SCRIPT))
     load, count = "cp.async.cg", "atom."
     wait, let_go = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
     assert plain == [[load, count], 0, False]
@@ -357,14 +329,8 @@ def test_a_dependent_launch_waits_before_it_reads_and_lets_go_before_it_counts()
 
 
 @pytest.mark.parametrize("weight_type", ["uint4", "uint8b128"])
-def test_integer_weights_reach_the_matrix_cores_of_an_amd_gpu(weight_type):
-    done = subprocess.run(
-        [sys.executable, "-c", AMD_SCRIPT, weight_type],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    assembly = json.loads(done.stdout)
+def test_integer_weights_reach_the_matrix_cores_of_an_amd_gpu(weight_type, compiling):
+    assembly = json.loads(compiling(AMD_SCRIPT, weight_type))
     assert "v_mfma_f32_16x16x16_bf16" in assembly
     assert re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*([1-9]\d*)", assembly) == []
     assert "scratch_" not in assembly

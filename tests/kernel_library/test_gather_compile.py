@@ -1,8 +1,6 @@
 """What the compiler makes of the gather, for several GPUs, without one."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -29,15 +27,8 @@ print(json.dumps([row.as_json() for row in rows]))
 """
 
 
-def test_no_variant_spills_or_loads_narrowly(compiler_env) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(RUNS)],
-        env=compiler_env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = json.loads(done.stdout)
+def test_no_variant_spills_or_loads_narrowly(compiling) -> None:
+    rows = json.loads(compiling(SCRIPT, json.dumps(RUNS)))
     assert len(rows) == len(RUNS)
     assert {tuple(row["problems"]) for row in rows} == {()}
     coarse = [row for row in rows if row["group_size"] >= 64]

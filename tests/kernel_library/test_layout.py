@@ -10,16 +10,21 @@ from torch.utils._pytree import tree_leaves
 
 from fusedq_kernels import layout
 from fusedq_kernels.testing import random_logical
-from fusedq_kernels.types import Layout, LogicalWeight, QuantSpec, WeightType, holds
+from fusedq_kernels.types import (
+    KernelName,
+    Layout,
+    LogicalWeight,
+    QuantSpec,
+    WeightType,
+    holds,
+    layout_for,
+)
 
 HALF = torch.float16
 PER_CHANNEL = 4096
 layouts = pytest.mark.parametrize("target", Layout, ids=lambda t: t.value)
 four_bit = pytest.mark.parametrize(
     "weight_type", [WeightType.UINT4, WeightType.UINT4B8], ids=lambda t: t.value
-)
-eight_bit = pytest.mark.parametrize(
-    "weight_type", [WeightType.UINT8, WeightType.UINT8B128], ids=lambda t: t.value
 )
 held = pytest.mark.parametrize(
     ("target", "weight_type"),
@@ -65,29 +70,30 @@ def test_round_trip(target: Layout, weight_type: WeightType, group_size: int) ->
         assert_equal(layout.unpack(packed), logical)
 
 
+# Rows of a plane, and by how many bits the next plane and the second of a pair are shifted.
+BIT_ORDERS = {Layout.P4: (32, 4, 16), Layout.P8: (64, 8, 16), Layout.PL4: (32, 8, 4)}
+
+
 @pytest.mark.parametrize(
     ("group_size", "k", "phase"), [(16, 72, 5), (64, 200, 32), (256, 136, 200)]
 )
-@four_bit
-def test_p4_bits(weight_type: WeightType, group_size: int, k: int, phase: int) -> None:
+@pytest.mark.parametrize("weight_type", WeightType, ids=lambda t: t.value)
+def test_tiled_bits(weight_type: WeightType, group_size: int, k: int, phase: int) -> None:
     logical = random_logical(6, k, spec_of(weight_type, group_size), phase)
-    geometry = layout.group_geometry(k, group_size, phase)
-    words = layout.pack(logical, Layout.P4, HALF).qweight
-    assert words.shape == (-(-(k + geometry.pad) // 128), 128, 16)
-    unread = {(n, p) for n in range(128) for p in range(128 * words.shape[0])}
+    tiled = layout_for(KernelName.TRITON_GEMM, weight_type)
+    plane_rows, plane_shift, pair_shift = BIT_ORDERS[tiled]
+    bits = weight_type.bits
+    pad = layout.group_geometry(k, group_size, phase).pad
+    words = layout.pack(logical, tiled, HALF).qweight
+    assert words.shape == (-(-(k + pad) // 128), 128, 128 * bits // 32)
     for n in range(6):
-        for feature in range(k):
-            p = feature + geometry.pad
+        for p in range(128 * words.shape[0]):
             row = p % 128
-            j, w, b = row // 32, row % 32 // 2, row % 2
+            j, w, b = row // plane_rows, row % plane_rows // 2, row % 2
             word = int(words[p // 128, n, w])
-            assert (word >> (4 * j + 16 * b)) & 15 == int(logical.codes[n, feature])
-            unread.discard((n, p))
-    padding = [(n, p) for n, p in unread if n < 6]
-    assert all(
-        (int(words[p // 128, n, p % 32 // 2]) >> (4 * (p % 128 // 32) + 16 * (p % 2))) & 15 == 0
-        for n, p in padding
-    )
+            code = (word >> (plane_shift * j + pair_shift * b)) & ((1 << bits) - 1)
+            inside = 0 <= p - pad < k
+            assert code == (int(logical.codes[n, p - pad]) if inside else 0)
     assert not words[:, 6:].any()
 
 
@@ -104,25 +110,6 @@ def test_p4_by_hand() -> None:
     assert int(packed.qweight[0, 0, 15]) & 0xFFFFFFFF == 0xF0000000
 
 
-@pytest.mark.parametrize(
-    ("group_size", "k", "phase"), [(16, 72, 5), (64, 200, 32), (256, 136, 200)]
-)
-@eight_bit
-def test_p8_bits(weight_type: WeightType, group_size: int, k: int, phase: int) -> None:
-    logical = random_logical(6, k, spec_of(weight_type, group_size), phase)
-    pad = layout.group_geometry(k, group_size, phase).pad
-    words = layout.pack(logical, Layout.P8, HALF).qweight
-    assert words.shape == (-(-(k + pad) // 128), 128, 32)
-    for n in range(6):
-        for p in range(128 * words.shape[0]):
-            row = p % 128
-            j, w, b = row // 64, row % 64 // 2, row % 2
-            code = (int(words[p // 128, n, w]) >> (8 * j + 16 * b)) & 255
-            inside = 0 <= p - pad < k
-            assert code == (int(logical.codes[n, p - pad]) if inside else 0)
-    assert not words[:, 6:].any()
-
-
 def test_p8_by_hand() -> None:
     codes = torch.zeros((1, 128), dtype=torch.uint8)
     codes[0, [0, 64, 1, 65]] = torch.tensor([0x12, 0x34, 0x56, 0x78], dtype=torch.uint8)
@@ -133,26 +120,6 @@ def test_p8_by_hand() -> None:
     assert int(packed.qweight[0, 0, 0]) & 0xFFFFFFFF == 0x78563412
     assert int(packed.qweight[0, 0, 31]) & 0xFFFFFFFF == 0xFF000000
     assert int(packed.scales[0, 0]) & 0xFFFFFFFF == 0xBC0000FF
-
-
-@pytest.mark.parametrize(
-    ("group_size", "k", "phase"), [(16, 72, 5), (64, 200, 32), (256, 136, 200)]
-)
-@pytest.mark.parametrize("weight_type", [WeightType.NF4, WeightType.FP4])
-def test_pl4_bits(weight_type: WeightType, group_size: int, k: int, phase: int) -> None:
-    logical = random_logical(6, k, spec_of(weight_type, group_size), phase)
-    assert logical.zeros is None
-    pad = layout.group_geometry(k, group_size, phase).pad
-    words = layout.pack(logical, Layout.PL4, HALF).qweight
-    assert words.shape == (-(-(k + pad) // 128), 128, 16)
-    for n in range(6):
-        for p in range(128 * words.shape[0]):
-            row = p % 128
-            j, w, b = row // 32, row % 32 // 2, row % 2
-            code = (int(words[p // 128, n, w]) >> (8 * j + 4 * b)) & 15
-            inside = 0 <= p - pad < k
-            assert code == (int(logical.codes[n, p - pad]) if inside else 0)
-    assert not words[:, 6:].any()
 
 
 def test_pl4_by_hand() -> None:

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -133,14 +131,8 @@ def test_the_same_bits_on_every_run(split_k):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_partial_sums_are_published_before_they_are_counted(target, compiler_env):
-    done = subprocess.run(
-        [sys.executable, "-c", PTX_SCRIPT, target],
-        env=compiler_env,
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    ptx = json.loads(done.stdout)
+def test_partial_sums_are_published_before_they_are_counted(target, compiling):
+    ptx = json.loads(compiling(PTX_SCRIPT, target))
     atomics = re.findall(r"\b(?:atom|red)\.\S+", ptx)
     assert atomics == ["atom.global.gpu.acq_rel.add.u32"]
     before, after = ptx.split(atomics[0])
