@@ -27,6 +27,7 @@ RAISED = {
     "RepositoryError",
     "UnsupportedCheckpoint",
     "WeightLoadError",
+    "OutputError",
     "SettingsError",
 }
 PROBLEM = ("found", "supported", "fix")
@@ -58,6 +59,7 @@ The types, all `RuntimeError`s of `vllm_fusedq.errors`:
 | `UnsupportedCheckpoint` | an option that concerns the whole checkpoint |
 | `PreflightError` | layers that cannot run fused, one problem each |
 | `WeightLoadError` | a tensor that does not fit, is missing or holds bad values |
+| `OutputError` | a result that cannot be written |
 | `SettingsError` | a wrong `--additional-config` |
 """
 

@@ -1,5 +1,7 @@
 """Reading a checkpoint directory: what is found, every refusal with its file and its way out."""
 
+import errno
+import os
 import pickle
 import subprocess
 import sys
@@ -11,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import write_checkpoint, write_json
-from vllm_fusedq.checkpoint import INDEX_FILE, Checkpoint, LocalFiles, read_checkpoint
+from vllm_fusedq.checkpoint import INDEX_FILE, Checkpoint, read_checkpoint
+from vllm_fusedq.checkpoint_files import LocalFiles
 from vllm_fusedq.errors import CheckpointError, UnsupportedCheckpoint
 
 
@@ -140,16 +143,55 @@ def test_a_quantization_section_that_is_no_object(model: Path) -> None:
         read_checkpoint(model)
 
 
-@pytest.mark.parametrize("name", ["org/model", "config.json"])
-def test_not_a_directory(name: str, model: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a local directory, and not the id"):
-        read_checkpoint(model / name)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/model", "'/no/such/model': not a local directory, and not the id"),
+        ("https://hub/owner/name", "'https://hub/owner/name': not a local directory"),
+        ("", "'': not a local directory"),
+        (Path("owner/name"), "owner/name: no such directory; .* `hf download owner/name`"),
+    ],
+)
+def test_not_a_directory(name: str | Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(name)
+
+
+def test_a_file_in_place_of_its_directory(model: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config.json: a file; name the directory of config"):
+        read_checkpoint(model / "config.json")
+
+
+def test_a_directory_that_may_not_be_listed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may list any, so that this cannot be shown by a mode."""
+
+    def denied(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(CheckpointError, match=f"{model}: cannot be read: Permission denied"):
+        read_checkpoint(model)
+
+
+def test_gguf_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.Q4_K_M.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"no config.json, but GGUF files, which are not sup"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_git_lfs_pointer_is_named(name: str, model: Path) -> None:
+    (model / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345678\n"
+    )
+    with pytest.raises(CheckpointError, match=rf"{name}: .*a git-lfs pointer .* `git lfs pull`"):
+        read_checkpoint(model)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "config.json: cannot be read: No such file"),
+        (None, "no config.json there: not a checkpoint; name the directory that holds it"),
         (b"{", "config.json: not JSON"),
         (b"\xff\xfe", "config.json: not JSON"),
         (b"[" * 200_000, "config.json: not JSON"),

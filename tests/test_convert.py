@@ -1,6 +1,7 @@
 """Converted checkpoints: the same resident bits at every split; whole, or not there at all."""
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from vllm_fusedq.cli import app
 from vllm_fusedq.convert import convert
 from vllm_fusedq.errors import (
     CheckpointError,
+    OutputError,
     PreflightError,
     UnsupportedCheckpoint,
     WeightLoadError,
@@ -152,7 +154,7 @@ def test_a_killed_run_leaves_nothing_that_loads_and_is_continued(tmp_path: Path)
     partial = tmp_path / "out.partial"
     whole = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
     assert whole
-    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"no config\.json there: not a checkpoint"):
         read_checkpoint(partial)
     (partial / "model-00009-of-00009.writing").write_bytes(b"half")
     result = CliRunner().invoke(app, ["convert", str(source), str(out), "--max-file-gb", "0.002"])
@@ -165,6 +167,66 @@ def test_a_killed_run_leaves_nothing_that_loads_and_is_continued(tmp_path: Path)
     assert not list(out.glob("*.writing"))
     before, after = read_checkpoint(source), read_checkpoint(out)
     assert_equal(load(after, "gpu", 1, 0), load(before, "gpu", 1, 0))
+
+
+def test_one_folder_takes_one_conversion_at_a_time(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_checkpoint(source, "ct-asym", **SIZES)
+
+    def meanwhile(what: str, done: int, total: int) -> None:
+        with pytest.raises(OutputError, match=r"out\.partial: another conversion is writing there"):
+            convert(source, out)
+        refused.append(what)
+
+    refused: list[str] = []
+    convert(source, out, 60000, progress=meanwhile)
+    assert set(refused) == {"hashing", "converting"}
+    assert not list(out.glob("convert.*"))
+    assert_equal(*(load(read_checkpoint(path), "gpu", 1, 0) for path in (out, source)))
+
+
+def test_a_run_killed_before_its_journal_is_begun_again(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", "awq", **SIZES)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "convert.lock").touch()
+    (tmp_path / "out.partial" / "convert.json.writing").write_text('{"ver')
+    convert(tmp_path / "source", tmp_path / "out")
+    assert read_checkpoint(tmp_path / "out").tensors
+
+
+def test_what_cannot_be_written_is_named_and_continued(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_checkpoint(source, "awq", **SIZES)
+    (tmp_path / "file").touch()
+    arguments = ["convert", str(source), str(tmp_path / "file" / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 3
+    assert "out.partial: cannot be written: Not a directory; make room or" in result.output
+    # A disk without room stops a write the same way, but for the reason's name
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        result = CliRunner().invoke(app, ["convert", str(source), str(out)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 3
+    assert result.stderr == (
+        f"{out}.partial: cannot be written: File too large; make room or choose another folder; "
+        "the same command continues a conversion that was begun\n"
+    )
+    assert not out.exists()
+    result = CliRunner().invoke(app, ["convert", str(source), str(out)])
+    assert result.exit_code == 0, result.output
+    assert_equal(*(load(read_checkpoint(path), "gpu", 1, 0) for path in (out, source)))
+
+
+def test_a_source_file_that_goes_away_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_checkpoint(source, "awq", **SIZES)
+    weights = source / "model.safetensors"
+    gone = lambda what, done, total: weights.unlink(missing_ok=True)  # noqa: E731
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read: No such file"):
+        convert(source, tmp_path / "out", progress=gone)
 
 
 def test_a_changed_source_is_not_continued(tmp_path: Path) -> None:

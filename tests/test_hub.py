@@ -93,6 +93,7 @@ def test_an_unknown_repository(hub: Hub) -> None:
     [
         ((403, "GatedRepo"), "the repository is gated and closed to you; ask for access on its"),
         ((401, "RepoNotFound"), r"or a private one; check the name, log in \(`hf auth login`"),
+        ((401, ""), r"the hub does not accept your token, or closes this to you \(401\); log in"),
         ((418, ""), r"the hub answered with an error \(418\); try again later, or download"),
     ],
 )
@@ -104,7 +105,7 @@ def test_refusals_of_the_hub(hub: Hub, error: tuple[int, str], message: str) -> 
 
 def test_a_file_that_the_repository_lacks(hub: Hub) -> None:
     (hub.root / "config.json").unlink()
-    with pytest.raises(RepositoryError, match=rf"{MODEL}/config.json: the repository has no such"):
+    with pytest.raises(CheckpointError, match=rf"{MODEL}: no config.json there: not a checkpoint"):
         read_checkpoint(MODEL)
 
 
@@ -120,6 +121,14 @@ def test_an_answer_that_is_cut_short(hub: Hub, monkeypatch: pytest.MonkeyPatch) 
     hub.cut = 1
     with pytest.raises(RepositoryError, match=r"the server sent \d+ of the \d+ bytes of the head"):
         list(files.headers(["model.safetensors"]))
+
+
+def test_a_configuration_file_that_is_cut_short(hub: Hub) -> None:
+    hub.cut = 10
+    with pytest.raises(
+        RepositoryError, match=r"config.json: the server sent \d+ of \d+ bytes; try"
+    ):
+        read_checkpoint(MODEL)
 
 
 def test_a_configuration_file_of_absurd_size(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +149,23 @@ def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     huggingface_hub.close_session()
     with pytest.raises(RepositoryError, match=r"offline \(HF_HUB_OFFLINE\); unset it, or download"):
         read_checkpoint(MODEL)
+
+
+def test_offline_with_the_repository_in_the_cache(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub client keeps blobs, and snapshots of links to them."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    snapshot = Path(huggingface_hub.snapshot_download(MODEL, cache_dir=tmp_path / "cache"))
+    assert (snapshot / "model.safetensors").is_symlink()
+    there = read_checkpoint(MODEL)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    sent = len(hub.sent)
+    found = read_checkpoint(MODEL)
+    assert len(hub.sent) == sent
+    assert found.path == str(snapshot)
+    assert list(found.tensors.items()) == list(there.tensors.items())
 
 
 def test_no_server(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

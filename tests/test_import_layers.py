@@ -30,6 +30,7 @@ ORDER = [
     "sharding",
     "formats",
     "checkpoint",
+    "checkpoint_files",
     "hub",
     "safetensors_header",
     "errors",

@@ -5,17 +5,17 @@ business.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from vllm_fusedq.checkpoint_files import CONFIG_FILE, CheckpointFiles, open_files
 from vllm_fusedq.errors import CheckpointError, UnsupportedCheckpoint
-from vllm_fusedq.hub import REPOSITORY_ID, HubFiles, Progress
-from vllm_fusedq.safetensors_header import TensorInfo, read_header
+from vllm_fusedq.hub import Progress
+from vllm_fusedq.safetensors_header import LFS_POINTER, LFS_WAY_OUT, TensorInfo
 
-CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 QUANT_CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -75,59 +75,6 @@ def config_sections(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [config, text_config] if isinstance(text_config, dict) else [config]
 
 
-class CheckpointFiles(Protocol):
-    """Where a checkpoint lies; `label` is what messages call a file of it."""
-
-    name: str
-
-    def names(self) -> list[str]: ...
-
-    def label(self, name: str) -> str: ...
-
-    def read(self, name: str) -> bytes: ...
-
-    def headers(self, names: list[str]) -> Iterable[dict[str, TensorInfo]]: ...
-
-    def pieces(self, tensors: list[TensorInfo]) -> Iterable[bytes]: ...
-
-
-class LocalFiles:
-    """The files of a directory."""
-
-    def __init__(self, root: Path) -> None:
-        self.name = str(root)
-        self.root = root
-
-    def names(self) -> list[str]:
-        return [path.name for path in self.root.iterdir()]
-
-    def label(self, name: str) -> str:
-        return str(self.root / name)
-
-    def read(self, name: str) -> bytes:
-        try:
-            return (self.root / name).read_bytes()
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.label(name)}: cannot be read: {error.strerror or error}"
-            ) from error
-
-    def headers(self, names: list[str]) -> Iterable[dict[str, TensorInfo]]:
-        return (read_header(self.root / name) for name in names)
-
-    def pieces(self, tensors: list[TensorInfo]) -> Iterable[bytes]:
-        """What the files hold where these tensors are."""
-        for info in tensors:
-            try:
-                with (self.root / info.file).open("rb") as file:
-                    file.seek(info.start)
-                    yield file.read(info.nbytes)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self.label(info.file)}: cannot be read: {error.strerror or error}"
-                ) from error
-
-
 def read_checkpoint(
     model: str | Path, revision: str | None = None, progress: Progress | None = None
 ) -> Checkpoint:
@@ -144,9 +91,11 @@ def read_checkpoint(
             or (RepositoryError) the repository cannot be read.
         UnsupportedCheckpoint: the checkpoint says nothing about quantization.
     """
-    files = _files(model, revision, progress)
-    config = _read_json(files, CONFIG_FILE)
+    files = open_files(model, revision, progress)
     names = files.names()
+    if CONFIG_FILE not in names:
+        raise CheckpointError(f"{files.name}: {_no_config(names)}")
+    config = _read_json(files, CONFIG_FILE)
     source, quant_config = _quant_config(files, names, config)
     weight_map = _weight_map(files, names) if INDEX_FILE in names else {}
     tensors: dict[str, TensorInfo] = {}
@@ -163,16 +112,10 @@ def read_checkpoint(
     return Checkpoint(files.name, config, quant_config, source, tensors, metadata)
 
 
-def _files(model: str | Path, revision: str | None, progress: Progress | None) -> CheckpointFiles:
-    root = Path(model)
-    if root.is_dir():
-        return LocalFiles(root)
-    if isinstance(model, str) and REPOSITORY_ID.fullmatch(model) and not root.exists():
-        return HubFiles(model, revision, progress)
-    raise CheckpointError(
-        f"{root}: not a local directory, and not the id of a repository on the hub (owner/name); "
-        "download the model, for example with `hf download`, and name the directory"
-    )
+def _no_config(names: Sequence[str]) -> str:
+    if any(name.endswith(".gguf") for name in names):
+        return f"no {CONFIG_FILE}, but GGUF files, which are not supported; serve another format"
+    return f"no {CONFIG_FILE} there: not a checkpoint; name the directory that holds it"
 
 
 def _quant_config(
@@ -288,8 +231,11 @@ def _check_index(
 
 def _read_json(files: CheckpointFiles, name: str) -> dict[str, Any]:
     label = files.label(name)
+    raw = files.read(name)
+    if raw.startswith(LFS_POINTER):
+        raise CheckpointError(f"{label}: {LFS_WAY_OUT}")
     try:
-        value = json.loads(files.read(name).decode("utf-8"))
+        value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{label}: not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -27,7 +27,17 @@ from vllm_fusedq.checkpoint import (
     Checkpoint,
     read_checkpoint,
 )
-from vllm_fusedq.convert_journal import JOURNAL, Progress, begin, sync, write_json
+from vllm_fusedq.convert_journal import (
+    JOURNAL,
+    LOCK,
+    Progress,
+    begin,
+    claimed,
+    reading,
+    sync,
+    write_json,
+    writing,
+)
 from vllm_fusedq.errors import CheckpointError, PreflightError, UnsupportedCheckpoint
 from vllm_fusedq.formats import Finding, format_for, settle
 from vllm_fusedq.formats.base import CheckpointFormat
@@ -82,6 +92,7 @@ def convert(
 
     Raises:
         CheckpointError: `out` exists, or `out`.partial was begun from something else.
+        OutputError: no room, no permission, or another process converts into `out`.
         UnsupportedCheckpoint, PreflightError: the checkpoint cannot be served, or is converted.
         WeightLoadError: a tensor holds values that cannot be right.
     """
@@ -94,17 +105,20 @@ def convert(
     items = _items(checkpoint, fmt)
     batches = _batches(items, max_file_bytes)
     partial = out.with_name(out.name + PARTIAL)
-    hashes = begin(checkpoint, partial, max_file_bytes, progress)
-    findings, resumed = _write_weights(checkpoint, batches, partial, progress)
-    note = settle(findings)
-    _copy_other_files(source, partial)
-    config = _config(checkpoint, fmt, items, hashes)
-    for leftover in (partial / JOURNAL, *partial.glob("*.findings"), *partial.glob("*.writing")):
-        leftover.unlink()
-    write_json(partial / CONFIG_FILE, config)
-    sync(partial)
-    partial.rename(out)
-    sync(out.parent)
+    with claimed(partial):
+        hashes = begin(checkpoint, partial, max_file_bytes, progress)
+        findings, resumed = _write_weights(checkpoint, batches, partial, progress)
+        note = settle(findings)
+        _copy_other_files(source, partial)
+        config = _config(checkpoint, fmt, items, hashes)
+        with writing(partial):
+            for pattern in (JOURNAL, LOCK, "*.findings", "*.writing"):
+                for leftover in partial.glob(pattern):
+                    leftover.unlink()
+            write_json(partial / CONFIG_FILE, config)
+            sync(partial)
+            partial.rename(out)
+            sync(out.parent)
     return Converted(
         layers=sum(item.plan is not None for item in items),
         source_bytes=sum(item.nbytes for item in items),
@@ -185,15 +199,17 @@ def _write_weights(
                 tensors |= _converted(checkpoint, item, proven)
                 done += item.nbytes
                 progress("converting", done, total)
-            write_json(proof, {name: asdict(finding) for name, finding in proven.items()})
-            unfinished = path.with_suffix(".writing")
-            save_file(tensors, unfinished, metadata={"format": "pt"})
-            sync(unfinished)
-            unfinished.rename(path)
+            with writing(partial):
+                write_json(proof, {name: asdict(finding) for name, finding in proven.items()})
+                unfinished = path.with_suffix(".writing")
+                save_file(tensors, unfinished, metadata={"format": "pt"})
+                sync(unfinished)
+                unfinished.rename(path)
         findings |= {n: Finding(**found) for n, found in json.loads(proof.read_text()).items()}
         weight_map |= dict.fromkeys(read_header(path), path.name)
     if count > 1:
-        write_json(partial / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
+        with writing(partial):
+            write_json(partial / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
     return findings, resumed
 
 
@@ -222,7 +238,7 @@ def _converted(
 def _read(checkpoint: Checkpoint, names: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     for name in names:
         path = Path(checkpoint.path) / checkpoint.tensors[name].file
-        with safe_open(path, "pt") as file:
+        with reading(path), safe_open(path, "pt") as file:
             yield name, file.get_tensor(name)
 
 
@@ -233,7 +249,10 @@ def _copy_other_files(source: Path, partial: Path) -> None:
         if file.suffix in (".safetensors", *PICKLE_SUFFIXES) or file.name in skipped:
             continue
         if file.is_file():
-            shutil.copyfile(file, partial / file.name)
+            with reading(file):
+                original = file.open("rb")
+            with original, writing(partial), (partial / file.name).open("wb") as copy:
+                shutil.copyfileobj(original, copy)
 
 
 def _config(

@@ -6,6 +6,7 @@ FusedQError
 ├── UnsupportedCheckpoint    the checkpoint as a whole uses something that is not supported
 ├── PreflightError           one or more layers cannot run fused (`.problems`, one per layer)
 ├── WeightLoadError          a tensor does not fit its layer, is missing, or holds bad values
+├── OutputError              what was asked for cannot be written: no room, no permission
 └── SettingsError            a wrong `--additional-config '{"fusedq": ...}'`
 
 All derive from RuntimeError: pydantic would wrap a ValueError raised while vLLM builds its
@@ -34,6 +35,10 @@ class UnsupportedCheckpoint(FusedQError):
 
 class WeightLoadError(FusedQError):
     """A checkpoint tensor does not fit its layer or holds values that cannot be right."""
+
+
+class OutputError(FusedQError):
+    """A result cannot be written; says nothing about the checkpoint."""
 
 
 class SettingsError(FusedQError):

@@ -30,8 +30,20 @@ RETRIES = 2
 _DOWNLOAD = "or download the model and name its directory"
 
 
+def offline_snapshot(repository: str, revision: str | None) -> Path | None:
+    """Where the hub client's cache holds the repository; asked only where the client is offline."""
+    from huggingface_hub import constants, errors, snapshot_download
+
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return None
+
+
 class HubFiles:
-    """The files of one repository at one commit; see `checkpoint.LocalFiles` for its local twin.
+    """One commit of a repository; `checkpoint_files.LocalFiles` is its local twin.
 
     Raises:
         RepositoryError: the repository does not exist, is closed to this user or out of reach.
@@ -64,10 +76,14 @@ class HubFiles:
         if name not in self._names:
             raise RepositoryError(f"{self.label(name)}: the repository has no such file")
         body, size = self._get(name, 0, MAX_SMALL_FILE)
-        if len(body) < size:
+        if size > MAX_SMALL_FILE:
             raise RepositoryError(
                 f"{self.label(name)}: {size} bytes, more than the {MAX_SMALL_FILE} that any "
                 "configuration file takes"
+            )
+        if len(body) < size:
+            raise RepositoryError(
+                f"{self.label(name)}: the server sent {len(body)} of {size} bytes; try again"
             )
         return body
 
@@ -176,6 +192,11 @@ def _explained(what: str) -> Iterator[None]:
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no status"
+        if status in (401, 403):
+            raise RepositoryError(
+                f"{what}: the hub does not accept your token, or closes this to you ({status}); "
+                f"log in (`hf auth login` or HF_TOKEN), {_DOWNLOAD}"
+            ) from error
         raise RepositoryError(
             f"{what}: the hub answered with an error ({status}); try again later, {_DOWNLOAD}"
         ) from error

@@ -16,6 +16,13 @@ from vllm_fusedq.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 
+# Such a file says where git-lfs keeps the real one; safetensors would read these as a length
+LFS_POINTER = b"version "
+LFS_WAY_OUT = (
+    "a git-lfs pointer in place of the file; run `git lfs pull`, or download the model with "
+    "`hf download`"
+)
+
 DTYPE_BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -84,6 +91,8 @@ def header_bytes(label: str, prefix: bytes, file_bytes: int) -> int:
     """
     if len(prefix) < 8:
         _fail(label, f"{file_bytes} bytes, too short for the 8-byte header length")
+    if prefix == LFS_POINTER:
+        _fail(label, LFS_WAY_OUT)
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         _fail(label, f"header length {length}, more than {MAX_HEADER_BYTES} bytes")

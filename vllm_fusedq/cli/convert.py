@@ -1,13 +1,13 @@
 """`fusedq convert`: a checkpoint that loads without repacking."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_fusedq.cli.output import ExitCode, console
-from vllm_fusedq.errors import FusedQError
+from vllm_fusedq.cli.output import console, refusing
 
 
 def convert(
@@ -19,26 +19,28 @@ def convert(
 ) -> None:
     """Write MODEL in the layout that its kernels read, for every tensor-parallel size.
 
-    The result is served like any other checkpoint and gives bit-identical results. A run that was
-    killed continues where it stopped.
+    The result is served like any other checkpoint and gives bit-identical results.
+
+    A run that was killed continues where it stopped.
     """
     from vllm_fusedq.convert import convert as run
 
+    if not isfinite(max_file_gb):
+        raise typer.BadParameter(f"--max-file-gb {max_file_gb} is no size")
     err = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    try:
-        with Progress(*columns, console=err, transient=True) as bar:
-            tasks = {}
+    with (
+        refusing(err),
+        Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar,
+    ):
+        tasks = {}
 
-            def show(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bar.add_task(what, total=total)
-                bar.update(tasks[what], completed=done)
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
 
-            done = run(model, out, round(max_file_gb * 1e9), show)
-    except FusedQError as error:
-        err.print(f"refused: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(ExitCode.REFUSED) from None
+        done = run(model, out, round(max_file_gb * 1e9), show)
     resumed = f", {done.resumed_files} files from an earlier run" if done.resumed_files else ""
     if done.note:
         err.print(done.note, style="yellow", markup=False, highlight=False, soft_wrap=True)

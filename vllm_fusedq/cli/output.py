@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vllm_fusedq.errors import FusedQError, OutputError
 from vllm_fusedq.hub import Progress as OnProgress
 
 
@@ -50,6 +51,18 @@ def writing() -> Iterator[None]:
         reason = error.strerror or error
         console(stderr=True).print(f"the output cannot be written: {reason}", style="red")
         raise typer.Exit(ExitCode.NOT_WRITTEN) from error
+
+
+@contextmanager
+def refusing(err: Console) -> Iterator[None]:
+    """A refusal is one message on `err` and an exit code, no traceback."""
+    try:
+        yield
+    except FusedQError as error:
+        unwritten = isinstance(error, OutputError)
+        message = str(error) if unwritten else f"refused: {error}"
+        err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(ExitCode.NOT_WRITTEN if unwritten else ExitCode.REFUSED) from None
 
 
 def _discard(file: IO[str]) -> None:

@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vllm_fusedq.cli.output import ExitCode, console
-from vllm_fusedq.errors import FusedQError
+from vllm_fusedq.cli.output import ExitCode, console, refusing
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +39,8 @@ def selfcheck(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     out, err = console(), console(stderr=True)
-    try:
+    with refusing(err):
         failed = _run(model, torch.device(device), getattr(torch, dtype), kernel, only, out, err)
-    except FusedQError as error:
-        err.print(f"refused: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(ExitCode.REFUSED) from None
     raise typer.Exit(ExitCode.REFUSED if failed else ExitCode.FUSED)
 
 

@@ -7,8 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from vllm_fusedq.cli.output import ExitCode, console
-from vllm_fusedq.errors import FusedQError
+from vllm_fusedq.cli.output import ExitCode, console, refusing
 
 
 def verify(
@@ -30,11 +29,8 @@ def verify(
     if dtype not in ("bfloat16", "float16"):
         raise typer.BadParameter(f"dtype {dtype!r}; choose bfloat16 or float16")
     out, err = console(), console(stderr=True)
-    try:
+    with refusing(err):
         traces = run(str(model), dtype, {"kernel": kernel}, max_model_len)
-    except FusedQError as error:
-        err.print(f"refused: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(ExitCode.REFUSED) from None
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in ("layer", "kernel", "seen as", "calls"):
         table.add_column(column, overflow="fold")
