@@ -274,6 +274,7 @@ def test_output_that_cannot_be_written_is_no_verdict(options: list[str]) -> None
 def test_ctrl_c_ends_a_wait_for_the_hub_without_a_traceback() -> None:
     code = "from vllm_fusedq.cli import app; app()"
     with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
         env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
         process = subprocess.Popen(
             [sys.executable, "-c", code, "check", "owner/name", "--device", "cpu"],
