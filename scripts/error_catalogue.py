@@ -33,7 +33,7 @@ RAISED = {
 PROBLEM = ("found", "supported", "fix")
 PARTS = {
     "Problem": ("layer", *PROBLEM),
-    "_problem": ("layer", *PROBLEM),
+    "single": ("layer", *PROBLEM),
     "refusal": PROBLEM,
     "Reason": PROBLEM,
     "Warned": ("layer", "message"),

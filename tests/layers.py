@@ -1,10 +1,20 @@
-"""One layer of a checkpoint without a file: its stored tensors, its description, its slices."""
+"""One layer of a checkpoint: its stored tensors, description and slices, without a file; its
+problems.
+"""
 
 import torch
 
 from checkpoints import ALL_BUILDS, Tensors, Truth
 from vllm_fusedq.checkpoint import Checkpoint
-from vllm_fusedq.formats import LayerFormat, Region, decode, format_for, stored_slices
+from vllm_fusedq.errors import PreflightError, Problem
+from vllm_fusedq.formats import (
+    CheckpointFormat,
+    LayerFormat,
+    Region,
+    decode,
+    format_for,
+    stored_slices,
+)
 from vllm_fusedq.safetensors_header import TensorInfo
 
 MODULE = "model.layers.0.mlp.up_proj"
@@ -44,6 +54,15 @@ def describe(
     layer = format_for(checkpoint).spec_for(MODULE)
     assert layer is not None
     return layer, tensors
+
+
+def problems_of(fmt: CheckpointFormat, module: str) -> list[Problem]:
+    """Everything that stands against a module; empty if it is fine or left unquantized."""
+    try:
+        fmt.spec_for(module)
+    except PreflightError as error:
+        return list(error.problems)
+    return []
 
 
 def cut(layer: LayerFormat, tensors: Tensors, region: Region) -> Tensors:

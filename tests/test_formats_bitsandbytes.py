@@ -24,7 +24,7 @@ from checkpoints import (
 )
 from fusedq_kernels.testing import assert_close
 from fusedq_kernels.types import KernelName, WeightType
-from layers import MODULE, check, cut, describe
+from layers import MODULE, check, cut, describe, problems_of
 from test_load import load as load_layer
 from test_load import plans_of
 from vllm_fusedq.checkpoint import read_checkpoint
@@ -154,7 +154,7 @@ def load(path: Path, *edits: Any, build: str = "bnb-nf4-nested", **config: Any) 
 
 
 def problem_of(fmt: CheckpointFormat, module: str) -> str:
-    (problem,) = fmt.problems(module)
+    (problem,) = problems_of(fmt, module)
     return str(problem)
 
 
@@ -281,7 +281,7 @@ def test_refuses_layers_from_headers_and_state(tmp_path: Path, case: str) -> Non
     with pytest.raises(PreflightError, match=message) as caught:
         fmt.spec_for(UP)
     assert all(problem.layer == UP for problem in caught.value.problems)
-    assert fmt.problems(DOWN) == []
+    assert problems_of(fmt, DOWN) == []
 
 
 def test_refuses_a_shape_that_does_not_fit_its_neighbours(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from checkpoints import (
     random_truth,
     write_checkpoint,
 )
-from layers import MODULE, check, cut, describe
+from layers import MODULE, check, cut, describe, problems_of
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import FusedQError, PreflightError, UnsupportedCheckpoint, WeightLoadError
 from vllm_fusedq.formats import LayerFormat, decode, format_for
@@ -168,7 +168,7 @@ def test_parts_of_a_fused_layer_in_other_packings(
     truths[f"{LAYER}.up_proj"] = truth
     checkpoint = read_checkpoint(tmp_path)
     fmt = format_for(checkpoint)
-    assert not [problem for module in fmt.modules() for problem in fmt.problems(module)]
+    assert not [problem for module in fmt.modules() for problem in problems_of(fmt, module)]
     if not runs:
         with pytest.raises(PreflightError, match=r"different schemes .* int-quantized 8-bit g16"):
             plans_of(checkpoint, "cpu")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import checkpoints
 from checkpoints import add, make_plain, with_fields, write_checkpoint
 from fusedq_kernels import reference
+from layers import problems_of
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import FusedQError, UnsupportedCheckpoint
 from vllm_fusedq.formats import FORMATS, CheckpointFormat, decode, format_for
@@ -206,12 +207,12 @@ ACCEPTED = {
 def test_accepts_config(case: str, tmp_path: Path) -> None:
     build, config = ACCEPTED[case]
     fmt = load(tmp_path, build, config=config)
-    assert [fmt.problems(module) for module in fmt.modules()] == [[]] * 7
+    assert [problems_of(fmt, module) for module in fmt.modules()] == [[]] * 7
 
 
 def test_accepts_activation_order_in_one_group(tmp_path: Path) -> None:
     fmt = load(tmp_path, "gptq-sym", group_size=-1, config={"desc_act": True})
-    assert fmt.problems(UP) == []
+    assert problems_of(fmt, UP) == []
 
 
 def test_a_group_by_name_wins_over_the_class(tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ def test_rules_of_gptqmodel_by_module(tmp_path: Path) -> None:
     ]
     edits += [make_plain(f"model.layers.0.self_attn.{name}_proj", 64, 64) for name in "qkvo"]
     fmt = load(tmp_path, "gptq-sym", layers=2, config={"dynamic": dynamic}, edits=edits)
-    assert [problem for module in fmt.modules() for problem in fmt.problems(module)] == []
+    assert [problem for module in fmt.modules() for problem in problems_of(fmt, module)] == []
     assert fmt.spec_for("model.layers.0.self_attn.q_proj") is None
     expected = {
         DOWN: "gptq 4-bit g16, zero points, act-order",
@@ -325,4 +326,4 @@ def test_nonsense_in_a_config_is_refused_or_harmless(
     with contextlib.suppress(FusedQError):
         fmt = format_for(replace(whole, quant_config=config))
         for module in fmt.modules():
-            fmt.problems(module)
+            problems_of(fmt, module)

@@ -14,12 +14,12 @@ from layers import MODULE, check, cut, describe
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats import (
+    FORMATS,
     Finding,
     LayerFormat,
     Region,
     decode,
     format_for,
-    inspect,
     settle,
 )
 
@@ -28,7 +28,7 @@ SAID = {"gptq": "gptq-asym", "gptq_v2": "gptq-asym-v2"}
 
 def inspected(layer: LayerFormat, tensors: Tensors, region: Region | None = None) -> Finding | None:
     region = region or layer.whole
-    return inspect(cut(layer, tensors, region), layer, region)
+    return FORMATS[layer.format].inspect(cut(layer, tensors, region), layer, region)
 
 
 def test_three_bit_words_by_hand() -> None:

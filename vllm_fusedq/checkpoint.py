@@ -17,6 +17,8 @@ from vllm_fusedq.hub import Progress
 from vllm_fusedq.safetensors_header import LFS_POINTER, LFS_WAY_OUT, TensorInfo
 
 INDEX_FILE = "model.safetensors.index.json"
+# Where config.json may hold the quantization section, and other files that may.
+QUANT_SECTIONS = ("quantization_config", "compression_config")
 QUANT_CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # How many names deep a tensor may lie below another one that it belongs to
@@ -40,9 +42,6 @@ class Checkpoint:
     quant_source: str
     tensors: dict[str, TensorInfo]
     metadata: dict[str, bytes] = field(default_factory=dict)
-
-    def has(self, name: str) -> bool:
-        return name in self.tensors
 
     def number(self, *keys: str) -> int | None:
         """The first of the model config's sizes that is given, as a positive integer."""
@@ -121,7 +120,7 @@ def _no_config(names: Sequence[str]) -> str:
 def _quant_config(
     files: CheckpointFiles, names: Sequence[str], config: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    for key in ("quantization_config", "compression_config"):
+    for key in QUANT_SECTIONS:
         for section in config_sections(config):
             found = section.get(key)
             if found is None:

@@ -24,6 +24,7 @@ from vllm_fusedq.checkpoint import (
     INDEX_FILE,
     PICKLE_SUFFIXES,
     QUANT_CONFIG_FILES,
+    QUANT_SECTIONS,
     Checkpoint,
     read_checkpoint,
 )
@@ -280,10 +281,7 @@ def _config(
         "schemes": schemes,
         "modules": modules,
     }
-    config = {key: value for key, value in checkpoint.config.items() if key not in _SECTIONS}
+    config = {key: value for key, value in checkpoint.config.items() if key not in QUANT_SECTIONS}
     if isinstance(text_config := config.get("text_config"), dict):
-        config["text_config"] = {k: v for k, v in text_config.items() if k not in _SECTIONS}
+        config["text_config"] = {k: v for k, v in text_config.items() if k not in QUANT_SECTIONS}
     return {**config, "quantization_config": section}
-
-
-_SECTIONS = ("quantization_config", "compression_config")

@@ -68,5 +68,10 @@ class PreflightError(FusedQError):
         count = len(self.problems)
         super().__init__(f"{count} problem{'s' * (count != 1)} in this checkpoint:\n{lines}")
 
+    @classmethod
+    def single(cls, layer: str, found: str, supported: str, fix: str) -> "PreflightError":
+        """The error of one problem."""
+        return cls([Problem(layer, found, supported, fix)])
+
     def __reduce__(self) -> tuple[type["PreflightError"], tuple[tuple[Problem, ...]]]:
         return type(self), (self.problems,)

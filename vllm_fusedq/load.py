@@ -15,7 +15,7 @@ from fusedq_kernels import layout
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import LogicalWeight, PackedWeight, layout_for
 from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.formats import Finding, can_place, decode, inspect, place
+from vllm_fusedq.formats import FORMATS, Finding, decode
 from vllm_fusedq.formats.layer import LayerFormat, Region, TensorLayout, stored_slices
 from vllm_fusedq.plan import LayerPlan
 from vllm_fusedq.sharding import PartShard
@@ -130,12 +130,14 @@ class LayerLoader:
     def _place(self) -> bool:
         """Copy tensors that are stored as they stay resident; False if they are not."""
         filled = [(part, fmt) for part, fmt in self._all_parts() if part.region.n]
-        if not all(can_place(fmt, part.region, self.packed) for part, fmt in filled):
+        if not all(
+            FORMATS[fmt.format].can_place(fmt, part.region, self.packed) for part, fmt in filled
+        ):
             return False
         start = 0
         for part, fmt in filled:
-            tensors = {stored.name: self._slices[part, stored.name] for stored in fmt.tensors}
-            perm = place(tensors, fmt, part.region, self.packed, start)
+            slices = self._slices_of(part, fmt)
+            perm = FORMATS[fmt.format].place(slices, fmt, part.region, self.packed, start)
             if perm is not None:
                 self._keep_order(part, perm)
             start += part.region.n
@@ -159,9 +161,12 @@ class LayerLoader:
         for part, fmt in self._all_parts():
             if not part.region.n:
                 continue
-            tensors = {stored.name: self._slices[part, stored.name] for stored in fmt.tensors}
-            if finding := inspect(tensors, fmt, part.region):
+            slices = self._slices_of(part, fmt)
+            if finding := FORMATS[fmt.format].inspect(slices, fmt, part.region):
                 self.findings[part.module] = finding
+
+    def _slices_of(self, part: PartShard, fmt: LayerFormat) -> dict[str, torch.Tensor]:
+        return {stored.name: self._slices[part, stored.name] for stored in fmt.tensors}
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[PartShard, LayerFormat, Region]]:
         """The parts' regions that make up rows `[start, stop)` of the fused layer."""

@@ -169,7 +169,7 @@ def _refuse_unsupported(name: str) -> None:
     if name in UNSUPPORTED_DEVICES:
         found, supported = UNSUPPORTED_DEVICES[name]
         fix = "use another device, or vLLM's own support without --quantization fusedq"
-        raise PreflightError([Problem(f"device {name}", found, supported, fix)])
+        raise PreflightError.single(f"device {name}", found, supported, fix)
 
 
 def _act_dtype(dtype: Dtype, checkpoint: "Checkpoint") -> "DType":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from fusedq_kernels.types import LogicalWeight, PackedWeight
+from fusedq_kernels.types import LogicalWeight
 from vllm_fusedq.checkpoint import Checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.formats.awq import AwqFormat
@@ -34,11 +34,8 @@ __all__ = [
     "LayerFormat",
     "Region",
     "TensorLayout",
-    "can_place",
     "decode",
     "format_for",
-    "inspect",
-    "place",
     "settle",
     "stored_slices",
 ]
@@ -74,26 +71,3 @@ def decode(
 ) -> LogicalWeight:
     """`CheckpointFormat.decode` of the layer's own format."""
     return FORMATS[layer.format].decode(tensors, layer, region)
-
-
-def inspect(
-    tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
-) -> Finding | None:
-    """`CheckpointFormat.inspect` of the layer's own format."""
-    return FORMATS[layer.format].inspect(tensors, layer, region)
-
-
-def can_place(layer: LayerFormat, region: Region, packed: PackedWeight) -> bool:
-    """`CheckpointFormat.can_place` of the layer's own format."""
-    return FORMATS[layer.format].can_place(layer, region, packed)
-
-
-def place(
-    tensors: Mapping[str, torch.Tensor],
-    layer: LayerFormat,
-    region: Region,
-    packed: PackedWeight,
-    start: int,
-) -> torch.Tensor | None:
-    """`CheckpointFormat.place` of the layer's own format."""
-    return FORMATS[layer.format].place(tensors, layer, region, packed, start)

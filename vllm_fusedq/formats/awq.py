@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusedq_kernels.types import LogicalWeight
-from vllm_fusedq.errors import PreflightError, Problem
+from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats.awq_packing import (
     BITS,
     STREAMED_BITS,
@@ -17,15 +17,8 @@ from vllm_fusedq.formats.awq_packing import (
     streamed_layouts,
     streamed_sizes,
 )
-from vllm_fusedq.formats.base import (
-    USE_VLLM,
-    CheckpointFormat,
-    LayerFormat,
-    Region,
-    Scheme,
-    check_slices,
-)
-from vllm_fusedq.formats.layer import with_all_groups
+from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
+from vllm_fusedq.formats.layer import LayerFormat, Region, Scheme, check_slices, with_all_groups
 from vllm_fusedq.formats.support import Support, bit_widths
 from vllm_fusedq.formats.unpacking import NIBBLES
 from vllm_fusedq.formats.widening import resident_type
@@ -102,14 +95,13 @@ class AwqFormat(CheckpointFormat):
         if self.version != "gemm" and weight is not None and len(weight.shape) == 2:
             k = weight.shape[1] * layouts[0].dims[1].pack
             if k % self.group_size:
-                problem = Problem(
+                raise PreflightError.single(
                     module,
                     f"qweight of shape {list(weight.shape)}, which is {k} in_features, in groups "
                     f"of {self.group_size}",
                     f"whole groups with version {self.version}",
                     "correct version in the config if the model was packed with another one",
                 )
-                raise PreflightError([problem])
             words = padded_words(k // self.group_size, self.group_size)
             layouts = with_all_groups(layouts, NIBBLES * words)
         variant = "" if self.version == "gemm" else self.version

@@ -14,35 +14,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from fusedq_kernels.types import LogicalWeight, PackedWeight
 from vllm_fusedq.checkpoint import Checkpoint
-from vllm_fusedq.errors import PreflightError, Problem, UnsupportedCheckpoint
+from vllm_fusedq.errors import PreflightError, UnsupportedCheckpoint
 from vllm_fusedq.formats.embeddings import is_head, is_input_embedding, is_lm_head, is_tied
 from vllm_fusedq.formats.findings import Finding
 from vllm_fusedq.formats.headers import describe_layer
-from vllm_fusedq.formats.layer import (
-    Dim,
-    LayerFormat,
-    Region,
-    Scheme,
-    TensorLayout,
-    check_slices,
-    stored_slices,
-)
+from vllm_fusedq.formats.layer import LayerFormat, Region, Scheme
 from vllm_fusedq.formats.support import Support
 from vllm_fusedq.safetensors_header import TensorInfo
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "CheckpointFormat",
-    "Dim",
-    "LayerFormat",
-    "Region",
-    "Scheme",
-    "TensorLayout",
-    "check_slices",
-    "stored_slices",
-]
 
 USE_VLLM = "drop `--quantization fusedq` to use vLLM's own support, if it has any"
 
@@ -177,14 +158,6 @@ class CheckpointFormat(ABC):
                 found.append(module)
         return found
 
-    def problems(self, module: str) -> list[Problem]:
-        """Everything that stands against this module; empty if it is fine or left unquantized."""
-        try:
-            self.spec_for(module)
-        except PreflightError as error:
-            return list(error.problems)
-        return []
-
     def spec_for(self, module: str) -> LayerFormat | None:
         """Describe a linear module under its checkpoint name; None if it is left unquantized.
 
@@ -195,7 +168,7 @@ class CheckpointFormat(ABC):
         packed = sorted(self.markers & stored.keys())
         fold = _EXPERTS.match(module)
         if fold and (packed or fold.group() in self._expert_folds):
-            raise _problem(
+            raise PreflightError.single(
                 fold.group(),
                 "quantized MoE experts",
                 "dense linear layers; MoE experts are not supported yet",
@@ -206,7 +179,7 @@ class CheckpointFormat(ABC):
         if not self.claims(module):
             if not packed:
                 return None
-            raise _problem(
+            raise PreflightError.single(
                 module,
                 f"packed tensors ({', '.join(packed)}) although the config leaves this "
                 "module unquantized",
@@ -279,7 +252,7 @@ class CheckpointFormat(ABC):
         if is_lm_head(module) and self.claims_head(module):
             self._refuse_tied(module)
         elif not (is_input_embedding(module) and self.claims_embedding(module)):
-            raise _problem(
+            raise PreflightError.single(
                 module,
                 f"a quantized embedding or lm_head ({', '.join(packed)})",
                 "quantized linear layers, and an lm_head or (compressed-tensors) an input "
@@ -291,7 +264,7 @@ class CheckpointFormat(ABC):
     def _refuse_tied(self, module: str) -> None:
         """vLLM uses the embeddings as lm_head where they are tied, whatever else is stored."""
         if is_tied(self.checkpoint):
-            raise _problem(
+            raise PreflightError.single(
                 module,
                 "a quantized lm_head although tie_word_embeddings is true in config.json",
                 "a quantized lm_head of its own",
@@ -308,13 +281,9 @@ class CheckpointFormat(ABC):
             if weight is not None
             else f"no packed tensors (found: {', '.join(sorted(stored)) or 'none'})"
         )
-        raise _problem(
+        raise PreflightError.single(
             module,
             f"{found} although the config says that this module is quantized",
             "config and tensors that agree",
             f"exclude it by {self.exclusion} if it is meant to stay unquantized",
         )
-
-
-def _problem(layer: str, found: str, supported: str, fix: str) -> PreflightError:
-    return PreflightError([Problem(layer, found, supported, fix)])

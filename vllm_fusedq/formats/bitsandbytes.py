@@ -21,19 +21,20 @@ from fusedq_kernels.dtype import DType
 from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import LogicalWeight, WeightType
 from vllm_fusedq.checkpoint import MAX_METADATA_BYTES
-from vllm_fusedq.errors import PreflightError, Problem, WeightLoadError
-from vllm_fusedq.formats.base import (
-    USE_VLLM,
-    CheckpointFormat,
+from vllm_fusedq.errors import PreflightError, WeightLoadError
+from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
+from vllm_fusedq.formats.headers import REDO
+from vllm_fusedq.formats.layer import (
+    DTYPES,
+    SCALE_DTYPES,
     Dim,
     LayerFormat,
     Region,
     Scheme,
     TensorLayout,
+    check_finite,
     check_slices,
 )
-from vllm_fusedq.formats.headers import REDO
-from vllm_fusedq.formats.layer import DTYPES, SCALE_DTYPES, check_finite
 from vllm_fusedq.formats.support import Support
 from vllm_fusedq.formats.unpacking import take, unpack_columns
 
@@ -95,18 +96,28 @@ class BitsAndBytesFormat(CheckpointFormat):
         name = next((name for name in STATES if name in stored), None)
         raw = self.checkpoint.metadata.get(f"{module}.{name}")
         if name is None or raw is None:
-            found = f"no readable {' or '.join(STATES)} (only {', '.join(sorted(stored))})"
-            raise _refused(module, found, f"one of at most {MAX_METADATA_BYTES} bytes", REDO)
+            raise PreflightError.single(
+                module,
+                f"no readable {' or '.join(STATES)} (only {', '.join(sorted(stored))})",
+                f"one of at most {MAX_METADATA_BYTES} bytes",
+                REDO,
+            )
         try:
             state = parse_state(raw, STATES[name])
         except BadState as error:
-            raise _refused(module, f"{error.found} in {name}", error.supported, REDO) from error
+            raise PreflightError.single(
+                module, f"{error.found} in {name}", error.supported, REDO
+            ) from error
         blocks = -(-state.n * state.k // state.blocksize)
         nested = NESTED_ABSMAX in stored or NESTED_MAP in stored
         if nested != (state.nested_blocksize is not None):
-            found = f"{'' if nested else 'no '}tensors of double quantization"
-            supported = f"tensors and {name} that agree"
-            raise _refused(module, f"{found}, of which {name} says otherwise", supported, REDO)
+            tensors = f"{'' if nested else 'no '}tensors of double quantization"
+            raise PreflightError.single(
+                module,
+                f"{tensors}, of which {name} says otherwise",
+                f"tensors and {name} that agree",
+                REDO,
+            )
         absmax_dtypes = (DType.UINT8,) if nested else SCALE_DTYPES
         absmax = _vector(ABSMAX, blocks, *absmax_dtypes)
         if state.k % state.blocksize == 0 and ABSMAX in stored:
@@ -273,7 +284,3 @@ def _absmax(
     scales = tensors[NESTED_ABSMAX][blocks // state.nested_blocksize]
     offset = torch.tensor(state.nested_offset, dtype=torch.float32, device=stored.device)
     return levels * scales + offset
-
-
-def _refused(module: str, found: str, supported: str, fix: str) -> PreflightError:
-    return PreflightError([Problem(module, found, supported, fix)])

@@ -15,17 +15,8 @@ from typing import Any, NamedTuple
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import LogicalWeight
-from vllm_fusedq.errors import PreflightError, Problem
-from vllm_fusedq.formats.base import (
-    USE_VLLM,
-    CheckpointFormat,
-    Dim,
-    LayerFormat,
-    Region,
-    Scheme,
-    TensorLayout,
-    check_slices,
-)
+from vllm_fusedq.errors import PreflightError
+from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
 from vllm_fusedq.formats.compressed_tensors_packing import (
     DEFAULT_PACKING,
     PACKINGS,
@@ -35,7 +26,15 @@ from vllm_fusedq.formats.compressed_tensors_packing import (
     Tensors,
 )
 from vllm_fusedq.formats.embeddings import is_input_embedding
-from vllm_fusedq.formats.layer import with_all_groups
+from vllm_fusedq.formats.layer import (
+    Dim,
+    LayerFormat,
+    Region,
+    Scheme,
+    TensorLayout,
+    check_slices,
+    with_all_groups,
+)
 from vllm_fusedq.formats.ordering import sort_rows
 from vllm_fusedq.formats.support import Support, bit_widths
 from vllm_fusedq.formats.widening import resident_type, widen
@@ -111,13 +110,12 @@ class CompressedTensorsFormat(CheckpointFormat):
         assert group is not None
         stored = self.checkpoint.modules()[module]
         if "weight_g_idx" in stored and not group.ordered:
-            problem = Problem(
+            raise PreflightError.single(
                 module,
                 "weight_g_idx (activation reordering) although the config says nothing of it",
                 "weight_g_idx with actorder group",
                 "set actorder to group in the config if this model was quantized with it",
             )
-            raise PreflightError([problem])
         layouts = VARIANTS[group.packing].layouts(group.bits)
         # The zero points come last
         layouts = layouts[:-1] if group.symmetric else layouts

@@ -29,16 +29,17 @@ from fusedq_kernels.types import (
     layout_for,
 )
 from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.formats.base import (
-    CheckpointFormat,
+from vllm_fusedq.formats.base import CheckpointFormat
+from vllm_fusedq.formats.layer import (
+    SCALE_DTYPES,
     Dim,
     LayerFormat,
     Region,
     Scheme,
     TensorLayout,
     check_slices,
+    with_all_groups,
 )
-from vllm_fusedq.formats.layer import SCALE_DTYPES, with_all_groups
 from vllm_fusedq.formats.ordering import sort_rows
 from vllm_fusedq.formats.support import Support
 

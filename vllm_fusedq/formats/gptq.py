@@ -19,18 +19,20 @@ from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import LogicalWeight
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats import gptq_zeros
-from vllm_fusedq.formats.base import (
-    CheckpointFormat,
+from vllm_fusedq.formats.base import CheckpointFormat
+from vllm_fusedq.formats.findings import Finding
+from vllm_fusedq.formats.gptq_zeros import ZERO_OFFSETS
+from vllm_fusedq.formats.layer import (
+    SCALE_DTYPES,
+    Axis,
     Dim,
     LayerFormat,
     Region,
     Scheme,
     TensorLayout,
     check_slices,
+    with_all_groups,
 )
-from vllm_fusedq.formats.findings import Finding
-from vllm_fusedq.formats.gptq_zeros import ZERO_OFFSETS
-from vllm_fusedq.formats.layer import SCALE_DTYPES, Axis, with_all_groups
 from vllm_fusedq.formats.ordering import checked_groups, sort_rows
 from vllm_fusedq.formats.support import Support, bit_widths
 from vllm_fusedq.formats.widening import resident_type, widen
