@@ -33,6 +33,7 @@ ORDER = [
     "checkpoint_files",
     "hub",
     "safetensors_header",
+    "names",
     "errors",
 ]
 SOURCES = sorted((ROOT / "vllm_fusedq").rglob("*.py")) + sorted(

@@ -12,7 +12,7 @@ from fusedq_kernels.types import KernelName, WeightType
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.plan import Target, plan_layer
-from vllm_fusedq.preflight import fold_problems, index_ranges, plan_model, working_tp_sizes
+from vllm_fusedq.preflight import fold_problems, plan_model
 
 CPU = Target(cpu_device(fused_op=True), torch.bfloat16)
 H200 = Target(device_by_name("h200"), torch.bfloat16)
@@ -128,11 +128,6 @@ def test_split_that_no_kernel_covers_names_sizes_that_work(tmp_path: Path) -> No
     assert problem.fix.endswith("tensor-parallel sizes that work for the whole model: 1, 2")
 
 
-def test_working_sizes(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, "awq", hidden=64, intermediate=96)
-    assert working_tp_sizes(read_checkpoint(tmp_path), H200) == (1, 2)
-
-
 def test_uneven_split_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "awq")
     found = problems_of(tmp_path, tp_size=3)
@@ -171,7 +166,3 @@ def test_equal_problems_fold_over_layers() -> None:
         "model.layers.0-2,5.mlp (4 layers)",
         "lm_head",
     ]
-
-
-def test_index_ranges() -> None:
-    assert index_ranges([3, 0, 1, 2, 7, 9, 8]) == "0-3,7-9"

@@ -5,9 +5,11 @@ import pytest
 from vllm_fusedq.formats import Region
 from vllm_fusedq.sharding import (
     ParallelStyle,
+    PartShard,
     UnevenSplit,
     even_slice,
     head_slice,
+    partition_parts,
     shard_module,
     style_of,
 )
@@ -65,3 +67,34 @@ def test_style_follows_the_last_name() -> None:
 def test_shard_module(module: str, style: ParallelStyle, region: Region) -> None:
     part = shard_module(module, None, 256, 128, style, tp_size=2, tp_rank=1, kv_heads=1)
     assert part.region == region
+
+
+def regions(parts: tuple[PartShard, ...]) -> list[tuple[str, object, Region]]:
+    return [(part.module, part.shard_id, part.region) for part in parts]
+
+
+def test_partitions_of_query_key_and_value_on_rank_3_of_4_with_2_kv_heads() -> None:
+    parts, totals = partition_parts(
+        ["q", "k", "v"], [128, 64, 64], 256, ParallelStyle.COLUMN, 4, 3, kv_replicas=2
+    )
+    assert regions(parts) == [
+        ("q", "q", Region(384, 512, 0, 256)),
+        ("k", "k", Region(64, 128, 0, 256)),
+        ("v", "v", Region(64, 128, 0, 256)),
+    ]
+    assert totals == {"q": 512, "k": 128, "v": 128}
+
+
+def test_partitions_that_the_checkpoint_stores_as_one_follow_each_other() -> None:
+    parts, totals = partition_parts(["gate_up"], [32, 32], 64, ParallelStyle.COLUMN, 2, 1)
+    assert regions(parts) == [
+        ("gate_up", 0, Region(32, 64, 0, 64)),
+        ("gate_up", 1, Region(96, 128, 0, 64)),
+    ]
+    assert totals == {"gate_up": 128}
+
+
+def test_a_partition_of_in_features() -> None:
+    parts, totals = partition_parts(["down"], [64], 48, ParallelStyle.ROW, 2, 1)
+    assert regions(parts) == [("down", None, Region(0, 64, 48, 96))]
+    assert totals == {"down": 64}

@@ -31,7 +31,7 @@ from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats import FORMATS
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.formats.ordering import resident_rows, resident_spec
-from vllm_fusedq.sharding import LayerShard, ParallelStyle
+from vllm_fusedq.sharding import LayerShard
 
 DECODE_TOKENS = 1
 PREFILL_TOKENS = 2048
@@ -144,8 +144,7 @@ def plan_layer(
     decode, prefill = choice.launches
     if shard.multiplied:
         _check_insisted(shard, spec, target.insisted)
-        if target.batch_invariant and not heuristics.is_batch_invariant(decode.kernel):
-            raise PreflightError([_batch_dependent(shard, decode.kernel)])
+        _check_invariant(shard, decode.kernel, target)
     resident = choice.resident
     if first.ordered:
         resident = (*resident, ("perm", ResidentTensor((rows,), PERM_DTYPE).nbytes))
@@ -208,21 +207,19 @@ def _check_insisted(shard: LayerShard, spec: QuantSpec, kernel: KernelName | Non
     if kernel is None or runs(kernel, spec.weight_type):
         return
     types = [each.value for each in WeightType if runs(kernel, each)]
-    raise PreflightError(
-        [
-            Problem(
-                layer=shard.prefix,
-                found=f"{spec.weight_type.value} weights for kernel {kernel.value}",
-                supported=", ".join(types),
-                fix='choose another "kernel" in additional-config "fusedq", or leave it out',
-            )
-        ]
+    raise PreflightError.single(
+        layer=shard.prefix,
+        found=f"{spec.weight_type.value} weights for kernel {kernel.value}",
+        supported=", ".join(types),
+        fix='choose another "kernel" in additional-config "fusedq", or leave it out',
     )
 
 
-def _batch_dependent(shard: LayerShard, kernel: KernelName) -> Problem:
+def _check_invariant(shard: LayerShard, kernel: KernelName, target: Target) -> None:
+    if not target.batch_invariant or heuristics.is_batch_invariant(kernel):
+        return
     supported = ", ".join(each.value for each in KernelName if heuristics.is_batch_invariant(each))
-    return Problem(
+    raise PreflightError.single(
         layer=shard.prefix,
         found=f"kernel {kernel.value} in vLLM's batch-invariant mode",
         supported=supported,
@@ -241,43 +238,27 @@ def _of_one_scheme(
             f"{module.rpartition('.')[2]} {layer.description if layer else 'unquantized'}"
             for module, layer in found
         )
-        raise PreflightError(
-            [
-                Problem(
-                    layer=shard.prefix,
-                    found=f"parts with different schemes in one fused layer ({listing})",
-                    supported="one scheme for all parts that vLLM fuses into a layer",
-                    fix="quantize the model again with these modules alike, or with all of them "
-                    f"excluded{_by_exclusion(found)}",
-                )
-            ]
+        raise PreflightError.single(
+            layer=shard.prefix,
+            found=f"parts with different schemes in one fused layer ({listing})",
+            supported="one scheme for all parts that vLLM fuses into a layer",
+            fix="quantize the model again with these modules alike, or with all of them "
+            f"excluded{_by_exclusion(found)}",
         )
     layers = tuple(layer for _, layer in found if layer is not None)
     if len({layer.k for layer in layers}) > 1:
-        raise PreflightError([_different_sizes(shard, layers)])
+        sizes = ", ".join(
+            f"{layer.module.rpartition('.')[2]} [{layer.n}, {layer.k}]" for layer in layers
+        )
+        raise PreflightError.single(
+            layer=shard.prefix,
+            found=f"parts with different in_features in one fused layer ({sizes})",
+            supported="parts [out_features, in_features] of one activation",
+            fix="download the checkpoint again or quantize the model again",
+        )
     return layers
 
 
 def _by_exclusion(found: Sequence[tuple[str, LayerFormat | None]]) -> str:
     names = {FORMATS[layer.format].exclusion for _, layer in found if layer is not None}
     return f" by {names.pop()}" if len(names) == 1 else ""
-
-
-def _different_sizes(shard: LayerShard, layers: Sequence[LayerFormat]) -> Problem:
-    sizes = ", ".join(
-        f"{layer.module.rpartition('.')[2]} [{layer.n}, {layer.k}]" for layer in layers
-    )
-    return Problem(
-        layer=shard.prefix,
-        found=f"parts with different in_features in one fused layer ({sizes})",
-        supported="parts [out_features, in_features] of one activation",
-        fix="download the checkpoint again or quantize the model again",
-    )
-
-
-def merge_problems(errors: Sequence[PreflightError]) -> PreflightError:
-    """One error that carries the problems of all."""
-    return PreflightError([problem for error in errors for problem in error.problems])
-
-
-__all__ = ["LayerPlan", "ParallelStyle", "Target", "merge_problems", "plan_layer"]

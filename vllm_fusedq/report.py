@@ -2,7 +2,6 @@
 
 import io
 import logging
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ from rich.text import Text
 
 from fusedq_kernels.types import Launch
 from vllm_fusedq.errors import Problem
+from vllm_fusedq.names import fold, unnumbered
 from vllm_fusedq.plan import LayerPlan
-from vllm_fusedq.preflight import index_ranges
 
 logger = logging.getLogger("vllm.fusedq")
 
-_LAYER_INDEX = re.compile(r"\.(\d+)\.")
 _NUMBERS = ("MB", "meta MB", "bits/w")
 COLUMNS = (
     *("layers", "format", "K x N per rank", "phase", "kernel", "decode", "prefill"),
@@ -49,12 +47,8 @@ def plan_rows(plans: Sequence[LayerPlan]) -> list[PlanRow]:
         formats = tuple(fmt.description for fmt in plan.formats)
         shape = (plan.n, plan.k, plan.rows, plan.phase, plan.resident)
         launches = (plan.decode, plan.prefill, plan.declared)
-        name = _LAYER_INDEX.sub(".{}.", plan.prefix, count=1)
-        rows[(name, formats, *shape, *launches)].append(plan)
-    return [
-        PlanRow(_folded_name(str(pattern), members), members[0], len(members))
-        for (pattern, *_), members in rows.items()
-    ]
+        rows[(unnumbered(plan.prefix), formats, *shape, *launches)].append(plan)
+    return [PlanRow(_row_name(members), members[0], len(members)) for members in rows.values()]
 
 
 def plan_table(plans: Sequence[LayerPlan], problems: Sequence[Problem] = ()) -> Table:
@@ -162,8 +156,6 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
     )
 
 
-def _folded_name(pattern: str, members: Sequence[LayerPlan]) -> str:
-    indices = [int(m.group(1)) for plan in members if (m := _LAYER_INDEX.search(plan.prefix))]
-    if len(members) == 1 or not indices:
-        return members[0].prefix
-    return f"{pattern.replace('{}', index_ranges(indices), 1)} x{len(members)}"
+def _row_name(plans: Sequence[LayerPlan]) -> str:
+    name = fold([plan.prefix for plan in plans])
+    return f"{name} x{len(plans)}" if len(plans) > 1 else name

@@ -1,14 +1,15 @@
 """What one tensor-parallel rank holds of a layer: slices of N, slices of K, replicated heads.
 
 Pure arithmetic on logical indices. `plan.py` turns the slices into kernels and parameters,
-`formats/base.py` turns a `Region` into slices of stored tensors.
+`formats/layer.py` turns a `Region` into slices of stored tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from vllm_fusedq.formats.layer import Region
+from vllm_fusedq.names import FUSED_LAYERS
 
 
 class ParallelStyle(Enum):
@@ -63,18 +64,13 @@ class LayerShard:
         return self.parts[0].region.k
 
 
-# Fused vLLM layers and the checkpoint modules stacked in them (vLLM's packed_modules_mapping of
-# nearly every decoder); only planning without vLLM needs it, the engine is told by the model.
-FUSED_LAYERS: Mapping[str, tuple[tuple[str, str | int], ...]] = {
-    "qkv_proj": (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v")),
-    "gate_up_proj": (("gate_proj", 0), ("up_proj", 1)),
-}
 ROW_PARALLEL_MODULES = frozenset(
     {"o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "wo", "w2", "fc2"}
 )
 REPLICATED_MODULES = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "gate", "router"})
 # vLLM's DEFAULT_VOCAB_PADDING_SIZE: a vocabulary is padded to a multiple of it before it is cut.
 VOCAB_PADDING = 64
+QKV_SHARD_IDS = tuple(shard_id for _, shard_id in FUSED_LAYERS["qkv_proj"])
 KV_MODULES = frozenset({"k_proj", "v_proj"})
 
 
@@ -107,6 +103,44 @@ def head_slice(n: int, heads: int, tp_size: int, tp_rank: int) -> tuple[int, int
     head = tp_rank // (tp_size // heads)
     size = n // heads
     return head * size, (head + 1) * size
+
+
+def partition_parts(
+    modules: Sequence[str],
+    n_local: Sequence[int],
+    k_local: int,
+    style: ParallelStyle,
+    tp_size: int,
+    tp_rank: int,
+    kv_replicas: int | None = None,
+) -> tuple[tuple[PartShard, ...], dict[str, int]]:
+    """The rank's parts of a layer, from the partition sizes that vLLM gave it.
+
+    Args:
+        modules: the checkpoint's, one for each part or one that holds all parts, which follow each
+            other (Phi-3's qkv_proj).
+        n_local, k_local: out_features of each part and in_features on this rank.
+        kv_replicas: of a query, key and value layer: how many ranks hold the same key and value
+            heads.
+
+    Returns:
+        The parts, and the out_features of each module on all ranks together.
+    """
+    column = style is ParallelStyle.COLUMN
+    k_start = tp_rank * k_local if style is ParallelStyle.ROW else 0
+    totals: dict[str, int] = dict.fromkeys(modules, 0)
+    parts = []
+    for index, n in enumerate(n_local):
+        module = modules[index if len(modules) > 1 else 0]
+        replicas = kv_replicas if kv_replicas and index > 0 else 1
+        start = totals[module] + (tp_rank // replicas * n if column else 0)
+        shard_id: str | int | None = None
+        if len(n_local) > 1:
+            shard_id = index if kv_replicas is None else QKV_SHARD_IDS[index]
+        region = Region(start, start + n, k_start, k_start + k_local)
+        parts.append(PartShard(module, shard_id, region))
+        totals[module] += n * tp_size // replicas if column else n
+    return tuple(parts), totals
 
 
 def style_of(module: str) -> ParallelStyle:

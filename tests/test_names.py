@@ -1,0 +1,83 @@
+"""vLLM's names of layers and the checkpoint's, and names that are folded."""
+
+import pytest
+
+from vllm_fusedq.names import (
+    fold,
+    index_ranges,
+    natural,
+    stored_modules,
+    stored_prefix,
+    unnumbered,
+    vllm_layer,
+)
+
+BLOCKS = [f"model.layers.{index}.mlp.down_proj" for index in range(12)]
+STACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+QKV = tuple(f"model.layers.0.self_attn.{part}_proj" for part in "qkv")
+
+
+@pytest.mark.parametrize(
+    ("extra", "prefix", "stored"),
+    [
+        ("mtp_layers", "model.layers.12.mlp.down_proj", "model.mtp_layers.0.mlp.down_proj"),
+        ("mtp_block", "model.layers.13.self_attn.o_proj", "model.mtp_block.1.self_attn.o_proj"),
+        ("mtp_layers", "model.layers.11.mlp.down_proj", "model.layers.11.mlp.down_proj"),
+        ("mtp_layers", "other.layers.12.mlp.down_proj", "other.layers.12.mlp.down_proj"),
+        ("mtp_layers", "draft_model.model.layers.3.mlp.up_proj", "model.layers.3.mlp.up_proj"),
+        ("mtp_layers", "draft_model.lm_head", "lm_head"),
+        ("something", "model.layers.12.mlp.down_proj", "model.layers.12.mlp.down_proj"),
+    ],
+)
+def test_a_draft_s_names_in_the_checkpoint(extra: str, prefix: str, stored: str) -> None:
+    modules = [*BLOCKS, f"model.{extra}.0.mlp.down_proj", f"model.{extra}.1.mlp.down_proj"]
+    assert stored_prefix(prefix, modules) == stored
+
+
+@pytest.mark.parametrize(
+    ("prefix", "modules", "renamed", "expected"),
+    [
+        ("model.layers.0.self_attn.qkv_proj", QKV, {}, QKV),
+        ("draft_model.model.layers.0.self_attn.qkv_proj", QKV, {}, QKV),
+        # Stored as one (Phi-3), and one that the checkpoint does not have at all
+        (
+            "model.layers.0.self_attn.qkv_proj",
+            ["model.layers.0.self_attn.qkv_proj"],
+            {},
+            ("model.layers.0.self_attn.qkv_proj",),
+        ),
+        ("visual.qkv_proj", QKV, {}, ("visual.qkv_proj",)),
+        ("qkv_proj", ["q_proj"], {}, ("q_proj", "k_proj", "v_proj")),
+        (
+            "language_model.model.layers.0.self_attn.qkv_proj",
+            QKV,
+            {f"language_model.{module}": module for module in QKV},
+            QKV,
+        ),
+        (
+            "language_model.lm_head",
+            ["lm_head"],
+            {"language_model.lm_head": "lm_head"},
+            ("lm_head",),
+        ),
+    ],
+)
+def test_the_modules_of_a_layer(
+    prefix: str, modules: list[str], renamed: dict[str, str], expected: tuple[str, ...]
+) -> None:
+    assert stored_modules(prefix, modules, renamed, STACKED) == expected
+
+
+def test_the_layer_of_a_module() -> None:
+    assert vllm_layer(QKV[1]) == ("model.layers.0.self_attn.qkv_proj", "k")
+    assert vllm_layer("up_proj") == ("gate_up_proj", 1)
+    assert vllm_layer("lm_head") == ("lm_head", None)
+
+
+def test_numbered_names_are_folded_by_their_first_number() -> None:
+    names = [f"a.layers.{index}.b.7.c" for index in (3, 0, 1, 10)]
+    assert {unnumbered(name) for name in names} == {"a.layers.{}.b.7.c"}
+    assert fold(names) == "a.layers.0-1,3,10.b.7.c"
+    assert fold(["lm_head"]) == "lm_head"
+    assert sorted(names, key=natural)[-1] == names[-1]
+    assert index_ranges([3, 0, 1, 2, 7, 9, 8]) == "0-3,7-9"

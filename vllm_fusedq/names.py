@@ -1,0 +1,100 @@
+"""Names of layers: vLLM's against the checkpoint's, and names that differ in a number alone."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+# Fused vLLM layers and the checkpoint modules stacked in them (vLLM's packed_modules_mapping of
+# nearly every decoder); only planning without vLLM needs it, the engine is told by the model.
+FUSED_LAYERS: Mapping[str, tuple[tuple[str, str | int], ...]] = {
+    "qkv_proj": (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v")),
+    "gate_up_proj": (("gate_proj", 0), ("up_proj", 1)),
+}
+# What vLLM puts before the names of a separate draft model.
+DRAFT_PREFIX = "draft_model."
+# Lists of extra blocks that vLLM numbers as if they followed those of the model (MiMo, ERNIE).
+MTP_BLOCKS = ("mtp_layers", "mtp_block")
+
+_FUSED_NAMES = {name: (fused, sid) for fused, parts in FUSED_LAYERS.items() for name, sid in parts}
+_LAYER = re.compile(r"(.*\.|)layers\.(\d+)(\..+)")
+_INDEX = re.compile(r"\.(\d+)\.")
+
+
+def vllm_layer(module: str) -> tuple[str, str | int | None]:
+    """The vLLM layer that a checkpoint module is loaded into, and which part of it."""
+    parent, _, name = module.rpartition(".")
+    fused, shard_id = _FUSED_NAMES.get(name, (name, None))
+    return f"{parent}.{fused}" if parent else fused, shard_id
+
+
+def stored_modules(
+    prefix: str,
+    modules: Collection[str],
+    renamed: Mapping[str, str],
+    stacked: Mapping[str, Sequence[str]],
+) -> tuple[str, ...]:
+    """The checkpoint's modules that vLLM stacks in its layer `prefix`, in order.
+
+    Args:
+        prefix: the layer's name in vLLM.
+        modules: all of the checkpoint.
+        renamed: vLLM's module names -> the checkpoint's, where a model renames its modules.
+        stacked: vLLM's packed_modules_mapping.
+    """
+    found: tuple[str, ...] = ()
+    for name in (prefix, stored_prefix(prefix, modules)):
+        own = renamed.get(name, name)
+        parent, _, last = name.rpartition(".")
+        parts = [f"{parent}.{part}" if parent else part for part in stacked.get(last, ())]
+        found = tuple(renamed.get(part, part) for part in parts)
+        if own in modules or not any(module in modules for module in found):
+            found = (own,)
+        if any(module in modules for module in found):
+            break
+    return found
+
+
+def stored_prefix(prefix: str, modules: Collection[str]) -> str:
+    """The checkpoint's name for the prefix that vLLM gives a module of a draft model.
+
+    Args:
+        prefix: like "draft_model.model.layers.0.mlp.down_proj", or "model.layers.28.mlp.down_proj"
+            for the first block of multi-token prediction behind 28 blocks.
+        modules: all of the checkpoint.
+    """
+    prefix = prefix.removeprefix(DRAFT_PREFIX)
+    match = _LAYER.fullmatch(prefix)
+    if match is None:
+        return prefix
+    before, index, rest = match[1], int(match[2]), match[3]
+    blocks = {int(m[2]) for name in modules if (m := _LAYER.fullmatch(name)) and m[1] == before}
+    behind = index - max(blocks, default=-1) - 1
+    lists = {name.removeprefix(before).partition(".")[0] for name in modules}
+    extra = [name for name in MTP_BLOCKS if name in lists]
+    return f"{before}{extra[0]}.{behind}{rest}" if behind >= 0 and extra else prefix
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key under which layer 2 comes before layer 10; files list tensors in any order."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def unnumbered(name: str) -> str:
+    """What names that differ in their first number alone have in common."""
+    return _INDEX.sub(".{}.", name, count=1)
+
+
+def fold(names: Sequence[str]) -> str:
+    """Names that differ in their first number alone as one: `model.layers.0-31.mlp.down_proj`."""
+    indices = [int(match[1]) for name in names if (match := _INDEX.search(name))]
+    return _INDEX.sub(f".{index_ranges(indices)}.", names[0], count=1)
+
+
+def index_ranges(indices: Iterable[int]) -> str:
+    """`[0, 1, 2, 5]` as `0-2,5`."""
+    runs: list[list[int]] = []
+    for index in sorted(set(indices)):
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
