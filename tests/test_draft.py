@@ -1,4 +1,4 @@
-"""Draft models: their modules' names in the checkpoint, and which are refused."""
+"""Draft models: planned by their own tensors, and which are refused."""
 
 from pathlib import Path
 
@@ -10,28 +10,9 @@ from tiny_models import UNQUANTIZED, asset
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.formats import format_for
-from vllm_fusedq.integration.draft import check_draft, stored_prefix
+from vllm_fusedq.integration.draft import check_draft
 
 TARGET = "tiny-llama-gptq-g128"
-
-BLOCKS = [f"model.layers.{index}.mlp.down_proj" for index in range(12)]
-
-
-@pytest.mark.parametrize(
-    ("extra", "prefix", "stored"),
-    [
-        ("mtp_layers", "model.layers.12.mlp.down_proj", "model.mtp_layers.0.mlp.down_proj"),
-        ("mtp_block", "model.layers.13.self_attn.o_proj", "model.mtp_block.1.self_attn.o_proj"),
-        ("mtp_layers", "model.layers.11.mlp.down_proj", "model.layers.11.mlp.down_proj"),
-        ("mtp_layers", "other.layers.12.mlp.down_proj", "other.layers.12.mlp.down_proj"),
-        ("mtp_layers", "draft_model.model.layers.3.mlp.up_proj", "model.layers.3.mlp.up_proj"),
-        ("mtp_layers", "draft_model.lm_head", "lm_head"),
-        ("something", "model.layers.12.mlp.down_proj", "model.layers.12.mlp.down_proj"),
-    ],
-)
-def test_names_in_the_checkpoint(extra: str, prefix: str, stored: str) -> None:
-    modules = [*BLOCKS, f"model.{extra}.0.mlp.down_proj", f"model.{extra}.1.mlp.down_proj"]
-    assert stored_prefix(prefix, modules) == stored
 
 
 @pytest.mark.parametrize("quantized", [True, False])
@@ -40,8 +21,7 @@ def test_an_extra_block_is_planned_by_its_own_tensors(tmp_path: Path, quantized:
 
     write_mimo(tmp_path, quantized=quantized)
     config = FusedQConfig()
-    config.checkpoint = read_checkpoint(tmp_path)
-    config.format = format_for(config.checkpoint)
+    config.format = format_for(read_checkpoint(tmp_path))
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     found = config.modules_of("model.layers.2.self_attn.qkv_proj")
     assert found == tuple(f"{BLOCK}.self_attn.{p}_proj" for p in "qkv")

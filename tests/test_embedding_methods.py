@@ -33,15 +33,14 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def config_for(path: Path, rank: WorkerRank | None = None) -> Any:
+def config_for(path: Path, **known: Any) -> Any:
     from vllm_fusedq.integration.config import FusedQConfig
-    from vllm_fusedq.integration.worker import WorkerState
+    from vllm_fusedq.live import WorkerState
 
     config = FusedQConfig()
-    config.checkpoint = read_checkpoint(path)
-    config.format = format_for(config.checkpoint)
+    config.format = format_for(read_checkpoint(path))
     target = Target(cpu_device(fused_op=False), torch.float16)
-    config._worker = WorkerState(target, Settings(), None, rank=rank)
+    config.worker = WorkerState(target, Settings(), **known)
     return config
 
 
@@ -75,7 +74,7 @@ def test_vllm_looks_rows_up(tmp_path: Path, one_rank: None, prefix: str) -> None
     truth = write_with_embedding(tmp_path, "ct-asym", tied=False, hidden=HIDDEN)[EMBEDDING]
     config = config_for(tmp_path)
     layer = embedding_of(config, prefix)
-    assert config._worker.plans[0].prefix == EMBEDDING
+    assert config.worker.plans[0].prefix == EMBEDDING
     fill(layer, tmp_path)
     expected = truth.values(0, VOCABULARY, 0, HIDDEN)[IDS].half()
     assert torch.equal(layer(IDS), expected)
@@ -89,7 +88,7 @@ def test_a_tied_head_multiplies_by_the_embedding_s_weight(tmp_path: Path, one_ra
     fill(layer, tmp_path)
     head.quant_method.process_weights_after_loading(head)
     # One weight, one plan
-    assert len(config._worker.plans) == 1
+    assert len(config.worker.plans) == 1
     assert not list(head.parameters())
     assert sum(buffer.numel() for buffer in head.buffers()) == 0
     x = torch.eye(HIDDEN, dtype=torch.float16)
@@ -127,7 +126,7 @@ def test_a_model_that_builds_its_embedding_unquantized_is_refused(
 ) -> None:
     """Before a weight is loaded, on the stages that hold the embedding."""
     write_with_embedding(tmp_path, tied=tied, hidden=HIDDEN)
-    config = config_for(tmp_path, WorkerRank(pipeline=stage, pipeline_size=2))
+    config = config_for(tmp_path, rank=WorkerRank(pipeline=stage, pipeline_size=2))
     if not refused:
         config.get_cache_scale_mapper()
         return

@@ -15,63 +15,70 @@ from fusedq_kernels.device import cpu_device, device_by_name
 from fusedq_kernels.layout import empty_packed
 from fusedq_kernels.types import KernelName, QuantSpec, WeightType, layout_for
 from vllm_fusedq.checkpoint import read_checkpoint
-from vllm_fusedq.live import LiveReport, WorkerRank
+from vllm_fusedq.live import WorkerRank, WorkerState
 from vllm_fusedq.load import LayerLoader
-from vllm_fusedq.plan import LayerPlan, Target
+from vllm_fusedq.plan import Target
 from vllm_fusedq.preflight import plan_model
 from vllm_fusedq.report_json import write_document
+from vllm_fusedq.settings import Settings
 from vllm_fusedq.warmup import LoadedLayer, warm_up
 
 PLAN_SCHEMA = Path(__file__).resolve().parent.parent / "docs" / "schemas" / "plan.v1.json"
 STRIPED = Target(cpu_device(fused_op=False), torch.bfloat16)
 
 
-def loaded(path: Path, target: Target) -> tuple[LiveReport, tuple[LayerPlan, ...]]:
-    """A report of all layers of the checkpoint in `path`, loaded for real."""
-    plans = plan_model(read_checkpoint(path), target).layers
-    report = LiveReport(target, "some/model", WorkerRank(), max_tokens=64)
+def loaded(path: Path, target: Target, **settings: str) -> WorkerState:
+    """A worker that has loaded all layers of the checkpoint in `path`, for real."""
+    plan = plan_model(read_checkpoint(path), target)
+    state = WorkerState(
+        *(target, Settings(**settings)),
+        model="some/model",
+        max_tokens=64,
+        vllm_version="0.32.0",
+        unquantized=plan.unquantized,
+    )
+    state.plans.extend(plan.layers)
     with safe_open(path / "model.safetensors", "pt") as file:
-        for plan in plans:
+        for plan in state.plans:
             loader = LayerLoader.create(plan, target.act_dtype, torch.device("cpu"))
             for part, fmt in zip(plan.shard.parts, plan.formats, strict=True):
                 for stored in fmt.tensors:
                     tensor = file.get_tensor(f"{part.module}.{stored.name}")
                     loader.add(stored.name, tensor, part.shard_id)
-            report.add(loader, has_bias="qkv" in plan.prefix)
-    report.finish()
-    return report, plans
+            state.layer_loaded(loader, has_bias="qkv" in plan.prefix)
+    return state
 
 
 def test_seconds_and_bytes_are_told_apart(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "awq", layers=2)
-    report, plans = loaded(tmp_path, STRIPED)
-    document = report.document(plans, ("lm_head",), "0.32.0")
+    state = loaded(tmp_path, STRIPED, report=str(tmp_path / "plan.json"))
+    document = state.document()
+    assert json.loads((tmp_path / "plan.json").read_text()) == document
     jsonschema.validate(document, json.loads(PLAN_SCHEMA.read_text()))
     stored = read_checkpoint(tmp_path).tensors
     quantized = [info for name, info in stored.items() if "_proj." in name]
     assert document["loading"]["bytes"] == sum(info.nbytes for info in quantized)
     assert document["repacking"]["bytes"] == sum(
-        loader.packed.qweight.nbytes + loader.packed.scales.nbytes for loader in report.loaders
+        loader.packed.qweight.nbytes + loader.packed.scales.nbytes for loader in state.loaders
     )
     # Four kinds of layers, one launch each, and qkv_proj a second time with its bias
     assert document["warm_up"]["launches"] == 5
     assert document["repacking"]["seconds"] > 0
     assert document["warm_up"]["seconds"] > 0
-    assert report.load_seconds > 0
+    assert state.load_seconds > 0
 
 
 def test_the_log_names_the_plan_and_the_three_steps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_checkpoint(tmp_path, "awq")
-    report, plans = loaded(tmp_path, STRIPED)
     with caplog.at_level(logging.INFO, "vllm.fusedq"):
-        report.log(plans, ())
+        state = loaded(tmp_path, STRIPED)
     plan, steps = caplog.messages
     assert "model.layers.0.mlp.down_proj" in plan
     assert "fused: 4 (4 x cpu-striped)" in plan
-    assert f"{report.stored_bytes / 1e6:.1f} MB read; repacking: " in steps
-    assert f"{report.resident_bytes / 1e6:.1f} MB resident; warm-up: " in steps
+    assert f"{state.stored_bytes / 1e6:.1f} MB read; repacking: " in steps
+    assert f"{state.resident_bytes / 1e6:.1f} MB resident; warm-up: " in steps
     assert steps.endswith("5 launches")
 
 

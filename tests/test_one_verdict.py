@@ -63,12 +63,12 @@ def engine_plans(checkpoint: Checkpoint, model: Model, target: Target) -> list[L
     from vllm.model_executor.models.llama import LlamaForCausalLM
 
     from vllm_fusedq.integration.config import FusedQConfig
-    from vllm_fusedq.integration.worker import WorkerState
+    from vllm_fusedq.live import WorkerState
 
     config = FusedQConfig()
-    config.checkpoint, config.format = checkpoint, format_for(checkpoint)
+    config.format = format_for(checkpoint)
     config.packed_modules_mapping = LlamaForCausalLM.packed_modules_mapping
-    state = config._worker = WorkerState(target, Settings(), None)
+    state = config.worker = WorkerState(target, Settings(), None)
     common = {"bias": False, "quant_config": config, "params_dtype": target.act_dtype.torch}
     for index in range(model.layers):
         block = f"model.layers.{index}"

@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_fusedq.formats import settle
 from vllm_fusedq.load import LayerLoader
 from vllm_fusedq.plan import LayerPlan, Target
+from vllm_fusedq.settings import Settings
 from vllm_fusedq.warmup import LoadedLayer, WarmUp, warm_up
 
 logger = logging.getLogger("vllm.fusedq")
@@ -37,35 +38,55 @@ class WorkerRank:
 
 
 @dataclass(slots=True)
-class LiveReport:
-    """Collects a worker's layers as they are loaded; `started` is when the first was created.
+class WorkerState:
+    """What one worker process knows of a model: its target, its layers as they are created and
+    loaded.
 
-    `load_seconds` is the time from there to the last loaded layer without the time spent on
-    repacking; it covers reading the files and building the model. Bytes are this rank's.
+    `message_file` is where a refusal is left for the API process. `plans` are those of the layers
+    that were created, `loaders` those of the layers that are loaded. `load_seconds` is the time
+    from `started` to the last loaded layer without the time spent on repacking; it covers reading
+    the files and building the model. Bytes are this rank's.
     """
 
     target: Target
-    model: str
-    rank: WorkerRank
-    max_tokens: int
+    settings: Settings
+    message_file: str | None = None
+    model: str = ""
+    rank: WorkerRank = field(default_factory=WorkerRank)
+    max_tokens: int = 1
+    draft: bool = False
+    vllm_version: str = ""
+    unquantized: tuple[str, ...] = ()
+    plans: list[LayerPlan] = field(default_factory=list)
+    loaders: list[LayerLoader] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     load_seconds: float = 0.0
-    warmed: WarmUp | None = None
-    loaders: list[LayerLoader] = field(default_factory=list)
-    with_bias: list[bool] = field(default_factory=list)
+    warmed: WarmUp = field(default_factory=lambda: WarmUp(0.0, 0))
+    _with_bias: list[bool] = field(default_factory=list)
 
-    def add(self, loader: LayerLoader, has_bias: bool) -> None:
+    def layer_loaded(self, loader: LayerLoader, has_bias: bool) -> None:
+        """Take note of a finished layer; after the last one, run every launch once and report.
+
+        Layers of multi-token prediction are created after that: then there is a second last one.
+
+        Raises:
+            WeightLoadError: the layers contradict each other about how they were stored.
+        """
+        if any(known is loader for known in self.loaders):
+            return  # A weight update: nothing new to compile or to tell
         self.loaders.append(loader)
-        self.with_bias.append(has_bias)
-
-    def finish(self) -> None:
-        """After the last layer: stop the clock, run every launch once."""
+        self._with_bias.append(has_bias)
+        if len(self.loaders) < len(self.plans):
+            return
+        note = settle({name: one for each in self.loaders for name, one in each.findings.items()})
         self.load_seconds = time.perf_counter() - self.started - self.pack_seconds
         layers = (
-            LoadedLayer(loader.packed, loader.plan.kernel, has_bias, loader.plan.gather)
-            for loader, has_bias in zip(self.loaders, self.with_bias, strict=True)
+            LoadedLayer(each.packed, each.plan.kernel, bias, each.plan.gather)
+            for each, bias in zip(self.loaders, self._with_bias, strict=True)
         )
         self.warmed = warm_up(layers, self.target, self.max_tokens)
+        if self.rank.reports:
+            self._report(note)
 
     @property
     def pack_seconds(self) -> float:
@@ -79,38 +100,41 @@ class LiveReport:
     def resident_bytes(self) -> int:
         return sum(size for loader in self.loaders for _, size in loader.plan.resident)
 
-    def log(self, plans: Sequence[LayerPlan], unquantized: Sequence[str]) -> None:
-        """The folded plan at INFO, and what loading took."""
-        from vllm_fusedq.report import log_plan
+    def document(self) -> dict[str, Any]:
+        """The JSON document of `docs/schemas/plan.v1.json`."""
+        from vllm_fusedq.report_json import counts_json, device_json, document, layers_json
 
-        log_plan(plans, unquantized)
-        warmed = self.warmed or WarmUp(0.0, 0)
+        return document(
+            "plan",
+            vllm_version=self.vllm_version,
+            model=self.model,
+            rank=asdict(self.rank),
+            device=device_json(self.target.device, None),
+            dtype=self.target.act_dtype.value,
+            layers=layers_json(self.plans),
+            unquantized=list(self.unquantized),
+            counts=counts_json(self.plans, self.unquantized),
+            loading={"seconds": self.load_seconds, "bytes": self.stored_bytes},
+            repacking={"seconds": self.pack_seconds, "bytes": self.resident_bytes},
+            warm_up=asdict(self.warmed),
+        )
+
+    def _report(self, note: str) -> None:
+        """The folded plan at INFO, what loading took, and the file that the settings name."""
+        # Tables cost every vLLM process 30 ms of import; only one engine prints one.
+        from vllm_fusedq.report import log_plan
+        from vllm_fusedq.report_json import write_document
+
+        if note:
+            logger.warning(note)
+        log_plan(self.plans, self.unquantized)
         logger.info(
             "fusedq loading: %.2f s, %.1f MB read; repacking: %.2f s, %.1f MB resident; "
             "warm-up: %.2f s, %d launches",
             *(self.load_seconds, self.stored_bytes / 1e6),
             *(self.pack_seconds, self.resident_bytes / 1e6),
-            *(warmed.seconds, warmed.launches),
+            *(self.warmed.seconds, self.warmed.launches),
         )
-
-    def document(
-        self, plans: Sequence[LayerPlan], unquantized: Sequence[str], vllm_version: str
-    ) -> dict[str, Any]:
-        """The JSON document of `docs/schemas/plan.v1.json`."""
-        from vllm_fusedq.report_json import counts_json, device_json, document, layers_json
-
-        warmed = self.warmed or WarmUp(0.0, 0)
-        return document(
-            "plan",
-            vllm_version=vllm_version,
-            model=self.model,
-            rank=asdict(self.rank),
-            device=device_json(self.target.device, None),
-            dtype=self.target.act_dtype.value,
-            layers=layers_json(plans),
-            unquantized=list(unquantized),
-            counts=counts_json(plans, unquantized),
-            loading={"seconds": self.load_seconds, "bytes": self.stored_bytes},
-            repacking={"seconds": self.pack_seconds, "bytes": self.resident_bytes},
-            warm_up=asdict(warmed),
-        )
+        if self.settings.report is not None:
+            path = self.rank.report_file(Path(self.settings.report), self.draft)
+            write_document(path, self.document())

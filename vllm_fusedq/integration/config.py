@@ -12,27 +12,24 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from vllm_fusedq.errors import UnsupportedCheckpoint
-
 if TYPE_CHECKING:
-    from vllm_fusedq.checkpoint import Checkpoint
     from vllm_fusedq.formats.base import CheckpointFormat
-    from vllm_fusedq.integration.worker import WorkerState
+    from vllm_fusedq.live import WorkerState
 
 
 class FusedQConfig(QuantizationConfig):
     """Plain data that vLLM pickles into every process; see vLLM's base class for the hooks."""
 
     NAME = "fusedq"
+    format: "CheckpointFormat"  # from `maybe_update_config` on, which vLLM always calls
 
     def __init__(self) -> None:
         super().__init__()
-        self.checkpoint: Checkpoint | None = None
-        self.format: CheckpointFormat | None = None
         self.message_file: str | None = None
         # vLLM's module names -> the checkpoint's, where a model renames its modules.
         self.renamed_modules: dict[str, str] = {}
-        self._worker: WorkerState | None = None
+        # What this process knows, once it builds layers.
+        self.worker: WorkerState | None = None
 
     def get_name(self) -> str:
         return self.NAME
@@ -74,14 +71,14 @@ class FusedQConfig(QuantizationConfig):
         """
         from vllm.model_executor.models.utils import WeightsMapper
 
-        if self._worker is not None:
+        if self.worker is not None:
             from vllm_fusedq.integration.embedding import check_all_created
             from vllm_fusedq.integration.last_words import speaking_last
 
             with speaking_last(self.message_file):
-                check_all_created(self._worker, self._loaded_format())
-        names = {f".{name}": f".{parameter_name(name)}" for name in self._loaded_format().markers}
-        renamed = {old: new for old, new in names.items() if old != new}
+                check_all_created(self.worker, self.format)
+        dotted = [name for name in self.format.markers if name != parameter_name(name)]
+        renamed = {f".{name}": f".{parameter_name(name)}" for name in dotted}
         return super().get_cache_scale_mapper() | WeightsMapper(orig_to_new_suffix=renamed)
 
     def maybe_update_config(
@@ -99,84 +96,44 @@ class FusedQConfig(QuantizationConfig):
         from vllm_fusedq.plan import Target
         from vllm_fusedq.preflight import plan_model
 
-        self.checkpoint = read_checkpoint(model_name, revision)
-        self.format = format_for(self.checkpoint)
-        plan_model(self.checkpoint, Target(announced_device(), torch.bfloat16))
+        self.format = format_for(read_checkpoint(model_name, revision))
+        plan_model(self.format.checkpoint, Target(announced_device(), torch.bfloat16))
         self.message_file = open_message_file()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        modules = list(self._loaded_format().checkpoint.modules())
-        for module in modules:
+        for module in self.format.checkpoint.modules():
             for renamed in hf_to_vllm_mapper.apply_list([module]):
                 self.renamed_modules[renamed] = module
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Fused where the checkpoint is quantized, vLLM's own method where it is not."""
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import (
-            ParallelLMHead,
-            VocabParallelEmbedding,
-        )
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-        from vllm_fusedq.integration.embedding import embedding_method, tied_head_method
+        from vllm_fusedq.integration.embedding import vocabulary_method
         from vllm_fusedq.integration.last_words import speaking_last
         from vllm_fusedq.integration.linear import FusedQLinearMethod
+        from vllm_fusedq.integration.worker import start_worker
 
         if not isinstance(layer, LinearBase | VocabParallelEmbedding):
             return None
-        head = isinstance(layer, ParallelLMHead)
         with speaking_last(self.message_file):
-            state, fmt = self._worker_state(), self._loaded_format()
+            if self.worker is None:
+                self.worker = start_worker(self)
             modules = self.modules_of(prefix)
-            if isinstance(layer, VocabParallelEmbedding) and not head:
-                return embedding_method(modules[0], state, fmt)
-            formats = {module: fmt.spec_for(module) for module in modules}
+            if isinstance(layer, VocabParallelEmbedding):
+                return vocabulary_method(layer, prefix, modules[0], self.worker, self.format)
+            formats = {module: self.format.spec_for(module) for module in modules}
         if any(formats.values()):
-            return FusedQLinearMethod(state, prefix, modules, formats)
-        return tied_head_method(prefix, state, fmt) if head else UnquantizedLinearMethod()
+            return FusedQLinearMethod(self.worker, prefix, modules, formats)
+        return UnquantizedLinearMethod()
 
     def modules_of(self, prefix: str) -> tuple[str, ...]:
         """The checkpoint modules that vLLM stacks in its layer `prefix`, in order."""
-        from vllm_fusedq.integration.draft import stored_prefix
+        from vllm_fusedq.names import stored_modules
 
-        modules = self._loaded_format().checkpoint.modules()
-        found = self._stored_modules(prefix)
-        if any(module in modules for module in found):
-            return found
-        return self._stored_modules(stored_prefix(prefix, modules))
-
-    def _stored_modules(self, prefix: str) -> tuple[str, ...]:
-        modules = self._loaded_format().checkpoint.modules()
-        own = self.renamed_modules.get(prefix, prefix)
-        parent, _, name = prefix.rpartition(".")
-        stacked = [
-            f"{parent}.{part}" if parent else part
-            for part in self.packed_modules_mapping.get(name, ())
-        ]
-        found = tuple(self.renamed_modules.get(part, part) for part in stacked)
-        return found if own not in modules and any(m in modules for m in found) else (own,)
-
-    def worker_document(self) -> dict[str, Any]:
-        """The live report of this process, for `collective_rpc`."""
-        if self._worker is None:
-            raise UnsupportedCheckpoint("this process has built no fused layer")
-        return self._worker.document()
-
-    def _loaded_format(self) -> "CheckpointFormat":
-        if self.format is None:
-            raise UnsupportedCheckpoint(
-                "--quantization fusedq needs a quantized checkpoint of its own; "
-                "this vLLM did not announce one before building the model"
-            )
-        return self.format
-
-    def _worker_state(self) -> "WorkerState":
-        """Once per worker, before any layer exists."""
-        if self._worker is None:
-            from vllm_fusedq.integration.worker import start_worker
-
-            self._worker = start_worker(self, self._loaded_format().checkpoint)
-        return self._worker
+        modules = self.format.checkpoint.modules()
+        return stored_modules(prefix, modules, self.renamed_modules, self.packed_modules_mapping)
 
 
 def parameter_name(tensor: str) -> str:

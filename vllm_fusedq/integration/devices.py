@@ -12,7 +12,7 @@ from fusedq_kernels.device import (
     device_of_capability,
 )
 from fusedq_kernels.types import DeviceSpec
-from vllm_fusedq.errors import PreflightError, Problem
+from vllm_fusedq.errors import PreflightError
 
 
 def announced_device() -> DeviceSpec:
@@ -24,13 +24,12 @@ def announced_device() -> DeviceSpec:
     if current_platform.is_cpu():
         return cpu_device(wna16_available())
     if not current_platform.is_cuda():
-        problem = Problem(
+        raise PreflightError.single(
             layer="every quantized layer",
             found=f"a vLLM for {current_platform.device_name}",
             supported=SUPPORTED_DEVICES,
             fix="serve this model without --quantization fusedq",
         )
-        raise PreflightError([problem])
     capability = current_platform.get_device_capability()
     return device_of_capability(capability.major, capability.minor)
 

@@ -1,37 +1,8 @@
-"""Speculative decoding: which draft models are served, and what vLLM calls their modules."""
+"""Speculative decoding: which draft models are served."""
 
-import re
-from collections.abc import Collection
 from typing import Any
 
 from vllm_fusedq.errors import UnsupportedCheckpoint
-
-# What vLLM puts before the names of a separate draft model.
-DRAFT_PREFIX = "draft_model."
-# Lists of extra blocks that vLLM numbers as if they followed those of the model (MiMo, ERNIE).
-MTP_BLOCKS = ("mtp_layers", "mtp_block")
-
-_LAYER = re.compile(r"(.*\.|)layers\.(\d+)(\..+)")
-
-
-def stored_prefix(prefix: str, modules: Collection[str]) -> str:
-    """The checkpoint's name for the prefix that vLLM gives a module of a draft model.
-
-    Args:
-        prefix: like "draft_model.model.layers.0.mlp.down_proj", or "model.layers.28.mlp.down_proj"
-            for the first block of multi-token prediction behind 28 blocks.
-        modules: all of the checkpoint.
-    """
-    prefix = prefix.removeprefix(DRAFT_PREFIX)
-    match = _LAYER.fullmatch(prefix)
-    if match is None:
-        return prefix
-    before, index, rest = match[1], int(match[2]), match[3]
-    blocks = {int(m[2]) for name in modules if (m := _LAYER.fullmatch(name)) and m[1] == before}
-    behind = index - max(blocks, default=-1) - 1
-    lists = {name.removeprefix(before).partition(".")[0] for name in modules}
-    extra = [name for name in MTP_BLOCKS if name in lists]
-    return f"{before}{extra[0]}.{behind}{rest}" if behind >= 0 and extra else prefix
 
 
 def check_draft(speculative_config: Any) -> None:
@@ -41,8 +12,9 @@ def check_draft(speculative_config: Any) -> None:
         UnsupportedCheckpoint: vLLM would run it by a method of its own, or it is of a kind whose
             quantized layers have no names that are known here.
     """
-    draft = getattr(speculative_config, "draft_model_config", None)
-    target = getattr(speculative_config, "target_model_config", None)
+    if speculative_config is None:
+        return
+    draft, target = speculative_config.draft_model_config, speculative_config.target_model_config
     if draft is None or draft.quantization is None:
         return
     if draft.quantization != "fusedq":

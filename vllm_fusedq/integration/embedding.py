@@ -1,6 +1,5 @@
-"""Quantized input embeddings, and the lm_head that is tied to one: both read one packed weight."""
+"""The layers of the vocabulary: lm_heads, input embeddings, and both on one packed weight."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,31 +10,59 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 import fusedq_kernels.embedding  # noqa: F401  (registers torch.ops.fusedq.embedding)
-from vllm_fusedq.errors import PreflightError, Problem
+from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.formats.embeddings import is_input_embedding, is_tied
-from vllm_fusedq.formats.layer import LayerFormat
+from vllm_fusedq.formats.layer import LayerFormat, Region
 from vllm_fusedq.integration.last_words import speaking_last
 from vllm_fusedq.integration.linear import FusedQLinearMethod
-from vllm_fusedq.integration.worker import WorkerState
-from vllm_fusedq.sharding import LayerShard
+from vllm_fusedq.live import WorkerState
+from vllm_fusedq.sharding import LayerShard, ParallelStyle, PartShard
 
 
-class FusedQEmbeddingMethod(FusedQLinearMethod):
-    """Looks rows up in a packed weight; `apply` multiplies by it where it is the lm_head too."""
+class FusedQVocabularyMethod(FusedQLinearMethod):
+    """An lm_head, which is `multiplied`, an embedding, whose rows are `gathered`, or both."""
 
     def __init__(
-        self, state: WorkerState, module: str, layer_format: LayerFormat, tied: bool
+        self,
+        state: WorkerState,
+        prefix: str,
+        module: str,
+        layer_format: LayerFormat,
+        gathered: bool = False,
+        multiplied: bool = True,
     ) -> None:
-        super().__init__(state, module, (module,), {module: layer_format})
-        self.tied = tied
+        super().__init__(state, prefix, (module,), {module: layer_format})
+        self.gathered = gathered
+        self.multiplied = multiplied
 
-    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **options: Any) -> None:
-        super().create_weights(layer, *sizes, **options)
-        plan, packed = layer.fusedq_loader.plan, layer.fusedq_loader.packed
-        self.lookup_constants = (
-            *(plan.n, plan.k, *self.op_constants[3:4], *self.op_constants[5:7]),
-            *(packed.layout.value, plan.gather.value, self.state.target.act_dtype.torch),
+    def create_weights(
+        self, layer: torch.nn.Module, *sizes: Any, params_dtype: torch.dtype, **options: Any
+    ) -> None:
+        _register_weight(layer, params_dtype)
+        super().create_weights(layer, *sizes, params_dtype=params_dtype, **options)
+        plan, layout = layer.fusedq_loader.plan, layer.fusedq_loader.packed.layout
+        if plan.gather is not None:
+            self.lookup_constants = (
+                *(plan.n, plan.k, plan.spec.group_size),
+                *(plan.spec.weight_type.value, plan.spec.scale_dtype.value),
+                *(layout.value, plan.gather.value, self.state.target.act_dtype.torch),
+            )
+
+    def shard_of(
+        self, layer: VocabParallelEmbedding, k_local: int, n_local: list[int], input_size: int
+    ) -> LayerShard:
+        """This rank's part of the vocabulary; vLLM pads it and cuts the padding off the logits."""
+        (module,) = self.modules
+        self.check_sizes({module: layer.num_embeddings}, input_size)
+        indices = layer.shard_indices
+        start, stop = indices.org_vocab_start_index, indices.org_vocab_end_index
+        return LayerShard(
+            *(self.prefix, ParallelStyle.COLUMN, layer.tp_size),
+            parts=(PartShard(module, None, Region(start, stop, 0, k_local)),),
+            padding=sum(n_local) - (stop - start),
+            gathered=self.gathered,
+            multiplied=self.multiplied,
         )
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
@@ -48,10 +75,6 @@ class FusedQEmbeddingMethod(FusedQLinearMethod):
             layer.fusedq_perm,
             *self.lookup_constants,
         )
-
-    def _head_shard(self, layer: VocabParallelEmbedding, n_local: list[int]) -> LayerShard:
-        shard = super()._head_shard(layer, n_local)
-        return replace(shard, gathered=True, multiplied=self.tied)
 
 
 class TiedHeadMethod(QuantizeMethodBase):
@@ -67,8 +90,7 @@ class TiedHeadMethod(QuantizeMethodBase):
     def create_weights(
         self, layer: torch.nn.Module, *sizes: Any, params_dtype: torch.dtype, **_: Any
     ) -> None:
-        # vLLM's LoRA asks it for the dtype and the device of its weight
-        layer.register_buffer("weight", torch.empty(0, dtype=params_dtype), persistent=False)
+        _register_weight(layer, params_dtype)
 
     def tie_weights(
         self, layer: ParallelLMHead, embed_tokens: VocabParallelEmbedding
@@ -79,15 +101,14 @@ class TiedHeadMethod(QuantizeMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if self.embeddings:
             return
-        problem = Problem(
-            layer=self.prefix,
-            found=f"an lm_head that the checkpoint ties to the quantized {self.module} and vLLM's "
-            "model does not",
-            supported="tied embeddings where vLLM's model ties them",
-            fix="set tie_word_embeddings in config.json to what the model was trained with",
-        )
         with speaking_last(self.message_file):
-            raise PreflightError([problem])
+            raise PreflightError.single(
+                layer=self.prefix,
+                found="an lm_head that the checkpoint ties to the quantized "
+                f"{self.module} and vLLM's model does not",
+                supported="tied embeddings where vLLM's model ties them",
+                fix="set tie_word_embeddings in config.json to what the model was trained with",
+            )
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
@@ -96,29 +117,36 @@ class TiedHeadMethod(QuantizeMethodBase):
         return embeddings.quant_method.apply(embeddings, x, bias)
 
 
-def embedding_method(
-    module: str, state: WorkerState, fmt: CheckpointFormat
-) -> FusedQEmbeddingMethod | None:
-    """The method of an input embedding, None where the checkpoint leaves it unquantized.
+def _register_weight(layer: torch.nn.Module, dtype: torch.dtype) -> None:
+    """vLLM's LoRA asks an lm_head for the dtype and the device of its weight."""
+    layer.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
+
+
+def vocabulary_method(
+    layer: VocabParallelEmbedding,
+    prefix: str,
+    module: str,
+    state: WorkerState,
+    fmt: CheckpointFormat,
+) -> QuantizeMethodBase | None:
+    """The method of an lm_head or an input embedding, None where the checkpoint has it unquantized.
 
     `module` is its name in the checkpoint, empty where vLLM's model does not say.
     """
-    embeddings = quantized_embeddings(fmt)
+    embeddings, tied = quantized_embeddings(fmt), is_tied(fmt.checkpoint)
+    if isinstance(layer, ParallelLMHead):
+        if (layer_format := fmt.spec_for(module)) is not None:
+            return FusedQVocabularyMethod(state, prefix, module, layer_format)
+        if embeddings and tied:
+            return TiedHeadMethod(prefix, embeddings[0], state.message_file)
+        return None
     if not module and len(embeddings) == 1:
         module = embeddings[0]
     if module not in embeddings or (layer_format := fmt.spec_for(module)) is None:
         return None
-    return FusedQEmbeddingMethod(state, module, layer_format, is_tied(fmt.checkpoint))
-
-
-def tied_head_method(
-    prefix: str, state: WorkerState, fmt: CheckpointFormat
-) -> TiedHeadMethod | None:
-    """The method of an lm_head without tensors, None unless it is tied to a quantized embedding."""
-    embeddings = quantized_embeddings(fmt)
-    if not embeddings or not is_tied(fmt.checkpoint):
-        return None
-    return TiedHeadMethod(prefix, embeddings[0], state.message_file)
+    return FusedQVocabularyMethod(
+        *(state, module, module, layer_format), gathered=True, multiplied=tied
+    )
 
 
 def quantized_embeddings(fmt: CheckpointFormat) -> list[str]:
@@ -135,16 +163,15 @@ def check_all_created(state: WorkerState, fmt: CheckpointFormat) -> None:
     Raises:
         PreflightError: the checkpoint has a quantized embedding and the model no place for it.
     """
-    rank, embeddings = state.live.rank, quantized_embeddings(fmt)
+    rank, embeddings = state.rank, quantized_embeddings(fmt)
     last = rank.pipeline == rank.pipeline_size - 1
     here = rank.pipeline == 0 or (last and is_tied(fmt.checkpoint))
     if not embeddings or not here or any(plan.gather for plan in state.plans):
         return
-    problem = Problem(
+    raise PreflightError.single(
         layer=embeddings[0],
         found="a quantized embedding in a model that vLLM builds with an unquantized one",
         supported="models whose embedding vLLM builds with its quantization config (Llama, Qwen2 "
         "and 3, Mistral, Granite and many others)",
         fix="quantize again without the embedding",
     )
-    raise PreflightError([problem])

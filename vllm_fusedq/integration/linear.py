@@ -1,6 +1,5 @@
 """The linear method: registers what the plan says, hands tensors to the loader, calls the op."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,21 +9,19 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 import fusedq_kernels.op  # noqa: F401  (registers torch.ops.fusedq.matmul)
 from fusedq_kernels.cpu import wna16_call
 from fusedq_kernels.types import KernelName
 from vllm_fusedq.errors import PreflightError, Problem
-from vllm_fusedq.formats.layer import LayerFormat, Region
+from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.integration.config import parameter_name
 from vllm_fusedq.integration.last_words import speaking_last
-from vllm_fusedq.integration.worker import WorkerState
+from vllm_fusedq.live import WorkerState
 from vllm_fusedq.load import LayerLoader
 from vllm_fusedq.plan import plan_layer
-from vllm_fusedq.sharding import LayerShard, ParallelStyle, PartShard
+from vllm_fusedq.sharding import QKV_SHARD_IDS, LayerShard, ParallelStyle, partition_parts
 
-QKV_SHARD_IDS = ("q", "k", "v")
 RESIDENT = ("qweight", "scales", "zeros", "perm")
 
 
@@ -61,12 +58,9 @@ class FusedQLinearMethod(LinearMethodBase):
         round.
         """
         with speaking_last(self.state.message_file):
-            if isinstance(layer, VocabParallelEmbedding):
-                shard = self._head_shard(layer, output_partition_sizes)
-            else:
-                shard = self._shard(
-                    layer, input_size_per_partition, output_partition_sizes, input_size
-                )
+            shard = self.shard_of(
+                layer, input_size_per_partition, output_partition_sizes, input_size
+            )
             plan = plan_layer(shard, self.formats, self.state.target)
         self.state.plans.append(plan)
         self.op_constants = (
@@ -82,9 +76,6 @@ class FusedQLinearMethod(LinearMethodBase):
             self.state.target.sliced_prefill,
         )
         device = torch.get_default_device()
-        if isinstance(layer, VocabParallelEmbedding):
-            # vLLM's LoRA asks an lm_head for the dtype and the device of its weight
-            layer.register_buffer("weight", torch.empty(0, dtype=params_dtype), persistent=False)
         loader = LayerLoader.create(plan, params_dtype, device)
         for name, dtype in loader.tensor_dtypes.items():
             placeholder = torch.nn.Parameter(
@@ -130,61 +121,32 @@ class FusedQLinearMethod(LinearMethodBase):
         )
         return out
 
-    def _shard(
+    def shard_of(
         self, layer: torch.nn.Module, k_local: int, n_local: list[int], input_size: int
     ) -> LayerShard:
         """This rank's shard, from the partition sizes that vLLM gave the layer."""
-        tp_size = getattr(layer, "tp_size", 1)
-        tp_rank = getattr(layer, "tp_rank", 0)
-        row = isinstance(layer, RowParallelLinear)
-        k_start = tp_rank * k_local if row else 0
         qkv = isinstance(layer, QKVParallelLinear)
         if qkv and len(n_local) != len(QKV_SHARD_IDS):
             self._refuse_attention(len(n_local))
-        kv_replicas = layer.num_kv_head_replicas if qkv else 1
-        totals: dict[str, int] = defaultdict(int)
-        parts = []
-        for index, n in enumerate(n_local):
-            # One module on disk may hold all parts (Phi-3's qkv_proj): they follow each other.
-            module = self.modules[index if len(self.modules) > 1 else 0]
-            replicas = kv_replicas if index > 0 else 1
-            start = totals[module] + (0 if row else tp_rank // replicas * n)
-            shard_id = None
-            if len(n_local) > 1:
-                shard_id = QKV_SHARD_IDS[index] if qkv else index
-            parts.append(
-                PartShard(module, shard_id, Region(start, start + n, k_start, k_start + k_local))
-            )
-            totals[module] += n if row else n * tp_size // replicas
-        self._check_sizes(totals, input_size)
-        style = ParallelStyle.ROW if row else ParallelStyle.COLUMN
-        return LayerShard(self.prefix, style, tp_size, tuple(parts))
-
-    def _head_shard(self, layer: VocabParallelEmbedding, n_local: list[int]) -> LayerShard:
-        """This rank's part of the vocabulary; vLLM pads it and cuts the padding off the logits."""
-        (module,) = self.modules
-        indices = layer.shard_indices
-        start, stop = indices.org_vocab_start_index, indices.org_vocab_end_index
-        part = PartShard(module, None, Region(start, stop, 0, layer.embedding_dim))
-        self._check_sizes({module: layer.num_embeddings}, layer.embedding_dim)
-        return LayerShard(
-            self.prefix,
-            ParallelStyle.COLUMN,
-            layer.tp_size,
-            (part,),
-            padding=sum(n_local) - (stop - start),
+        style = ParallelStyle.COLUMN
+        if isinstance(layer, RowParallelLinear):
+            style = ParallelStyle.ROW
+        parts, totals = partition_parts(
+            *(self.modules, n_local, k_local, style, layer.tp_size, layer.tp_rank),
+            kv_replicas=layer.num_kv_head_replicas if qkv else None,
         )
+        self.check_sizes(totals, input_size)
+        return LayerShard(self.prefix, style, layer.tp_size, parts)
 
     def _refuse_attention(self, parts: int) -> None:
-        problem = Problem(
+        raise PreflightError.single(
             layer=self.prefix,
             found=f"an attention layer that fuses {parts} projections",
             supported="query, key and value projections",
             fix="serve this model without --quantization fusedq",
         )
-        raise PreflightError([problem])
 
-    def _check_sizes(self, n_by_module: Mapping[str, int], k: int) -> None:
+    def check_sizes(self, n_by_module: Mapping[str, int], k: int) -> None:
         """The checkpoint's modules must be as large as the model's config makes the layer."""
         problems = [
             Problem(

@@ -1,8 +1,7 @@
-"""Which vLLM versions the plugin runs on, and everything that differs between them."""
+"""Which vLLM versions the plugin runs on."""
 
 import vllm
 from packaging.version import InvalidVersion, Version
-from vllm import envs
 
 OLDEST = Version("0.26")
 FIRST_UNSUPPORTED = Version("0.34")
@@ -17,8 +16,3 @@ def unsupported_version() -> str | None:
     if OLDEST <= Version(found.base_version) < FIRST_UNSUPPORTED:
         return None
     return f"vLLM {found} is installed; vllm-fusedq supports >= {OLDEST} and < {FIRST_UNSUPPORTED}"
-
-
-def batch_invariant() -> bool:
-    """Whether vLLM runs in its batch-invariant mode."""
-    return bool(getattr(envs, "VLLM_BATCH_INVARIANT", False))

@@ -18,4 +18,4 @@ def install_worker_methods() -> None:
 
 def _report(worker: Any) -> dict[str, Any]:
     """This worker's live report, as in `docs/schemas/plan.v1.json`."""
-    return worker.vllm_config.quant_config.worker_document()
+    return worker.vllm_config.quant_config.worker.document()
