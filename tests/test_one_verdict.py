@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from vllm_fusedq.formats import format_for
 from vllm_fusedq.plan import LayerPlan, Target
 from vllm_fusedq.preflight import plan_model
 from vllm_fusedq.settings import Settings
+from vllm_fusedq.sharding import ParallelStyle
 
 # At TP 2 and 4 a rank of "straddle" begins inside a group of 128; "grouped" replicates key and
 # value heads at TP 4. A vocabulary of 1000 is padded.
@@ -52,6 +54,17 @@ def building() -> Iterator[None]:
         yield
 
 
+def config_for(checkpoint: Checkpoint, target: Target) -> Any:
+    """vLLM's quantization config in a worker."""
+    from vllm_fusedq.integration.config import FusedQConfig
+    from vllm_fusedq.live import WorkerState
+
+    config = FusedQConfig()
+    config.format = format_for(checkpoint)
+    config.worker = WorkerState(target, Settings())
+    return config
+
+
 def engine_plans(checkpoint: Checkpoint, model: Model, target: Target) -> list[LayerPlan]:
     """The plans that vLLM's layers make when they are created on the current rank."""
     from vllm.model_executor.layers.linear import (
@@ -62,13 +75,8 @@ def engine_plans(checkpoint: Checkpoint, model: Model, target: Target) -> list[L
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.models.llama import LlamaForCausalLM
 
-    from vllm_fusedq.integration.config import FusedQConfig
-    from vllm_fusedq.live import WorkerState
-
-    config = FusedQConfig()
-    config.format = format_for(checkpoint)
+    config = config_for(checkpoint, target)
     config.packed_modules_mapping = LlamaForCausalLM.packed_modules_mapping
-    state = config.worker = WorkerState(target, Settings(), None)
     common = {"bias": False, "quant_config": config, "params_dtype": target.act_dtype.torch}
     for index in range(model.layers):
         block = f"model.layers.{index}"
@@ -85,7 +93,7 @@ def engine_plans(checkpoint: Checkpoint, model: Model, target: Target) -> list[L
         down = f"{block}.mlp.down_proj"
         RowParallelLinear(model.intermediate, model.hidden, prefix=down, **common)
     ParallelLMHead(model.vocab, model.hidden, prefix="lm_head", **common)
-    return state.plans
+    return config.worker.plans
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -131,3 +139,54 @@ def test_headers_and_layers_refuse_alike(
     assert said == [("24 in_features per rank", "multiples of 16")]
     assert [(p.found, p.supported) for p in here.value.problems] == said
     assert [p.layer for p in here.value.problems] == [p.layer for p in there.value.problems]
+
+
+def test_a_layer_that_vllm_replicates_is_whole_on_every_rank(
+    tmp_path: Path, rank_of: Callable[[int, int], None]
+) -> None:
+    """Of all layers it alone has the size and rank of all ranks, and is not cut (MiniCPM3)."""
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    model = SHAPES["even"]
+    write_headers(tmp_path, model, "gptq", GROUPS["even"])
+    config = config_for(read_checkpoint(tmp_path), Target(DEVICES["cpu"], torch.bfloat16))
+    rank_of(1, 2)
+    with building():
+        ReplicatedLinear(
+            *(model.hidden, model.intermediate),
+            bias=False,
+            quant_config=config,
+            prefix="model.layers.0.mlp.up_proj",
+            params_dtype=torch.bfloat16,
+        )
+    (plan,) = config.worker.plans
+    assert (plan.n, plan.k) == (model.intermediate, model.hidden)
+    assert plan.shard.style is ParallelStyle.REPLICATED
+
+
+def test_one_layer_of_four_parts_in_two_modules(
+    tmp_path: Path, rank_of: Callable[[int, int], None]
+) -> None:
+    """Qwen3.5 stores query, key and value of its linear attention in one module, z in another."""
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    model = SHAPES["even"]
+    write_headers(tmp_path, model, "gptq", GROUPS["even"])
+    config = config_for(read_checkpoint(tmp_path), Target(DEVICES["cpu"], torch.bfloat16))
+    quarter = model.intermediate // 4
+    config.packed_modules_mapping = {"in_proj_qkvz": ["gate_proj", "up_proj"]}
+    rank_of(1, 2)
+    with building():
+        MergedColumnParallelLinear(
+            model.hidden,
+            [quarter, quarter, 2 * quarter, 4 * quarter],
+            bias=False,
+            quant_config=config,
+            prefix="model.layers.0.mlp.in_proj_qkvz",
+            params_dtype=torch.bfloat16,
+        )
+    (plan,) = config.worker.plans
+    names = [part.module.rpartition(".")[2] for part in plan.shard.parts]
+    assert names == ["gate_proj", "gate_proj", "gate_proj", "up_proj"]
+    assert [part.shard_id for part in plan.shard.parts] == [0, 1, 2, 3]
+    assert plan.n == model.intermediate

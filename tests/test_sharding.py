@@ -75,7 +75,13 @@ def regions(parts: tuple[PartShard, ...]) -> list[tuple[str, object, Region]]:
 
 def test_partitions_of_query_key_and_value_on_rank_3_of_4_with_2_kv_heads() -> None:
     parts, totals = partition_parts(
-        ["q", "k", "v"], [128, 64, 64], 256, ParallelStyle.COLUMN, 4, 3, kv_replicas=2
+        {"q": 512, "k": 128, "v": 128},
+        [128, 64, 64],
+        256,
+        ParallelStyle.COLUMN,
+        4,
+        3,
+        kv_replicas=2,
     )
     assert regions(parts) == [
         ("q", "q", Region(384, 512, 0, 256)),
@@ -86,7 +92,7 @@ def test_partitions_of_query_key_and_value_on_rank_3_of_4_with_2_kv_heads() -> N
 
 
 def test_partitions_that_the_checkpoint_stores_as_one_follow_each_other() -> None:
-    parts, totals = partition_parts(["gate_up"], [32, 32], 64, ParallelStyle.COLUMN, 2, 1)
+    parts, totals = partition_parts({"gate_up": 128}, [32, 32], 64, ParallelStyle.COLUMN, 2, 1)
     assert regions(parts) == [
         ("gate_up", 0, Region(32, 64, 0, 64)),
         ("gate_up", 1, Region(96, 128, 0, 64)),
@@ -95,6 +101,25 @@ def test_partitions_that_the_checkpoint_stores_as_one_follow_each_other() -> Non
 
 
 def test_a_partition_of_in_features() -> None:
-    parts, totals = partition_parts(["down"], [64], 48, ParallelStyle.ROW, 2, 1)
+    parts, totals = partition_parts({"down": 64}, [64], 48, ParallelStyle.ROW, 2, 1)
     assert regions(parts) == [("down", None, Region(0, 64, 48, 96))]
     assert totals == {"down": 64}
+
+
+def test_partitions_of_which_one_module_holds_some_and_another_the_rest() -> None:
+    """Qwen3.5: query, key and value in one module, z in another, all in one layer of vLLM."""
+    stored = {"in_proj_qkv": 64, "in_proj_z": 32}
+    parts, totals = partition_parts(stored, [8, 8, 16, 16], 48, ParallelStyle.COLUMN, 2, 1)
+    assert regions(parts) == [
+        ("in_proj_qkv", 0, Region(8, 16, 0, 48)),
+        ("in_proj_qkv", 1, Region(24, 32, 0, 48)),
+        ("in_proj_qkv", 2, Region(48, 64, 0, 48)),
+        ("in_proj_z", 3, Region(16, 32, 0, 48)),
+    ]
+    assert totals == stored
+
+
+def test_a_replicated_layer_is_whole_on_every_rank() -> None:
+    parts, totals = partition_parts({"gate": 64}, [64], 48, ParallelStyle.REPLICATED, 4, 3)
+    assert regions(parts) == [("gate", None, Region(0, 64, 0, 48))]
+    assert totals == {"gate": 64}

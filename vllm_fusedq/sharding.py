@@ -4,7 +4,7 @@ Pure arithmetic on logical indices. `plan.py` turns the slices into kernels and 
 `formats/layer.py` turns a `Region` into slices of stored tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -106,7 +106,7 @@ def head_slice(n: int, heads: int, tp_size: int, tp_rank: int) -> tuple[int, int
 
 
 def partition_parts(
-    modules: Sequence[str],
+    modules: Mapping[str, int | None],
     n_local: Sequence[int],
     k_local: int,
     style: ParallelStyle,
@@ -117,8 +117,8 @@ def partition_parts(
     """The rank's parts of a layer, from the partition sizes that vLLM gave it.
 
     Args:
-        modules: the checkpoint's, one for each part or one that holds all parts, which follow each
-            other (Phi-3's qkv_proj).
+        modules: the checkpoint's in order, with their out_features, None where unquantized. One
+            may hold several parts, which follow each other (Phi-3's qkv_proj).
         n_local, k_local: out_features of each part and in_features on this rank.
         kv_replicas: of a query, key and value layer: how many ranks hold the same key and value
             heads.
@@ -126,21 +126,38 @@ def partition_parts(
     Returns:
         The parts, and the out_features of each module on all ranks together.
     """
-    column = style is ParallelStyle.COLUMN
     k_start = tp_rank * k_local if style is ParallelStyle.ROW else 0
-    totals: dict[str, int] = dict.fromkeys(modules, 0)
+    n_ranks, n_rank = (tp_size, tp_rank) if style is ParallelStyle.COLUMN else (1, 0)
+    copies = [kv_replicas if kv_replicas and index else 1 for index in range(len(n_local))]
+    wholes = [n * n_ranks // each for n, each in zip(n_local, copies, strict=True)]
+    totals: dict[str, int] = {}
     parts = []
-    for index, n in enumerate(n_local):
-        module = modules[index if len(modules) > 1 else 0]
-        replicas = kv_replicas if kv_replicas and index > 0 else 1
-        start = totals[module] + (tp_rank // replicas * n if column else 0)
+    for index, module in enumerate(_holders(modules, wholes)):
+        n, before = n_local[index], totals.get(module, 0)
+        start = before + n_rank // copies[index] * n
         shard_id: str | int | None = None
         if len(n_local) > 1:
             shard_id = index if kv_replicas is None else QKV_SHARD_IDS[index]
         region = Region(start, start + n, k_start, k_start + k_local)
         parts.append(PartShard(module, shard_id, region))
-        totals[module] += n * tp_size // replicas if column else n
+        totals[module] = before + wholes[index]
     return tuple(parts), totals
+
+
+def _holders(modules: Mapping[str, int | None], sizes: Sequence[int]) -> list[str]:
+    """The module that holds each of the parts of these sizes: one each, or as many as fill it."""
+    left = list(modules)
+    if len(left) == len(sizes):
+        return left
+    holders: list[str] = []
+    held = 0
+    for size in sizes:
+        if held == modules[left[0]] and len(left) > 1:
+            left.pop(0)
+            held = 0
+        holders.append(left[0])
+        held += size
+    return holders
 
 
 def style_of(module: str) -> ParallelStyle:

@@ -7,6 +7,7 @@ import torch
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     QKVParallelLinear,
+    ReplicatedLinear,
     RowParallelLinear,
 )
 
@@ -128,11 +129,10 @@ class FusedQLinearMethod(LinearMethodBase):
         qkv = isinstance(layer, QKVParallelLinear)
         if qkv and len(n_local) != len(QKV_SHARD_IDS):
             self._refuse_attention(len(n_local))
-        style = ParallelStyle.COLUMN
-        if isinstance(layer, RowParallelLinear):
-            style = ParallelStyle.ROW
+        style = _style_of(layer)
+        stored = {module: fmt.n if fmt else None for module, fmt in self.formats.items()}
         parts, totals = partition_parts(
-            *(self.modules, n_local, k_local, style, layer.tp_size, layer.tp_rank),
+            *(stored, n_local, k_local, style, layer.tp_size, layer.tp_rank),
             kv_replicas=layer.num_kv_head_replicas if qkv else None,
         )
         self.check_sizes(totals, input_size)
@@ -160,6 +160,13 @@ class FusedQLinearMethod(LinearMethodBase):
         ]
         if problems:
             raise PreflightError(problems)
+
+
+def _style_of(layer: torch.nn.Module) -> ParallelStyle:
+    # Also a replicated layer has the tp_size of all ranks
+    if isinstance(layer, ReplicatedLinear):
+        return ParallelStyle.REPLICATED
+    return ParallelStyle.ROW if isinstance(layer, RowParallelLinear) else ParallelStyle.COLUMN
 
 
 class _WeightLoader:
