@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fusedq_kernels.device import current_device
-from vllm_fusedq.load import LayerLoader
 from vllm_fusedq.trace import LayerTrace, judge, record
 
 PREFILL_TOKENS, DECODE_STEPS = 64, 3
@@ -45,23 +43,17 @@ def verify(
         temperature=0, max_tokens=DECODE_STEPS + 1, ignore_eos=True, detokenize=False
     )
     events = _profiled(lambda: llm.generate([prompt], sampling, use_tqdm=False))
-    traces = []
-    for layer, loader in layers:
-        traces += _judge_layer(layer, loader, events)
-    return traces
+    return [trace for layer in layers for trace in _judge_layer(layer, events)]
 
 
-def _mark_layers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, LayerLoader]]:
+def _mark_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Runs where the model is: have every fused layer mark its calls in the trace."""
-    layers = []
-    for layer in model.modules():
-        loader = getattr(layer, "fusedq_loader", None)
-        if loader is not None:
-            method, plan = layer.quant_method, loader.plan
-            method.apply = _marking(method.apply, plan.prefix)
-            if plan.gather is not None:
-                method.embedding = _marking(method.embedding, plan.prefix, lookup=True)
-            layers.append((layer, loader))
+    layers = [layer for layer in model.modules() if hasattr(layer, "fusedq_loader")]
+    for layer in layers:
+        method, plan = layer.quant_method, layer.fusedq_loader.plan
+        method.apply = _marking(method.apply, plan.prefix)
+        if plan.gather is not None:
+            method.embedding = _marking(method.embedding, plan.prefix, lookup=True)
     return layers
 
 
@@ -75,23 +67,23 @@ def _marking(
     return marked
 
 
-def _judge_layer(
-    layer: torch.nn.Module, loader: LayerLoader, served: list[Any]
-) -> list[LayerTrace]:
+def _judge_layer(layer: torch.nn.Module, served: list[Any]) -> list[LayerTrace]:
     """The trace of the engine's steps, then one for each number of tokens."""
-    packed, plan = loader.packed, loader.plan
-    device = packed.qweight.device
-    act_dtype = torch.get_default_dtype() if not layer.params_dtype else layer.params_dtype
-    spec = current_device(device, fused_op=True)
+    packed, plan = layer.fusedq_loader.packed, layer.fusedq_loader.plan
+    target = layer.quant_method.state.target
+    act_dtype = target.act_dtype.torch
     traces = []
     for lookup in (True,) * (plan.gather is not None) + (False,) * plan.shard.multiplied:
         call = layer.quant_method.embedding if lookup else layer.quant_method.apply
-        traces.append(judge(plan, packed, served, PREFILL_TOKENS, act_dtype, spec, lookup))
+        sized = [(PREFILL_TOKENS, served)]
         for tokens in SIZES:
             shape, dtype = ((tokens,), torch.int64) if lookup else ((tokens, plan.k), act_dtype)
-            x = torch.zeros(shape, dtype=dtype, device=device)
-            events = _profiled(lambda call=call, x=x: call(layer, x))
-            traces.append(judge(plan, packed, events, tokens, act_dtype, spec, lookup))
+            x = torch.zeros(shape, dtype=dtype, device=packed.qweight.device)
+            sized.append((tokens, _profiled(lambda call=call, x=x: call(layer, x))))
+        traces += [
+            judge(plan, packed, events, tokens, act_dtype, target.device, lookup)
+            for tokens, events in sized
+        ]
     return traces
 
 
