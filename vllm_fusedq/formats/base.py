@@ -68,7 +68,7 @@ class CheckpointFormat(ABC):
         """
         self = cls(checkpoint)
         self.check_config()
-        if not any(self.markers & stored.keys() for stored in checkpoint.modules().values()):
+        if not self.packed:
             raise self.refusal(
                 f"no module with packed tensors ({', '.join(sorted(self.markers))})",
                 "checkpoints that are already quantized",
@@ -154,7 +154,7 @@ class CheckpointFormat(ABC):
             weight = stored.get("weight")
             linear = weight is not None and len(weight.shape) == 2 and not is_head(module)
             damaged = weight is None and self.leftovers & stored.keys()
-            if self.markers & stored.keys() or ((linear or damaged) and self.claims(module)):
+            if module in self.packed or ((linear or damaged) and self.claims(module)):
                 found.append(module)
         return found
 
@@ -165,7 +165,7 @@ class CheckpointFormat(ABC):
             PreflightError: the module cannot run fused; carries all of its problems.
         """
         stored = self.checkpoint.modules().get(module, {})
-        packed = sorted(self.markers & stored.keys())
+        packed = self.packed.get(module, [])
         fold = _EXPERTS.match(module)
         if fold and (packed or fold.group() in self._expert_folds):
             raise PreflightError.single(
@@ -229,19 +229,19 @@ class CheckpointFormat(ABC):
         return match.group(1) if match else None
 
     @cached_property
+    def packed(self) -> dict[str, list[str]]:
+        """The modules that hold packed tensors, and the suffixes that show it."""
+        found = {m: self.markers & stored.keys() for m, stored in self.checkpoint.modules().items()}
+        return {module: sorted(suffixes) for module, suffixes in found.items() if suffixes}
+
+    @cached_property
     def quantized_blocks(self) -> frozenset[str]:
         """The lists of repeated blocks of which at least one module is packed."""
-        blocks = (
-            self.block_of(module)
-            for module, stored in self.checkpoint.modules().items()
-            if self.markers & stored.keys()
-        )
-        return frozenset(block for block in blocks if block is not None)
+        return frozenset(block for m in self.packed if (block := self.block_of(m)) is not None)
 
     @cached_property
     def _expert_folds(self) -> frozenset[str]:
-        packed = (m for m, s in self.checkpoint.modules().items() if self.markers & s.keys())
-        return frozenset(match.group() for m in packed if (match := _EXPERTS.match(m)))
+        return frozenset(match.group() for m in self.packed if (match := _EXPERTS.match(m)))
 
     def _head_for(
         self, module: str, stored: Mapping[str, TensorInfo], packed: list[str]

@@ -82,7 +82,7 @@ class BitsAndBytesFormat(CheckpointFormat):
 
     def claims(self, module: str) -> bool:
         # The tensors say what is quantized; the config only what else was meant to be
-        if self.markers & self.checkpoint.modules().get(module, {}).keys():
+        if module in self.packed:
             return True
         # Names match as transformers has matched them at one time or another
         skipped = any(
