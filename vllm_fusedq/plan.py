@@ -1,7 +1,7 @@
 """The rule that decides: one layer's shard on one device becomes a `LayerPlan`, or is refused.
 
-`plan_layer` has two callers, `preflight.py` (checkpoint headers, no vLLM) and the vLLM linear
-method (real partition sizes), so the pre-flight verdict is the runtime verdict.
+`preflight.py` (checkpoint headers, no vLLM) and the vLLM linear method (real partition sizes) both
+ask `plan_layer`, so the pre-flight verdict is the runtime verdict.
 """
 
 from __future__ import annotations
