@@ -12,6 +12,8 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
+from vllm_fusedq.errors import UnsupportedCheckpoint
+
 if TYPE_CHECKING:
     from vllm_fusedq.formats.base import CheckpointFormat
     from vllm_fusedq.live import WorkerState
@@ -96,6 +98,12 @@ class FusedQConfig(QuantizationConfig):
         from vllm_fusedq.plan import Target
         from vllm_fusedq.preflight import plan_model
 
+        # vLLM composes it with any checkpoint's own quantization, from 0.30 on
+        if getattr(self, "online_quantization_config", None) is not None:
+            raise UnsupportedCheckpoint(
+                f"{model_name}: found --quantization-config, by which vLLM quantizes layers while "
+                "loading; supported: layers as the checkpoint stores them; leave it out"
+            )
         self.format = format_for(read_checkpoint(model_name, revision))
         plan_model(self.format.checkpoint, Target(announced_device(), torch.bfloat16))
         self.message_file = open_message_file()
