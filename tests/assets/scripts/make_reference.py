@@ -122,12 +122,14 @@ def decode_gptq(parts: dict, settings: dict, module: str) -> QuantizedLinear:
     from gptqmodel.quantization.config import dynamic_get
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
+    stored_minus_one = settings["checkpoint_format"] == "gptq"
     settings = {
         key: dynamic_get(settings.get("dynamic"), module, key, settings[key])
         for key in ("bits", "group_size", "sym", "desc_act")
     }
     scales = parts["scales"]
     in_features, out_features = parts["g_idx"].shape[0], scales.shape[1]
+    group_size = in_features if settings["group_size"] == -1 else settings["group_size"]
     layer = TorchLinear(
         bits=settings["bits"],
         group_size=settings["group_size"],
@@ -139,8 +141,9 @@ def decode_gptq(parts: dict, settings: dict, module: str) -> QuantizedLinear:
     layer.eval()
     layer.qweight, layer.qzeros = parts["qweight"].clone(), parts["qzeros"].clone()
     layer.g_idx, layer.scales = parts["g_idx"], scales.float()
-    # The file stores zero points less one (v1); the library decodes them as they are (v2).
-    convert_gptq_v1_to_v2_format_module(layer, settings["bits"], torch.int32)
+    if stored_minus_one:
+        # The library decodes zero points as they are (v2)
+        convert_gptq_v1_to_v2_format_module(layer, settings["bits"], torch.int32)
     stored = layer.qweight, layer.qzeros
     weight = layer.dequantize_weight().clone()
     # Unit scales turn the library's own decoder into one for the codes or the zero points alone.
@@ -151,14 +154,14 @@ def decode_gptq(parts: dict, settings: dict, module: str) -> QuantizedLinear:
     layer.qweight, layer.qzeros = torch.zeros_like(stored[0]), stored[1]
     layer.clear_weight_cache()
     # One input feature of each group
-    firsts = parts["g_idx"].argsort(stable=True)[:: settings["group_size"]]
+    firsts = parts["g_idx"].argsort(stable=True)[::group_size]
     zeros = -layer.dequantize_weight()[firsts].clone()
     return QuantizedLinear(
         weight.t(),
         codes.t().to(torch.int32),
         zeros.t().to(torch.int32),
         scales.t(),
-        settings["group_size"],
+        group_size,
         settings["bits"],
         parts["g_idx"],
     )
