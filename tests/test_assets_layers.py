@@ -1,4 +1,4 @@
-"""Layers that real quantizers wrote into small files decode to what their own code makes of them."""
+"""Layers that real quantizers wrote into small files are worth what their own code says."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from vllm_fusedq.formats import LayerFormat, decode, format_for
 from vllm_fusedq.safetensors_header import TensorInfo
 
 # Layers of each file, every one of another scheme
-FILES = {"llmcompressor-layers": 21, "gptqmodel-layers": 13}
+FILES = {"llmcompressor-layers": 21, "gptqmodel-layers": 13, "old-compressed-tensors-layers": 7}
 
 
 def layers_of(path: Path) -> Iterator[tuple[LayerFormat, dict[str, torch.Tensor], str]]:

@@ -15,10 +15,10 @@ K = 192
 # blocks of 128 and 256 begin inside of rows.
 CASES = {
     "nf4-nested": (88, {"quant_type": "nf4", "blocksize": 64, "compress_statistics": True}),
-    "nf4-nested-256": (16, {"quant_type": "nf4", "blocksize": 256, "compress_statistics": True}),
-    "fp4-nested-128": (16, {"quant_type": "fp4", "blocksize": 128, "compress_statistics": True}),
-    "nf4-bf16": (16, {"quant_type": "nf4", "blocksize": 64, "quant_storage": torch.bfloat16}),
-    "fp4": (16, {"quant_type": "fp4", "blocksize": 64}),
+    "nf4-nested-256": (8, {"quant_type": "nf4", "blocksize": 256, "compress_statistics": True}),
+    "fp4-nested-128": (8, {"quant_type": "fp4", "blocksize": 128, "compress_statistics": True}),
+    "nf4-bf16": (8, {"quant_type": "nf4", "blocksize": 64, "quant_storage": torch.bfloat16}),
+    "fp4": (8, {"quant_type": "fp4", "blocksize": 64}),
 }
 
 

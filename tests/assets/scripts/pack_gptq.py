@@ -28,7 +28,7 @@ def main() -> None:
     module = TorchLinear(4, GROUP_SIZE, False, True, K, N)
     module.pack_original(linear, scales, zeros, g_idx)
     module.post_init()
-    tensors = {"values": module.dequantize_weight().T.float()}
+    tensors = {"values": module.dequantize_weight().T.half()}
     for name in ("qweight", "qzeros", "scales", "g_idx"):
         tensors[name] = getattr(module, name)
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
