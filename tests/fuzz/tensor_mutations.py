@@ -55,6 +55,8 @@ def rename_module(draft: Draft, rng: random.Random) -> None:
     truths = dict(draft.truths)
     truths[new] = truths.pop(module)
     draft.truths = truths
+    if module in draft.changed:
+        draft.changed[new] = draft.changed.pop(module)
     draft.may_lose_modules = True
     about(draft, module, new or "tensors without a module's name", "experts")
 
