@@ -24,7 +24,10 @@ pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 if nvidia-smi -L >/dev/null 2>&1; then
   say "NVIDIA GPU found: installing the CUDA build of vLLM $VLLM_VERSION"
-  pip install --quiet -e ".[cuda,bench,dev]" "vllm==$VLLM_VERSION"
+  # Where pip is configured with a folder or index of CPU wheels, `+cpu` sorts above the CUDA build.
+  pip install --quiet -e ".[cuda,bench,dev]" "vllm==$VLLM_VERSION" "torch!=$TORCH_VERSION+cpu"
+  "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
+    die "pip chose a build of torch without CUDA: $(pip show torch | sed -n 2p); see pip config list"
 else
   say "no NVIDIA GPU: installing torch $TORCH_VERSION (CPU build)"
   pip install --quiet "torch==$TORCH_VERSION+cpu" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ||
