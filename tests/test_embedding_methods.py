@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from embeddings import EMBEDDING, VOCABULARY, write_with_embedding
 from fusedq_kernels.device import cpu_device
+from vllm_configs import current_config
 from vllm_fusedq.checkpoint import read_checkpoint
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats import format_for
@@ -24,12 +25,11 @@ IDS = torch.tensor([[3, 0, 31], [7, 7, 1]])
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
 
     group = SimpleNamespace(rank_in_group=0, world_size=1)
     monkeypatch.setattr(parallel_state, "_TP", group)
-    with set_current_vllm_config(VllmConfig()):
+    with current_config():
         yield
 
 

@@ -11,6 +11,7 @@ import torch
 
 from fusedq_kernels.device import cpu_device, device_by_name
 from published import FORMATS, QUANTIZED_HEADS, Model, write_headers
+from vllm_configs import current_config
 from vllm_fusedq.checkpoint import Checkpoint, read_checkpoint
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats import format_for
@@ -48,9 +49,7 @@ def rank_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 @contextmanager
 def building() -> Iterator[None]:
-    from vllm.config import VllmConfig, set_current_vllm_config
-
-    with set_current_vllm_config(VllmConfig()), torch.device("meta"):
+    with current_config(), torch.device("meta"):
         yield
 
 
