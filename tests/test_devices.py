@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+from vllm.platforms.interface import UnspecifiedPlatform
 
 from fusedq_kernels.device import device_by_name
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.integration import devices
+from vllm_fusedq.integration.verify import verify
 
 
 def platform(monkeypatch: pytest.MonkeyPatch, name: str, major: int, minor: int) -> None:
@@ -14,6 +16,7 @@ def platform(monkeypatch: pytest.MonkeyPatch, name: str, major: int, minor: int)
     there = SimpleNamespace(
         device_name=name,
         is_cpu=lambda: False,
+        is_unspecified=lambda: False,
         is_cuda=lambda: name == "cuda",
         get_device_capability=lambda: SimpleNamespace(major=major, minor=minor),
     )
@@ -42,3 +45,13 @@ def test_a_gpu_of_another_maker_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     expected = "found a vLLM for rocm; supported: NVIDIA GPUs of compute capability 8.0 and newer"
     with pytest.raises(PreflightError, match=expected):
         devices.announced_device()
+
+
+def test_a_vllm_that_finds_no_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's CUDA build does where no driver answers; `fusedq verify` asks before the engine."""
+    monkeypatch.setattr(devices, "current_platform", UnspecifiedPlatform())
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.setenv(name, "1")
+    expected = "found no device that this build of vLLM runs on; supported: NVIDIA GPUs .* and CPUs"
+    with pytest.raises(PreflightError, match=expected):
+        verify("nowhere", "bfloat16", {}, 256)

@@ -122,3 +122,10 @@ def test_refusals(tmp_path: Path) -> None:
     assert "device 'tpu'; choose auto, cpu or cuda" in run(model, "--device", "tpu")[1]
     assert "dtype 'int8'; choose bfloat16" in run(model, "--dtype", "int8")[1]
     assert "no quantized layer's name holds 'x.y'" in run(model, "--only", "x.y")[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_wrong_usage() -> None:
+    code, printed = run(str(asset("tiny-llama-awq-g128")), "--device", "cuda")
+    assert code == 2
+    assert "device 'cuda': torch finds no GPU; choose auto or cpu" in printed

@@ -36,8 +36,11 @@ def selfcheck(
         raise typer.BadParameter(f"device {device!r}; choose auto, cpu or cuda")
     if dtype not in ("bfloat16", "float16"):
         raise typer.BadParameter(f"dtype {dtype!r}; choose bfloat16 or float16")
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise typer.BadParameter("device 'cuda': torch finds no GPU; choose auto or cpu")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if has_gpu else "cpu"
     out, err = console(), console(stderr=True)
     with refusing(err):
         failed = _run(model, torch.device(device), getattr(torch, dtype), kernel, only, out, err)

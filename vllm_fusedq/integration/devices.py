@@ -19,8 +19,16 @@ def announced_device() -> DeviceSpec:
     """The device as the API process may know it: CUDA must not be initialised there.
 
     Raises:
-        PreflightError: it is neither a CPU nor an NVIDIA GPU.
+        PreflightError: it is neither a CPU nor an NVIDIA GPU, or vLLM finds none that it runs on.
     """
+    if current_platform.is_unspecified():
+        problem = Problem(
+            layer="every quantized layer",
+            found="no device that this build of vLLM runs on",
+            supported=SUPPORTED_DEVICES,
+            fix="see that `nvidia-smi` lists a GPU, or install vLLM's CPU build (README, Install)",
+        )
+        raise PreflightError([problem])
     if current_platform.is_cpu():
         return cpu_device(wna16_available())
     if not current_platform.is_cuda():

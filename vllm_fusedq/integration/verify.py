@@ -19,11 +19,15 @@ def verify(
     """Serve `model` in this process: a prefill, some decode steps, then each layer at all `SIZES`.
 
     Raises:
-        FusedQError: the engine refuses the checkpoint.
+        FusedQError: the engine refuses the checkpoint, or there is no device to serve it on.
     """
     # The engine has to run where the profiler looks
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm_fusedq.integration.devices import announced_device
+
+    # Where there is none, vLLM dies with "Device string must not be empty".
+    announced_device()
     from vllm import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(
