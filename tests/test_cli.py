@@ -34,8 +34,10 @@ def document(*arguments: str) -> dict:
     return found
 
 
-def test_version() -> None:
-    assert fusedq("version").output.strip() == __version__
+@pytest.mark.parametrize("argument", ["version", "--version"])
+def test_version(argument: str) -> None:
+    result = fusedq(argument)
+    assert (result.exit_code, result.output.strip()) == (0, __version__)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -121,6 +123,46 @@ def test_amd_is_refused_by_name(tmp_path: Path) -> None:
     assert "device mi300x: found AMD gfx942; supported: NVIDIA GPUs" in result.output
     (problem,) = document(str(tmp_path), "--device", "mi300x")["error"]["problems"]
     assert problem["layer"] == "device mi300x"
+
+
+def test_devices_by_architecture_get_the_engines_verdict(tmp_path: Path) -> None:
+    """A name in any case; also one without a table of its own, as a GPU that is found gets it."""
+    write_checkpoint(tmp_path)
+    assert document(str(tmp_path), "--device", "H200")["device"]["name"] == "h200"
+    result = fusedq("check", str(tmp_path), "--device", "sm_75")
+    assert result.exit_code == 1
+    assert "found sm_75 of compute capability 7.5; supported: 8.0 and newer" in result.stderr
+    (newer,) = document(str(tmp_path), "--device", "sm_103")["results"]
+    assert newer["verdict"] == "fused"
+
+
+def test_a_size_named_twice_is_checked_once(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    found = document(str(tmp_path), "-tp", "2,1,2")["results"]
+    assert [each["tensor_parallel_size"] for each in found] == [2, 1]
+
+
+def test_weights_that_do_not_fit_are_no_question_of_lengths(tmp_path: Path) -> None:
+    write_headers(tmp_path, MODELS["Llama-3.3-70B"])
+    (result,) = document(str(tmp_path), "--device", "rtx4090")["results"]
+    (problem,) = result["problems"]
+    assert problem["found"] == "40.57 GB of weights on a rank"
+    assert result["warnings"] == []
+
+
+def test_a_pipe_gets_one_line_per_row_however_long(tmp_path: Path) -> None:
+    write_headers(tmp_path, MODELS["Llama-3.3-70B"], "gptq-order")
+    arguments = ("-tp", "2", "--device", "h100", "--max-model-len", "8192", "--max-num-seqs", "16")
+    lines = fusedq("check", str(tmp_path), *arguments).stdout.splitlines()
+    rows = [line for line in lines if line.strip().startswith("model.layers.")]
+    assert max(map(len, rows)) > 220
+    assert all(row.split()[1] == "x80" and row.split()[-1] == "fused" for row in rows)
+    (kv,) = (line for line in lines if "KV cache" in line)
+    # 2 x 4 heads x 128 x 2 bytes x 80 layers for a token
+    assert "KV cache for 16 x 8192 tokens (the activations' dtype, 163840 bytes per token)" in kv
+    assert float(kv.split()[0]) == 21.475
+    (order,) = (line for line in lines if "warning" in line and "down_proj" in line)
+    assert "1.23 times its share of the rows, 7.44 bits per weight with the scales" in order
 
 
 def test_expert_parallel_says_that_experts_are_refused(tmp_path: Path) -> None:

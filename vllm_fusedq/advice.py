@@ -86,9 +86,10 @@ def memory_problem(checkpoint: Checkpoint, capacity: Capacity) -> Problem | None
 
 
 def _of_order(layer: LayerPlan, fmt: CheckpointFormat) -> str:
-    share = f"{layer.rows / layer.k:.2f} times its share of the weight"
+    share = f"{layer.rows / layer.k:.2f} times its share of the rows"
+    size = f"{layer.bits_per_weight:.2f} bits per weight with the scales"
     where = f"at tensor_parallel_size {layer.shard.tp_size}"
-    return f"its activation order takes {share} {where}; quantize with {fmt.without_order}"
+    return f"its activation order takes {share}, {size}, {where}; quantize with {fmt.without_order}"
 
 
 def _folded(found: Mapping[str, Sequence[str]]) -> list[Warned]:
@@ -100,7 +101,7 @@ def _folded(found: Mapping[str, Sequence[str]]) -> list[Warned]:
 
 
 def _of_memory(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
-    if capacity.remains is None or capacity.remains >= 0:
+    if capacity.remains is None or capacity.remains >= 0 or memory_problem(checkpoint, capacity):
         return []
     fits = f"the KV cache holds {capacity.kv_tokens} tokens"
     asked = f"{capacity.sequences} x {capacity.max_model_len}"

@@ -29,7 +29,9 @@ def capacity_table(capacity: Capacity, demand: Demand) -> Table:
 
 def _kv_label(capacity: Capacity, demand: Demand) -> str:
     length = "unknown" if capacity.max_model_len is None else capacity.max_model_len
-    kind = f"{demand.kv_cache_dtype}, {capacity.kv_bytes_per_token} bytes per token"
+    dtype = demand.kv_cache_dtype.replace("auto", "the activations' dtype")
+    size = capacity.kv_bytes_per_token
+    kind = f"{dtype}, {'unknown' if size is None else size} bytes per token"
     return f"KV cache for {capacity.sequences} x {length} tokens ({kind})"
 
 

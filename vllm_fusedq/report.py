@@ -23,7 +23,8 @@ COLUMNS = (
     *("layers", "format", "K x N per rank", "phase", "kernel", "decode", "prefill"),
     *(*_NUMBERS, "verdict"),
 )
-LOG_WIDTH = 220
+# Wider than any plan: a table takes what it needs, and no row is folded where lines are searched
+LOG_WIDTH = 1000
 
 
 @dataclass(frozen=True, slots=True)

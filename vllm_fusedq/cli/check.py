@@ -1,5 +1,6 @@
 """`fusedq check`: the engine's own verdict on a checkpoint, from its headers alone."""
 
+import re
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,7 +77,9 @@ def check(
     max_num_seqs: Annotated[
         int, typer.Option(min=1, help="sequences of that length that the KV cache is to hold")
     ] = 1,
-    kv_cache_dtype: Annotated[KvCacheDtype, typer.Option()] = KvCacheDtype.AUTO,
+    kv_cache_dtype: Annotated[
+        KvCacheDtype, typer.Option(help="auto: the activations' dtype")
+    ] = KvCacheDtype.AUTO,
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="part of the device that vLLM may use")
     ] = 0.92,
@@ -95,6 +98,7 @@ def check(
     from vllm_fusedq.report_json import device_json, document, error_json
 
     sizes = _sizes(tensor_parallel_size)
+    device = device.lower()
     spec, memory = _device(device)
     demand = Demand(
         max_model_len,
@@ -135,7 +139,7 @@ def _sizes(text: str) -> list[int]:
         raise typer.BadParameter(f"{text!r} is not a list of numbers") from None
     if min(sizes) < 1:
         raise typer.BadParameter("tensor-parallel sizes start at 1")
-    return sizes
+    return list(dict.fromkeys(sizes))
 
 
 def _device(name: str) -> tuple["DeviceSpec", int | None]:
@@ -146,6 +150,7 @@ def _device(name: str) -> tuple["DeviceSpec", int | None]:
         cpu_device,
         current_gpu,
         device_by_name,
+        device_of_capability,
     )
     from fusedq_kernels.types import DeviceSpec
 
@@ -155,6 +160,8 @@ def _device(name: str) -> tuple["DeviceSpec", int | None]:
         return found
     if name in ("auto", "cpu"):
         return cpu_device(fused_op=True), None
+    if match := re.fullmatch(r"sm_(\d+)(\d)", name):
+        return device_of_capability(*map(int, match.groups())), None
     try:
         return device_by_name(name), MEMORY_BYTES.get(name)
     except ValueError as error:

@@ -1,5 +1,7 @@
 """The `fusedq` command: one module per subcommand."""
 
+from typing import Annotated
+
 import typer
 
 from vllm_fusedq import __version__
@@ -9,7 +11,6 @@ from vllm_fusedq.cli.selfcheck import selfcheck
 from vllm_fusedq.cli.verify import verify
 
 app = typer.Typer(
-    help="Weight-only quantized checkpoints in vLLM: fused on every layer, or not served.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,3 +25,21 @@ app.command()(verify)
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def fusedq(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Weight-only quantized checkpoints in vLLM: fused on every layer, or not served."""
