@@ -179,7 +179,7 @@ def test_padding_is_warned_of_with_the_setting_that_avoids_it(tmp_path: Path) ->
     warned = warnings_for(checkpoint, layers, target.act_dtype, found)
     (message,) = [each.message for each in warned if "mlp.down_proj" in each.layer]
     assert message == (
-        "its activation order takes 1.22 times its share of the rows, 9.88 bits per weight with the "
-        "scales, at tensor_parallel_size 4; "
-        "quantize with desc_act false in GPTQModel's QuantizeConfig"
+        "its activation order takes 1.22 times its share of the rows, 9.88 bits per weight with "
+        "the scales, at tensor_parallel_size 4; quantize with desc_act false in GPTQModel's "
+        "QuantizeConfig"
     )

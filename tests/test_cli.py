@@ -212,6 +212,19 @@ def test_json_has_every_number_of_the_table(tmp_path: Path) -> None:
     assert result["counts"] == {"fused": 12, "unquantized": 2, "fallbacks": 0}
 
 
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "größe")
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_fusedq.cli", "check", str(tmp_path / "größe"), "-tp", "3"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 1
+    assert "gr\\xf6\\xdfe" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 def test_json_goes_to_stdout_alone_and_a_pipe_gets_no_colours(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     command = [sys.executable, "-c", "from vllm_fusedq.cli import app; app()", "check"]

@@ -1,5 +1,7 @@
 """The `fusedq` command: one module per subcommand."""
 
+import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -43,3 +45,7 @@ def fusedq(
     ] = False,
 ) -> None:
     """Weight-only quantized checkpoints in vLLM: fused on every layer, or not served."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A name that the terminal's encoding lacks is no reason to die
+            stream.reconfigure(errors="backslashreplace")
