@@ -178,6 +178,13 @@ def test_dtype_is_the_checkpoints_unless_given(tmp_path: Path) -> None:
     assert document(str(tmp_path), "--dtype", "bfloat16")["dtype"] == "bfloat16"
 
 
+def test_verify_says_that_it_needs_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    result = fusedq("verify", "model")
+    assert result.exit_code == 2
+    assert "vLLM is not installed" in result.output
+
+
 def test_strict_refuses_what_is_otherwise_a_warning(tmp_path: Path) -> None:
     module = "model.layers.0.self_attn.o_proj"
     write_checkpoint(

@@ -92,7 +92,8 @@ def test_prints_each_layer_and_the_worst_error() -> None:
     model = str(asset("tiny-llama-awq-g128"))
     code, printed = run(model, "--device", "cpu", "--kernel", "cpu-striped", "--dtype", "float16")
     assert code == 0, printed
-    assert "model.layers.1.mlp.gate_up_proj" in printed
+    assert "\n  model.layers.1.mlp.gate_up_proj " in printed
+    assert "\n  layer   " in printed
     assert "8 layers checked, 0 failed; worst error" in printed
 
 

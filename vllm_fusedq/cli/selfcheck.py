@@ -73,8 +73,10 @@ def _run(
     if not plans:
         raise typer.BadParameter(f"no quantized layer's name holds {only!r}")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("layer", "format", "kernel", "wrong values", "max error", "limit", "RMS error"):
-        table.add_column(column, overflow="fold", justify="right" if "r" in column[-1:] else "left")
+    for column in ("layer", "format", "kernel"):
+        table.add_column(column, overflow="fold")
+    for column in ("wrong values", "max error", "limit", "RMS error"):
+        table.add_column(column, justify="right")
     checks = []
     for plan in track(plans, "checking", console=err, transient=True):
         check = check_layer(checkpoint, plan, target, device)

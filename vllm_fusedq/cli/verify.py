@@ -1,5 +1,6 @@
 """`fusedq verify`: what the profiler saw of every fused layer in the running engine."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,8 @@ def verify(
     For every layer: the kernel that its plan names ran, once per call, and no allocation or copy
     was as large as an unpacked weight, with 1 to 4096 tokens.
     """
+    if find_spec("vllm") is None:
+        raise typer.BadParameter("vLLM is not installed, whose engine this runs; see the README")
     from vllm_fusedq.integration.verify import SIZES
     from vllm_fusedq.integration.verify import verify as run
 
