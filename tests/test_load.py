@@ -144,6 +144,7 @@ def test_a_tensor_that_never_arrives_is_named(tmp_path: Path, awq_plan: LayerPla
     with pytest.raises(WeightLoadError) as error:
         loader.check_complete()
     assert "2 tensors were never loaded" in str(error.value)
+    assert "or --load-format dummy reads none; download the checkpoint again" in str(error.value)
     assert "model.layers.0.mlp.down_proj.qzeros" in str(error.value)
     assert "model.layers.0.mlp.down_proj.scales" in str(error.value)
 

@@ -98,8 +98,9 @@ class LayerLoader:
         if missing := self.missing():
             raise WeightLoadError(
                 f"{self.plan.prefix}: {len(missing)} tensors were never loaded "
-                f"({', '.join(missing)}); the checkpoint files are incomplete or its names do "
-                "not match the model; download the checkpoint again"
+                f"({', '.join(missing)}); the checkpoint files are incomplete, its names do not "
+                "match the model, or --load-format dummy reads none; download the checkpoint "
+                "again, or leave --load-format at auto"
             )
 
     def _all_parts(self) -> Iterator[tuple[PartShard, LayerFormat]]:
