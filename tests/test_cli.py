@@ -321,16 +321,50 @@ def test_the_verdict_outlives_a_reader_that_goes_away(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
-def test_output_that_cannot_be_written_is_no_verdict(options: list[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", str(asset(CHECKPOINTS[0])), "--device", "cpu"],
+        ["check", str(asset(CHECKPOINTS[0])), "--device", "cpu", "--json"],
+        ["version"],
+    ],
+    ids=["text", "json", "version"],
+)
+def test_output_that_cannot_be_written_is_no_verdict(arguments: list[str]) -> None:
     code = "from vllm_fusedq.cli import app; app()"
-    arguments = ["check", str(asset(CHECKPOINTS[0])), "--device", "cpu", *options]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 3
     assert done.stderr == "the output cannot be written: No space left on device\n"
+
+
+def test_a_closed_stdout_leaves_the_verdict() -> None:
+    arguments = ["check", str(asset(CHECKPOINTS[0])), "--device", "cpu"]
+    command = [sys.executable, "-m", "vllm_fusedq.cli", *arguments]
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_every_command_says_that_its_output_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "source")
+    model = str(tmp_path / "source")
+    for arguments in (
+        ["convert", model, str(tmp_path / "out")],
+        ["selfcheck", model, "--device", "cpu", "--kernel", "cpu-striped"],
+    ):
+        with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", full)
+            with pytest.raises(SystemExit) as end:
+                app(arguments)
+            patched.undo()
+        assert end.value.code == 3, arguments
 
 
 def test_ctrl_c_ends_a_wait_for_the_hub_without_a_traceback() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_fusedq.cli.output import console, refusing
+from vllm_fusedq.cli.output import console, refusing, writing
 
 
 def convert(
@@ -44,7 +44,8 @@ def convert(
     resumed = f", {done.resumed_files} files from an earlier run" if done.resumed_files else ""
     if done.note:
         err.print(done.note, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    typer.echo(
-        f"{out}: {done.layers} layers converted, {done.source_bytes / 1e6:.1f} MB became "
-        f"{done.bytes / 1e6:.1f} MB{resumed}"
-    )
+    with writing():
+        print(
+            f"{out}: {done.layers} layers converted, {done.source_bytes / 1e6:.1f} MB became "
+            f"{done.bytes / 1e6:.1f} MB{resumed}"
+        )

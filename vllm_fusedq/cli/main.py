@@ -1,5 +1,6 @@
 """The `fusedq` command: one module per subcommand."""
 
+import os
 import sys
 from io import TextIOWrapper
 from typing import Annotated
@@ -9,6 +10,7 @@ import typer
 from vllm_fusedq import __version__
 from vllm_fusedq.cli.check import check
 from vllm_fusedq.cli.convert import convert
+from vllm_fusedq.cli.output import writing
 from vllm_fusedq.cli.selfcheck import selfcheck
 from vllm_fusedq.cli.verify import verify
 
@@ -26,7 +28,8 @@ app.command()(verify)
 @app.command()
 def version() -> None:
     """Print the version."""
-    print(__version__)
+    with writing():
+        print(__version__)
 
 
 def _print_version(wanted: bool) -> None:
@@ -45,6 +48,9 @@ def fusedq(
     ] = False,
 ) -> None:
     """Weight-only quantized checkpoints in vLLM: fused on every layer, or not served."""
+    if sys.stdout is None:
+        # Closed by the shell (`>&-`): the verdict is the exit code
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             # A name that the terminal's encoding lacks is no reason to die

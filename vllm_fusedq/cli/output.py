@@ -42,10 +42,15 @@ def print_json(content: dict[str, Any]) -> None:
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Output that cannot be written, as on a full disk, is no verdict: it has its own exit code."""
+    """Output that cannot be written, as on a full disk, is no verdict: it has its own exit code.
+
+    A reader that goes away (`| head`) has read what it wanted: the exit code stays.
+    """
     try:
         yield
         sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
     except OSError as error:
         _discard(sys.stdout)
         reason = error.strerror or error

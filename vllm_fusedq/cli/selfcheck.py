@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vllm_fusedq.cli.output import ExitCode, console, refusing
+from vllm_fusedq.cli.output import ExitCode, console, refusing, writing
 
 if TYPE_CHECKING:
     import torch
@@ -86,12 +86,13 @@ def _run(
             *(f"{check.max_error:.1e}", f"{check.limit:.1e}", f"{check.rms_error:.1e}"),
             style="" if check.passed else "red",
         )
-    out.print(table)
     worst = max(checks, key=lambda check: check.max_error)
     failed = sum(not check.passed for check in checks)
-    out.print(
-        f"{len(checks)} layers checked, {failed} failed; worst error {worst.max_error:.1e} of the "
-        f"reference's RMS in {worst.plan.prefix}",
-        highlight=False,
-    )
+    with writing():
+        out.print(table)
+        out.print(
+            f"{len(checks)} layers checked, {failed} failed; worst error {worst.max_error:.1e} of "
+            f"the reference's RMS in {worst.plan.prefix}",
+            highlight=False,
+        )
     return failed

@@ -8,7 +8,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from vllm_fusedq.cli.output import ExitCode, console, refusing
+from vllm_fusedq.cli.output import ExitCode, console, refusing, writing
 
 
 def verify(
@@ -49,14 +49,15 @@ def verify(
             *(prefix, kernel_name, ", ".join(trace.kernels), str(trace.calls)),
             *(f"{size / 1e6:.3f}" for size in sizes),
         )
-    out.print(table)
-    for prefix, problem in failed:
-        err.print(f"{prefix}: {problem}", style="red", markup=False, highlight=False)
     wrong = len({prefix for prefix, _ in failed})
     count = len({prefix for prefix, _ in seen})
-    out.print(
-        f"{count} layers verified in the engine and with {SIZES[0]} to {SIZES[-1]} tokens, "
-        f"{wrong} failed",
-        highlight=False,
-    )
+    with writing():
+        out.print(table)
+        for prefix, problem in failed:
+            err.print(f"{prefix}: {problem}", style="red", markup=False, highlight=False)
+        out.print(
+            f"{count} layers verified in the engine and with {SIZES[0]} to {SIZES[-1]} tokens, "
+            f"{wrong} failed",
+            highlight=False,
+        )
     raise typer.Exit(ExitCode.REFUSED if failed else ExitCode.FUSED)
