@@ -22,13 +22,12 @@ def announced_device() -> DeviceSpec:
         PreflightError: it is neither a CPU nor an NVIDIA GPU, or vLLM finds none that it runs on.
     """
     if current_platform.is_unspecified():
-        problem = Problem(
+        raise PreflightError.single(
             layer="every quantized layer",
             found="no device that this build of vLLM runs on",
             supported=SUPPORTED_DEVICES,
             fix="see that `nvidia-smi` lists a GPU, or install vLLM's CPU build (README, Install)",
         )
-        raise PreflightError([problem])
     if current_platform.is_cpu():
         return cpu_device(wna16_available())
     if not current_platform.is_cuda():
