@@ -43,7 +43,7 @@ def read(name: str) -> dict[str, Any]:
 
 @cache
 def parser() -> Any:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -63,7 +63,7 @@ def test_every_file_is_listed() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_vllm_parses_every_value_as_it_is_written(name: str) -> None:
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+    from vllm.entrypoints.cli.serve import validate_parsed_serve_args
 
     values = read(name)
     args = parse("--config", str(CONFIGS / name))
