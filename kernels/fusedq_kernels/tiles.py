@@ -87,6 +87,13 @@ def _scaling_steps(rules: Rules) -> Rules:
     )
 
 
+def _scaled_prefill(middle: Choice, narrow: Choice) -> tuple[Rule, ...]:
+    return (
+        Rule(128, (middle, narrow)),
+        Rule(None, (_scaling(256, 128, 8, 3, 128), middle, narrow)),
+    )
+
+
 _WGMMA = Rules(
     decode=(
         Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
@@ -94,13 +101,8 @@ _WGMMA = Rules(
         Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 8, 4), _tile(32, 64, 4, 4))),
         Rule(64, (_tile(64, 256, 8, 4, 64), _tile(64, 128, 8, 4), _tile(64, 64, 4, 4))),
     ),
-    prefill=(
-        Rule(128, (_scaling(128, 128, 8, 2, 64), _scaling(64, 128, 8, 4))),
-        Rule(
-            None,
-            (_scaling(256, 128, 8, 3, 128), _scaling(128, 128, 8, 2, 64), _scaling(64, 128, 8, 4)),
-        ),
-    ),
+    # With 8 warps and fp16 scales under bf16, one Triton or another stores to shared memory.
+    prefill=_scaled_prefill(_scaling(128, 128, 4, 2, 64), _scaling(64, 128, 8, 4)),
     in_order=TileConfig(64, 128, 1, 8, 4),
     fine=_fine(64, 128, 8, 4),
 )
@@ -108,13 +110,10 @@ _WGMMA = Rules(
 _PL4_WGMMA = replace(
     _WGMMA, prefill=(Rule(None, (_tile(128, 128, 8, 3, 64), _tile(64, 128, 8, 4))),)
 )
-# So do 8-bit values less a zero point, in the narrow tile with Triton 3.6.
-_NARROW_P8 = _tile(64, 128, 8, 4)
+# So do 8-bit values less a zero point, in the narrow tile with Triton 3.6; with per-channel scales
+# 4 warps spill.
 _P8_WGMMA = replace(
-    _WGMMA,
-    prefill=tuple(
-        replace(rule, choices=(*rule.choices[:-1], _NARROW_P8)) for rule in _WGMMA.prefill
-    ),
+    _WGMMA, prefill=_scaled_prefill(_scaling(128, 128, 8, 2, 64), _tile(64, 128, 8, 4))
 )
 _MMA_SYNC_IN_ORDER = TileConfig(32, 64, 1, 2, 4)
 _MMA_SYNC_FINE = _fine(32, 128, 4, 3)
