@@ -9,10 +9,12 @@ import pytest
 
 PARENT = """
 import sys
+from pathlib import Path
 from vllm_fusedq.errors import PreflightError, Problem, UnsupportedCheckpoint
-from vllm_fusedq.integration.last_words import open_message_file, speaking_last
+from vllm_fusedq.integration.last_words import name_message_file, speaking_last
 
-file = open_message_file()
+file = name_message_file()
+print(Path(file).exists())
 for error in (PreflightError([Problem("a.b", "x", "y", "z")]), UnsupportedCheckpoint("second")):
     try:
         with speaking_last(file):
@@ -33,14 +35,16 @@ def test_first_refusal_is_printed_after_everything_else_and_the_file_is_removed(
         "PreflightError: 1 problem in this checkpoint:\n"
         "  - a.b: found x; supported: y; z"
     )
-    assert not Path(done.stdout.strip()).exists()
+    existed, file = done.stdout.split()
+    assert existed == "False", "a process that is killed would leave it behind"
+    assert not Path(file).exists()
 
 
 def test_no_temporary_directory_is_no_reason_to_die(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_fusedq.errors import UnsupportedCheckpoint
-    from vllm_fusedq.integration.last_words import open_message_file, speaking_last
+    from vllm_fusedq.integration.last_words import name_message_file, speaking_last
 
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
-    assert open_message_file() is None
-    with pytest.raises(UnsupportedCheckpoint), speaking_last(None):
-        raise UnsupportedCheckpoint("still raised")
+    for file in (name_message_file(), None):
+        with pytest.raises(UnsupportedCheckpoint), speaking_last(file):
+            raise UnsupportedCheckpoint("still raised")

@@ -94,7 +94,7 @@ class FusedQConfig(QuantizationConfig):
         from vllm_fusedq.checkpoint import read_checkpoint
         from vllm_fusedq.formats import format_for
         from vllm_fusedq.integration.devices import announced_device
-        from vllm_fusedq.integration.last_words import open_message_file
+        from vllm_fusedq.integration.last_words import name_message_file
         from vllm_fusedq.plan import Target
         from vllm_fusedq.preflight import plan_model
 
@@ -106,7 +106,7 @@ class FusedQConfig(QuantizationConfig):
             )
         self.format = format_for(read_checkpoint(model_name, revision))
         plan_model(self.format.checkpoint, Target(announced_device(), torch.bfloat16))
-        self.message_file = open_message_file()
+        self.message_file = name_message_file()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         for module in self.format.checkpoint.modules():

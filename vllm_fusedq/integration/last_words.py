@@ -6,6 +6,7 @@ whose name travels in the pickled config; the API process prints that file when 
 
 import atexit
 import os
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,18 +16,18 @@ from pathlib import Path
 from vllm_fusedq.errors import FusedQError
 
 
-def open_message_file() -> str | None:
-    """Create the (empty) message file in this process and print it at exit if it was filled.
+def name_message_file() -> str | None:
+    """Name a file that this process prints and removes at exit, should a worker write it.
 
-    None where no file can be written: the worker's traceback has to do then.
+    None where there is no temporary directory: the worker's traceback has to do then.
     """
     try:
-        descriptor, name = tempfile.mkstemp(prefix="fusedq-refusal-", suffix=".txt")
+        folder = Path(tempfile.gettempdir())
     except OSError:
         return None
-    os.close(descriptor)
-    atexit.register(_print_and_remove, Path(name))
-    return name
+    path = folder / f"fusedq-refusal-{secrets.token_hex(16)}.txt"
+    atexit.register(_print_and_remove, path)
+    return str(path)
 
 
 @contextmanager
@@ -42,10 +43,11 @@ def speaking_last(message_file: str | None) -> Iterator[None]:
 
 def _write_once(path: Path, message: str) -> None:
     try:
-        if path.stat().st_size == 0:
-            path.write_text(message)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except OSError:
-        return  # Another machine or a cleaned-up directory: the traceback still says it.
+        return  # Another rank was first, or it is another machine: the traceback still says it.
+    with open(descriptor, "w") as file:
+        file.write(message)
 
 
 def _print_and_remove(path: Path) -> None:
@@ -54,6 +56,5 @@ def _print_and_remove(path: Path) -> None:
         path.unlink()
     except OSError:
         return
-    if message:
-        sys.stdout.flush()
-        print(f"\nvllm-fusedq refused to serve this checkpoint.\n{message}", file=sys.stderr)
+    sys.stdout.flush()
+    print(f"\nvllm-fusedq refused to serve this checkpoint.\n{message}", file=sys.stderr)
