@@ -50,8 +50,8 @@ def _tile(block_m: int, block_n: int, num_warps: int, num_stages: int, **more) -
     return TileConfig(block_m, block_n, 1, num_warps, num_stages, **more)
 
 
-def _scaling(block_m: int, block_n: int, num_stages: int) -> TileConfig:
-    return _tile(block_m, block_n, 8, num_stages, scale_weights=True, x_descriptor=True)
+def _scaling(block_m: int, block_n: int, num_stages: int, num_warps: int = 8) -> TileConfig:
+    return _tile(block_m, block_n, num_warps, num_stages, scale_weights=True, x_descriptor=True)
 
 
 _DECODE_TILES = [_tile(m, n, 4, ns) for m, n in ((8, 64), (8, 128), (16, 128)) for ns in (3, 4, 6)]
@@ -87,7 +87,13 @@ EXPERIMENTS: dict[int, Experiment] = {
         "overtakes between 900 and 1,600 tokens",
         "a fused tile within 5 % of cuBLAS at 4096 tokens, or below dequantize + cuBLAS at 512",
         (Case((_UP, _SQUARE), (512, 1024, 2048, 4096)),),
-        _tiles([_scaling(256, 128, 3), _scaling(128, 256, 3), _scaling(128, 128, 2)], split_k=1),
+        _tiles(
+            [
+                *(_scaling(256, 128, 3), _scaling(128, 256, 3)),
+                *(_scaling(128, 128, 2), _scaling(128, 128, 2, num_warps=4)),
+            ],
+            split_k=1,
+        ),
         ("fusedq", "fusedq-sliced", "cublas", "dequant+cublas"),
     ),
     3: Experiment(
