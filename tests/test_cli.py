@@ -368,7 +368,9 @@ def test_every_command_says_that_its_output_cannot_be_written(
 
 
 def test_ctrl_c_ends_a_wait_for_the_hub_without_a_traceback() -> None:
-    code = "from vllm_fusedq.cli import app; app()"
+    # A background job of a shell, this test perhaps, would hand down that it ignores Ctrl-C.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; from vllm_fusedq.cli import app; app()"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(60)
         env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
