@@ -1,8 +1,8 @@
 """The tiles of the Triton kernel, by layout and kind of tensor core; `heuristics.py` chooses.
 
-The tables come from ahead-of-time compilation (`audit.py`; Triton 3.9 and 3.6), not from
-timing runs: no tile spills, stores a decoded weight to shared memory, or waits for a plain global
-load. Wider tiles read x less often, narrower ones fill the GPU when N is small. On `mma.sync`
+The tables come from ahead-of-time compilation (`audit.py`; Triton 3.6, 3.7 and 3.9), not
+from timing runs: no tile spills, stores a decoded weight to shared memory, or waits for a plain
+global load. Wider tiles read x less often, narrower ones fill the GPU when N is small. On `mma.sync`
 targets a tile of 32 or more tokens keeps its warps along N where it can, because warps spread over
 tokens decode the same weights again. A tcgen05 tile has 32 rows of weight per warp: fewer make
 Triton store the decoded weight to shared memory.
