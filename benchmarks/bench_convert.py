@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from fusedq_kernels.device import cpu_device, device_by_name
+from fusedq_kernels.choose.device import cpu_device, device_by_name
 from gemmbench.shapes import ModelShape
 from random_checkpoint import write_random_checkpoint
-from vllm_fusedq.checkpoint import read_checkpoint
-from vllm_fusedq.convert import convert
-from vllm_fusedq.load import LayerLoader
-from vllm_fusedq.plan import Target
-from vllm_fusedq.preflight import plan_model
+from vllm_fusedq.checkpoint.read import read_checkpoint
+from vllm_fusedq.load.convert import convert
+from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.plan.layer import Target
+from vllm_fusedq.plan.model import plan_model
 
 SHAPE = ModelShape(hidden=2048, intermediate=8192, layers=8, heads=16, kv_heads=8, vocab=512)
 DEVICES = {"gpu-layout": device_by_name("h200"), "cpu": cpu_device(fused_op=True)}

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from fusedq_kernels.device import cpu_device, device_by_name
+from fusedq_kernels.choose.device import cpu_device, device_by_name
 from random_layers import RandomLayer, Tensors, random_layers
-from vllm_fusedq.checkpoint import Checkpoint
+from vllm_fusedq.checkpoint.read import Checkpoint
+from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.formats import LayerFormat, Region, format_for
-from vllm_fusedq.load import LayerLoader
-from vllm_fusedq.plan import Target, plan_layer
-from vllm_fusedq.safetensors_header import TensorInfo
-from vllm_fusedq.sharding import LayerShard, ParallelStyle, PartShard
+from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.plan.layer import Target, plan_layer
+from vllm_fusedq.plan.shards import LayerShard, ParallelStyle, PartShard
 
 MODULE = "model.layers.0.mlp.up_proj"
 STORED = {

@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from fusedq_kernels import tuning
+from fusedq_kernels.choose import tuning
 
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent

@@ -16,9 +16,10 @@ from typing import Annotated
 
 import typer
 
-from fusedq_kernels import DType, WeightType, stock
-from fusedq_kernels.device import KNOWN_DEVICES, driver_words
-from fusedq_kernels.tuning import FOLDER
+from fusedq_kernels import DType, WeightType
+from fusedq_kernels.choose import stock
+from fusedq_kernels.choose.device import KNOWN_DEVICES, driver_words
+from fusedq_kernels.choose.tuning import FOLDER
 from gemmbench.results import Problem, ResultFile, commit, problem_of
 from gemmbench.vllm_linear import VLLM
 

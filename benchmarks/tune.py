@@ -27,8 +27,9 @@ import typer
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fusedq_kernels import launchers, tuning
-from fusedq_kernels.device import KNOWN_DEVICES
+from fusedq_kernels import launchers
+from fusedq_kernels.choose import tuning
+from fusedq_kernels.choose.device import KNOWN_DEVICES
 from fusedq_kernels.roofline import rates_for
 from fusedq_kernels.types import (
     GemmShape,
@@ -84,7 +85,8 @@ def main(
     hardware = device_spec(device)
     if hardware.name not in KNOWN_DEVICES:
         raise typer.BadParameter(
-            f"{hardware.name} is not in fusedq_kernels.device.KNOWN_DEVICES; add it there first"
+            f"{hardware.name} is not in KNOWN_DEVICES of fusedq_kernels.choose.device; "
+            "add it there first"
         )
     try:
         chosen = shapes.named_shapes(["dry-run"] if dry_run else shape_names, tp)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "errors.md"
 SOURCES = (
     *sorted((ROOT / "vllm_fusedq").rglob("*.py")),
-    ROOT / "kernels/fusedq_kernels/support.py",
+    ROOT / "kernels/fusedq_kernels/choose/refusals.py",
 )
 
 # Callables that make a message, by the names of the arguments that matter.

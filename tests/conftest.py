@@ -33,7 +33,7 @@ def wna16_op() -> None:
     """Registers vLLM's CPU operator; skips where the installed vLLM is a GPU build."""
     from vllm.platforms import current_platform
 
-    from fusedq_kernels.cpu import wna16_available
+    from fusedq_kernels.cpu.kernels import wna16_available
 
     if current_platform.is_cpu():
         current_platform.import_kernels()
@@ -47,10 +47,11 @@ def sliced_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
 
     Row 3 sends 65 to 128 tokens to sliced-cublas; row 2 is the fused one beside it.
     """
-    from fusedq_kernels import op, tuning
-    from vllm_fusedq import plan
+    from fusedq_kernels import op
+    from fusedq_kernels.choose import tuning
+    from vllm_fusedq.plan import layer
 
-    caches = (tuning._packaged, op._launch, plan._choose)
+    caches = (tuning._packaged, op._launch, layer._choose)
     tile = {"block_m": 16, "block_n": 64, "split_k": 1, "num_warps": 4, "num_stages": 3}
     rows = []
 

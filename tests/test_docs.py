@@ -14,7 +14,7 @@ from vllm_fusedq.formats.bitsandbytes import STATES
 from vllm_fusedq.formats.compressed_tensors_packing import PACKINGS
 from vllm_fusedq.formats.fusedq import LAYOUT_VERSION
 from vllm_fusedq.formats.gptq_zeros import ZERO_OFFSETS
-from vllm_fusedq.formats.support import bit_widths
+from vllm_fusedq.formats.shared.rows import bit_widths
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("serving_configs/*.md")])

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fusedq_kernels.device import cpu_device, device_by_name
-from fusedq_kernels.heuristics import kernels_for
+from fusedq_kernels.choose.device import cpu_device, device_by_name
+from fusedq_kernels.choose.heuristics import kernels_for
 from fusedq_kernels.types import KernelName
 from vllm_fusedq.errors import SettingsError
 from vllm_fusedq.settings import Settings, parse_settings

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fusedq_kernels.device import device_by_name
-from fusedq_kernels.heuristics import DECLARED_KERNELS, kernels_for
+from fusedq_kernels.choose.device import device_by_name
+from fusedq_kernels.choose.heuristics import DECLARED_KERNELS, kernels_for
 from fusedq_kernels.types import DeviceSpec, KernelName
 from vllm_fusedq.errors import SettingsError
 

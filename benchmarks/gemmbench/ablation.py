@@ -11,8 +11,8 @@ wrong answers by design; only their times mean something.
 import triton
 import triton.language as tl
 
-from fusedq_kernels.decode import DECODERS
-from fusedq_kernels.planes import halves, join_four, join_two
+from fusedq_kernels.cuda.decode import DECODERS
+from fusedq_kernels.cuda.planes import halves, join_four, join_two
 from fusedq_kernels.types import WeightType
 from gemmbench.variants import Variant
 

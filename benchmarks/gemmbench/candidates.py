@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from fusedq_kernels import tuning
+from fusedq_kernels.choose import tuning
+from fusedq_kernels.choose.heuristics import select, tiles_for
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, group_geometry, round_up, whole_splits
-from fusedq_kernels.heuristics import select, tiles_for
 from fusedq_kernels.roofline import Rates, roofline
 from fusedq_kernels.types import (
     DeviceSpec,

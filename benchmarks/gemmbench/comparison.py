@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from fusedq_kernels.choose.heuristics import select
 from fusedq_kernels.dtype import DType
-from fusedq_kernels.heuristics import select
 from fusedq_kernels.roofline import rates_for, roofline
 from fusedq_kernels.types import (
     GemmShape,

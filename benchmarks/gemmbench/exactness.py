@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from fusedq_kernels import launchers, reference
+from fusedq_kernels.choose.heuristics import select, tiles_for
+from fusedq_kernels.choose.slices import slice_rows
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import round_up
-from fusedq_kernels.heuristics import select, tiles_for
-from fusedq_kernels.layout import count_groups, group_geometry
-from fusedq_kernels.slices import slice_rows
+from fusedq_kernels.layouts.packing import count_groups, group_geometry
 from fusedq_kernels.types import (
     GemmShape,
     KernelName,

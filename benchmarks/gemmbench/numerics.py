@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusedq_kernels import gemm, reference
+from fusedq_kernels import reference
+from fusedq_kernels.choose.heuristics import tiles_for
+from fusedq_kernels.cuda import gemm
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, whole_splits
-from fusedq_kernels.heuristics import tiles_for
 from fusedq_kernels.types import (
     KernelName,
     Launch,

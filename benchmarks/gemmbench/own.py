@@ -8,12 +8,12 @@ import torch
 import triton
 
 import fusedq_kernels
-from fusedq_kernels import device as devices
 from fusedq_kernels import reference
+from fusedq_kernels.choose import device as devices
+from fusedq_kernels.choose.heuristics import select
+from fusedq_kernels.choose.slices import slice_rows
+from fusedq_kernels.cuda.sliced import dequantize
 from fusedq_kernels.dtype import DType
-from fusedq_kernels.heuristics import select
-from fusedq_kernels.slices import slice_rows
-from fusedq_kernels.staged import dequantize
 from fusedq_kernels.types import DeviceSpec, GemmShape, KernelName, LogicalWeight
 from gemmbench.contender import Prepared, fused_dram_bytes, tensor_bytes
 from gemmbench.triton_kernels import tiled_gemm

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedq_kernels import gemm
+from fusedq_kernels.cuda import gemm
 from fusedq_kernels.geometry import BLOCK_K, group_geometry
 from fusedq_kernels.types import PackedWeight, TileConfig
 

@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedq_kernels import gemm
-from fusedq_kernels.arrivals import MAX_TILES
-from fusedq_kernels.decode import DECODERS, code_pairs
+from fusedq_kernels.choose.heuristics import select
+from fusedq_kernels.cuda import gemm
+from fusedq_kernels.cuda.arrivals import MAX_TILES
+from fusedq_kernels.cuda.decode import DECODERS, code_pairs
+from fusedq_kernels.cuda.planes import halves, join_four, planes_by_asm
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, round_up, whole_splits
-from fusedq_kernels.heuristics import select
-from fusedq_kernels.planes import halves, join_four, planes_by_asm
 from fusedq_kernels.types import (
     GemmShape,
     KernelName,

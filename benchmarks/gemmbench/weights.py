@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from fusedq_kernels import layout_for, pack, reference, weight_bytes
-from fusedq_kernels.layout import count_groups
+from fusedq_kernels.layouts.packing import count_groups
 from fusedq_kernels.types import KernelName, LogicalWeight, PackedWeight, QuantSpec, WeightType
 
 # Outputs of 16-bit kernels differ from float64 by about 2e-3 RMS (rounding of y, of scaled weights,

@@ -46,7 +46,7 @@ __all__ = [
 
 
 _LAYOUT_NAMES = ("empty_packed", "pack", "pack_rows", "packed_shapes", "unpack", "weight_bytes")
-_IMPORTED_WHEN_USED = {"matmul": "op", **dict.fromkeys(_LAYOUT_NAMES, "layout")}
+_IMPORTED_WHEN_USED = {"matmul": "op", **dict.fromkeys(_LAYOUT_NAMES, "layouts.packing")}
 
 
 def __getattr__(name: str) -> object:

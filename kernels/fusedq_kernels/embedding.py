@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedq_kernels import layout
-from fusedq_kernels.layout import PERM_DTYPE, TensorSpec, packed_shapes
+from fusedq_kernels.layouts import packing
+from fusedq_kernels.layouts.packing import PERM_DTYPE, TensorSpec, packed_shapes
 from fusedq_kernels.operands import check_tensor, scheme
 from fusedq_kernels.types import (
     GatherName,
@@ -77,7 +77,7 @@ def embedding(
 
 
 def _triton_gather(ids: torch.Tensor, packed: PackedWeight, out: torch.Tensor) -> None:
-    from fusedq_kernels.gather_kernel import gather_rows
+    from fusedq_kernels.cuda.gather import gather_rows
 
     gather_rows(ids.contiguous(), packed, out)
 
@@ -88,7 +88,7 @@ def _cpu_gather(ids: torch.Tensor, packed: PackedWeight, out: torch.Tensor) -> N
     stripe = max(1, STRIPE_VALUES // packed.k)
     for start in range(0, len(rows), stripe):
         stop = start + stripe
-        values = _values(layout.gather(packed, rows[start:stop]), out.dtype)
+        values = _values(packing.gather(packed, rows[start:stop]), out.dtype)
         values.mul_(known[start:stop, None])
         if packed.perm is None:
             out[start:stop] = values

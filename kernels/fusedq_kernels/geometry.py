@@ -8,7 +8,7 @@ BLOCK_K = 128
 # The tiled layouts pad N to this.
 BLOCK_N = 128
 WNA16_ALIGNMENT = 32
-# Output tiles that split-K can count at once (`arrivals.py`).
+# Output tiles that split-K can count at once (`cuda/arrivals.py`).
 MAX_TILES = 4096
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from fusedq_kernels.gemm import fused_gemm
-from fusedq_kernels.staged import sliced_gemm
+from fusedq_kernels.cuda.gemm import fused_gemm
+from fusedq_kernels.cuda.sliced import sliced_gemm
 from fusedq_kernels.types import KernelName, Launch, PackedWeight
 
 _LAUNCHERS: dict[KernelName, Callable[..., torch.Tensor]] = {

@@ -1,8 +1,8 @@
 """`torch.ops.fusedq.matmul`: the one operator that a model calls, and its fake.
 
 The kernel is an argument, because a plan names it; nothing here chooses or replaces one.
-`operands.py` checks what it is given, `heuristics.py` chooses a kernel's tile, `cpu.py` and
-`launchers.py` do the work. Importing this module registers the operator and imports no Triton.
+`operands.py` checks what it is given, `choose/` chooses a kernel's tile, `cpu/` and `launchers.py`
+do the work. Importing this module registers the operator and imports no Triton.
 
 `matmul_out` is the same operator writing into a tensor of the caller's: a compiled model reuses one
 buffer for many layers, where memory that is new in every call costs page faults.
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedq_kernels import cpu
-from fusedq_kernels.layout import TensorSpec, packed_shapes
+from fusedq_kernels.cpu import kernels
+from fusedq_kernels.layouts.packing import TensorSpec, packed_shapes
 from fusedq_kernels.operands import check_operands, check_out, scheme
 from fusedq_kernels.types import (
     DeviceSpec,
@@ -130,7 +130,7 @@ def _launch(
     batch_invariant: bool,
     sliced_prefill: bool,
 ) -> Launch:
-    from fusedq_kernels.heuristics import select
+    from fusedq_kernels.choose.heuristics import select
 
     return select(
         *(GemmShape(m, n, k), spec, _gpu(device)),
@@ -142,14 +142,14 @@ def _launch(
 def _run_wna16(
     x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
-    cpu.wna16_gemm(x, packed, bias, cpu.wna16_isa(x.dtype), out)
+    kernels.wna16_gemm(x, packed, bias, kernels.wna16_isa(x.dtype), out)
 
 
 _RUNNERS: dict[KernelName, Runner] = {
     KernelName.TRITON_GEMM: _run_selected,
     KernelName.SLICED_CUBLAS: _run_sliced,
     KernelName.CPU_WNA16: _run_wna16,
-    KernelName.CPU_STRIPED: cpu.striped_gemm,
+    KernelName.CPU_STRIPED: kernels.striped_gemm,
 }
 _BATCH_INVARIANT_RUNNERS: dict[KernelName, Runner] = {
     KernelName.TRITON_GEMM: functools.partial(_run_selected, batch_invariant=True)
@@ -162,7 +162,7 @@ _CPU_ONLY = frozenset({KernelName.CPU_WNA16, KernelName.CPU_STRIPED})
 
 @functools.cache
 def _gpu(device: torch.device) -> DeviceSpec:
-    from fusedq_kernels.device import current_device, device_by_name
+    from fusedq_kernels.choose.device import current_device, device_by_name
 
     # On CPU tensors Triton runs in its interpreter, which stands in for a GPU and needs a tile.
     return device_by_name("sm_90") if device.type == "cpu" else current_device(device, False)

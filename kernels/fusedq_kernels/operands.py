@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from fusedq_kernels.dtype import DType
-from fusedq_kernels.layout import PERM_DTYPE, TensorSpec
+from fusedq_kernels.layouts.packing import PERM_DTYPE, TensorSpec
 from fusedq_kernels.types import PackedWeight, QuantSpec, WeightType
 
 _SCALE_DTYPES = ("float16", "bfloat16", "float32")

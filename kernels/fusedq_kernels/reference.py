@@ -1,6 +1,6 @@
 """The oracle in plain PyTorch: what a logical weight is worth and what multiplying by it gives.
 
-Reads `LogicalWeight` only and shares no code with `layout.py` or the kernels it judges.
+Reads `LogicalWeight` only and shares no code with `layouts/packing.py` or the kernels it judges.
 """
 
 import torch

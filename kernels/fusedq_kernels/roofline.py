@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, group_geometry, round_up
-from fusedq_kernels.resident import resident_tensors
+from fusedq_kernels.layouts.resident import resident_tensors
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,

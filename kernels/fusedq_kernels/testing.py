@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fusedq_kernels import reference
-from fusedq_kernels.layout import count_groups
+from fusedq_kernels.layouts.packing import count_groups
 from fusedq_kernels.types import LogicalWeight, QuantSpec
 
 _WORST_SHOWN = 5

@@ -1,7 +1,7 @@
 """The nouns of the kernel library: weight types, problem shapes, devices, launches, weights.
 
-Plain frozen data. `layout.py` turns a `LogicalWeight` into a `PackedWeight`, `heuristics.py` picks
-a `Launch`, `op.py` runs it.
+Plain frozen data. `layouts/` turns a `LogicalWeight` into a `PackedWeight`, `choose/` picks a
+`Launch`, `op.py` runs it.
 """
 
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ _CODEBOOKS = {
 
 
 class Layout(Enum):
-    """Resident byte order of a packed weight; `layout.py` draws each one bit by bit."""
+    """Resident byte order of a packed weight; `layouts/` draws each one bit by bit."""
 
     P4 = "P4"
     P8 = "P8"

@@ -11,8 +11,8 @@ from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, {benchmarks!r})
 from compile_experiments import compiled_rows
-from fusedq_kernels import audit
-from fusedq_kernels.ahead_of_time import compile_kernel
+from fusedq_kernels.audit import command
+from fusedq_kernels.audit.compile import compile_kernel
 from fusedq_kernels.types import QuantSpec, WeightType
 from gemmbench import ablation, triton_kernels, variants
 from gemmbench.experiments import EXPERIMENTS
@@ -44,7 +44,7 @@ for weight_type in (WeightType.UINT4B8, WeightType.NF4):
     loops = []
     for decoders in (ablation.WITHOUT, {{}}, ablation.TWICE):
         with variants.decoding(decoders):
-            (row,) = audit.audit("sm_90", ["8x128"], [weight_type], [torch.bfloat16])
+            (row,) = command.audit("sm_90", ["8x128"], [weight_type], [torch.bfloat16])
         assert (row.stack, row.sts, row.ldg) == (0, 0, 0), row
         loops.append(row.instructions_per_weight)
     assert loops[0] + 0.5 < loops[1] < loops[2] - 0.5, loops
@@ -60,7 +60,7 @@ tiles = [each for each in EXPERIMENTS[1].variants if each.name in ("16x128 warps
 assert line.endswith("wgmma: fine"), line
 with variants.decoding(variants.ASM):
     spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
-    ptx = audit.compile_gemm(
+    ptx = command.compile_gemm(
         GPUTarget("cuda", 90, 32), tiles[0].tile, spec, torch.bfloat16
     ).asm["ptx"]
 assert "fma.rn.bf16x2" in ptx

@@ -95,7 +95,7 @@ def test_the_assembly_decodes_every_code() -> None:
 
 
 def test_sums_left_alone_leave_the_counters_alone() -> None:
-    from fusedq_kernels import gemm
+    from fusedq_kernels.cuda import gemm
 
     real = gemm.arrival_counters
     with variants.counting(sums=False):

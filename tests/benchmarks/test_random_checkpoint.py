@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fusedq_kernels.device import device_by_name
+from fusedq_kernels.choose.device import device_by_name
 from gemmbench.shapes import ModelShape
 from random_checkpoint import LAYOUTS, write_random_checkpoint
-from vllm_fusedq.checkpoint import read_checkpoint
-from vllm_fusedq.plan import Target
-from vllm_fusedq.preflight import plan_model
+from vllm_fusedq.checkpoint.read import read_checkpoint
+from vllm_fusedq.plan.layer import Target
+from vllm_fusedq.plan.model import plan_model
 
 SHAPES = {
     "llama": ModelShape(256, 512, 2, 4, 2, head_dim=64, vocab=64),

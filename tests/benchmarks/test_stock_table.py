@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import bench_gemm
 import stock_table
-from fusedq_kernels import stock
+from fusedq_kernels.choose import stock
 from gemmbench.results import ResultFile
 from published import Model, write_headers
 from result_rows import write_results

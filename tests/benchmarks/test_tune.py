@@ -9,9 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 import tune
-from fusedq_kernels import tuning
-from fusedq_kernels.device import device_by_name
-from fusedq_kernels.heuristics import select
+from fusedq_kernels.choose import tuning
+from fusedq_kernels.choose.device import device_by_name
+from fusedq_kernels.choose.heuristics import select
 from fusedq_kernels.roofline import rates_for
 from fusedq_kernels.types import GemmShape, KernelName, QuantSpec, TileConfig, WeightType
 from gemmbench import candidates

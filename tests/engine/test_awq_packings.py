@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import ALL_BUILDS, AWQ_BUILDS, Truth, write_json
 from engines import generate, mean_error
 from tiny_models import asset, reference
-from vllm_fusedq.checkpoint import read_checkpoint
+from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.formats import decode, format_for
 
 pytestmark = pytest.mark.engine

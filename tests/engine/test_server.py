@@ -16,7 +16,7 @@ from openai import OpenAI
 from engines import get, mean_error, prompt_logprobs
 from local_server import Server, compile_arguments
 from tiny_models import asset, reference
-from vllm_fusedq.checkpoint import read_checkpoint
+from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.formats import format_for
 
 pytestmark = pytest.mark.engine

@@ -15,12 +15,13 @@ import json, logging, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 import torch
-from test_load import load, plans_of, read_checkpoint
+from loading import load, plans_of
+from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.integration.worker import WorkerState
 from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.plan import Target
+from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.settings import parse_settings
-from test_load import DEVICES
+from loading import DEVICES
 lines, answers = [], {{}}
 handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())
@@ -52,8 +53,8 @@ def test_a_worker_tells_or_refuses_a_wrong_checkpoint_format(tmp_path: Path) -> 
     ]
     v2["config"]["dynamic"] = {"+:.*down_proj": {"sym": False}}
     write_checkpoint(tmp_path / "mixed", "gptq-sym", edits=edits, **v2)
-    tests = Path(__file__).parents[1]
-    code = LOAD.format(path=[str(tests)], folder=str(tmp_path), names=["right", "wrong", "mixed"])
+    support = Path(__file__).parents[1] / "support"
+    code = LOAD.format(path=[str(support)], folder=str(tmp_path), names=["right", "wrong", "mixed"])
     answers = json.loads(in_vllm_process(code, tmp_path))
     assert answers["right"] == []
     assert answers["wrong"] == [

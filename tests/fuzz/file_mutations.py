@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fuzz.harness import CONFIG, INDEX, MANY, WEIGHTS, Draft
-from fuzz.tensor_mutations import about
+from harness import CONFIG, INDEX, MANY, WEIGHTS, Draft
+from tensor_mutations import about
 
 # Config entries that say what the stored numbers mean: to change one may change the values.
 MEANING = frozenset(

@@ -22,14 +22,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from checkpoints import Truth, write_checkpoint
-from fusedq_kernels.device import cpu_device, device_by_name
-from fusedq_kernels.layout import unpack
-from vllm_fusedq.checkpoint import read_checkpoint
-from vllm_fusedq.convert import convert
+from fusedq_kernels.choose.device import cpu_device, device_by_name
+from fusedq_kernels.layouts.packing import unpack
+from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import FusedQError
-from vllm_fusedq.load import LayerLoader
-from vllm_fusedq.plan import LayerPlan, Target
-from vllm_fusedq.preflight import plan_model
+from vllm_fusedq.load.convert import convert
+from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.plan.layer import LayerPlan, Target
+from vllm_fusedq.plan.model import plan_model
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 DEVICES = {"cpu": cpu_device(fused_op=True), "gpu": device_by_name("h200")}

@@ -7,7 +7,7 @@ words an error has to hold one of. None knows a format: what it needs, the draft
 import random
 from collections.abc import Callable
 
-from fuzz.file_mutations import (
+from file_mutations import (
     change_config,
     change_files,
     change_header,
@@ -20,8 +20,8 @@ from fuzz.file_mutations import (
     resize_file,
     swap_header_entries,
 )
-from fuzz.harness import Draft
-from fuzz.tensor_mutations import (
+from harness import Draft
+from tensor_mutations import (
     add_tensor,
     cast_tensor,
     drop_tensor,

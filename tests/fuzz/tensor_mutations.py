@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from fuzz.harness import MANY, Draft
+from harness import MANY, Draft
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int16),

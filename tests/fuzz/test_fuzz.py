@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from checkpoints import ALL_BUILDS
-from fuzz.harness import Draft, Setting, pristine, run_case
-from fuzz.mutations import mutate
+from harness import Draft, Setting, pristine, run_case
+from mutations import mutate
 
 # Ranks begin inside groups at 2 and 4 ranks; whole groups of AWQ's fast packing at 1 and 2.
 SIZES = {"hidden": 128, "intermediate": 192, "group_size": 32}

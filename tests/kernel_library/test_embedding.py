@@ -12,8 +12,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedq_kernels import embedding as gathering
-from fusedq_kernels import layout, reference, testing
+from fusedq_kernels import reference, testing
 from fusedq_kernels.embedding import embedding
+from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import GatherName, Layout, QuantSpec, WeightType, holds, layout_for
 
 GPU = torch.cuda.is_available()
@@ -63,7 +64,7 @@ def test_rows_of_a_tiled_layout_are_exact(weight_type, gather, dtype) -> None:
     for seed, group_size in enumerate(groups):
         k = (144, 272)[seed % 2] if weight_type.codebook is None else 136
         logical, expected = problem(weight_type, group_size, k, dtype, seed)
-        packed = layout.pack(logical, layout_for(gather, weight_type), dtype)
+        packed = packing.pack(logical, layout_for(gather, weight_type), dtype)
         assert torch.equal(run(IDS, packed, gather, dtype), expected), group_size
 
 
@@ -72,7 +73,7 @@ def test_rows_of_a_tiled_layout_are_exact(weight_type, gather, dtype) -> None:
 def test_rows_of_the_cpu_operator_s_layout_are_exact(weight_type, dtype) -> None:
     for seed, group_size in enumerate(GROUPS):
         logical, _ = problem(weight_type, group_size, 272, dtype, seed)
-        packed = layout.pack(logical, Layout.CPU_WNA16, dtype)
+        packed = packing.pack(logical, Layout.CPU_WNA16, dtype)
         # The operator demands scales in the dtype of the activations
         rounded = replace(logical, scales=logical.scales.to(dtype))
         expected = rows_of(rounded, dtype)
@@ -83,7 +84,7 @@ def test_rows_of_the_cpu_operator_s_layout_are_exact(weight_type, dtype) -> None
 def test_wide_scales_are_not_rounded(gather) -> None:
     spec = QuantSpec(WeightType.UINT8B128, 32, torch.float32)
     logical = testing.random_logical(N, 96, spec)
-    packed = layout.pack(logical, Layout.P8, torch.float16)
+    packed = packing.pack(logical, Layout.P8, torch.float16)
     assert torch.equal(run(IDS, packed, gather, torch.float16), rows_of(logical, torch.float16))
 
 
@@ -91,7 +92,7 @@ def test_wide_scales_are_not_rounded(gather) -> None:
 def test_reordered_columns_go_back_to_their_places(gather) -> None:
     logical = testing.random_logical(N, 272, QuantSpec(WeightType.UINT4, 16, torch.float16))
     perm = torch.randperm(272, generator=torch.Generator().manual_seed(3)).int()
-    packed = layout.pack(replace(logical, perm=perm, in_features=272), Layout.P4, torch.float16)
+    packed = packing.pack(replace(logical, perm=perm, in_features=272), Layout.P4, torch.float16)
     expected = torch.empty(len(IDS), 272, dtype=torch.float16)
     expected[:, perm.long()] = rows_of(logical, torch.float16)
     assert torch.equal(run(IDS, packed, gather, torch.float16), expected)
@@ -101,7 +102,7 @@ def test_reordered_columns_go_back_to_their_places(gather) -> None:
 @pytest.mark.parametrize("shape", [(), (11,), (2, 3), (0,), (0, 4)], ids=str)
 def test_ids_of_any_shape_and_both_integer_types(shape, gather) -> None:
     logical, _ = problem(WeightType.UINT4B8, 32, 64, torch.float16)
-    packed = layout.pack(logical, Layout.P4, torch.float16)
+    packed = packing.pack(logical, Layout.P4, torch.float16)
     count = int(torch.tensor(shape).prod()) if shape else 1
     ids = (torch.arange(count) * 13 % N).view(shape)
     expected = rows_of(logical, torch.float16, ids.flatten()).view(*shape, 64)
@@ -112,14 +113,14 @@ def test_ids_of_any_shape_and_both_integer_types(shape, gather) -> None:
 def test_many_rows_are_dequantized_a_few_at_a_time(monkeypatch) -> None:
     monkeypatch.setattr(gathering, "STRIPE_VALUES", 200)
     logical, expected = problem(WeightType.UINT4, 32, 64, torch.float16)
-    packed = layout.pack(logical, Layout.P4, torch.float16)
+    packed = packing.pack(logical, Layout.P4, torch.float16)
     assert torch.equal(run(IDS, packed, GatherName.CPU_GATHER, torch.float16), expected)
 
 
 @pytest.mark.parametrize("form", [form for form in Layout if holds(form, WeightType.UINT4)])
 def test_the_cpu_reads_no_other_row(form) -> None:
     logical, _ = problem(WeightType.UINT4, 32, 4096, torch.float16)
-    packed = layout.pack(logical, form, torch.float16)
+    packed = packing.pack(logical, form, torch.float16)
     with torch.profiler.profile(profile_memory=True) as found:
         embedding(torch.tensor([5]), packed, GatherName.CPU_GATHER, torch.float16)
     largest = max(event.self_cpu_memory_usage for event in found.events())
@@ -129,7 +130,7 @@ def test_the_cpu_reads_no_other_row(form) -> None:
 
 def call(changes: dict[str, object]) -> torch.Tensor:
     logical, _ = problem(WeightType.UINT4, 32, 64, torch.float16)
-    packed = layout.pack(logical, Layout.P4, torch.float16)
+    packed = packing.pack(logical, Layout.P4, torch.float16)
     args = {
         "ids": torch.tensor([1, 2]),
         "qweight": packed.qweight,
@@ -172,7 +173,7 @@ def test_wrong_arguments_are_refused(changes, message) -> None:
 
 def test_a_weight_that_starts_inside_a_group_is_refused() -> None:
     spec = QuantSpec(WeightType.UINT4, 32, torch.float16)
-    packed = layout.pack(testing.random_logical(8, 64, spec, phase=16), Layout.P4, torch.float16)
+    packed = packing.pack(testing.random_logical(8, 64, spec, phase=16), Layout.P4, torch.float16)
     with pytest.raises(ValueError, match="an embedding starts with whole groups, got phase 16"):
         embedding(torch.tensor([0]), packed, GatherName.CPU_GATHER, torch.float16)
 
@@ -185,7 +186,7 @@ def test_the_cpu_gather_refuses_a_gpu() -> None:
 
 def test_traces_without_running() -> None:
     logical, _ = problem(WeightType.UINT4, 32, 64, torch.float16)
-    packed = layout.pack(logical, Layout.P4, torch.float16)
+    packed = packing.pack(logical, Layout.P4, torch.float16)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         ids = mode.from_tensor(torch.zeros((2, 3), dtype=torch.int64))
         rows = embedding(ids, packed, GatherName.CPU_GATHER, torch.bfloat16)

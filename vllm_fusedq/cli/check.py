@@ -14,11 +14,11 @@ from vllm_fusedq.errors import FusedQError, Problem
 if TYPE_CHECKING:
     from fusedq_kernels.dtype import DType
     from fusedq_kernels.types import DeviceSpec
-    from vllm_fusedq.advice import Warned
-    from vllm_fusedq.capacity import Capacity, Demand
-    from vllm_fusedq.checkpoint import Checkpoint
-    from vllm_fusedq.plan import Target
-    from vllm_fusedq.preflight import ModelPlan
+    from vllm_fusedq.checkpoint.read import Checkpoint
+    from vllm_fusedq.plan.advice import Warned
+    from vllm_fusedq.plan.capacity import Capacity, Demand
+    from vllm_fusedq.plan.layer import Target
+    from vllm_fusedq.plan.model import ModelPlan
 
 
 class Dtype(StrEnum):
@@ -92,10 +92,10 @@ def check(
     ] = False,
 ) -> None:
     """Say which kernel every quantized layer would run, or every reason why it cannot."""
-    from vllm_fusedq.capacity import Demand
-    from vllm_fusedq.checkpoint import read_checkpoint
-    from vllm_fusedq.plan import Target
-    from vllm_fusedq.report_json import device_json, document, error_json
+    from vllm_fusedq.checkpoint.read import read_checkpoint
+    from vllm_fusedq.plan.capacity import Demand
+    from vllm_fusedq.plan.layer import Target
+    from vllm_fusedq.report.document import device_json, document, error_json
 
     sizes = _sizes(tensor_parallel_size)
     device = device.lower()
@@ -144,7 +144,7 @@ def _sizes(text: str) -> list[int]:
 
 def _device(name: str) -> tuple["DeviceSpec", int | None]:
     """A device and its memory in bytes; what is refused by name stands as a device of no kind."""
-    from fusedq_kernels.device import (
+    from fusedq_kernels.choose.device import (
         MEMORY_BYTES,
         UNSUPPORTED_DEVICES,
         cpu_device,
@@ -170,7 +170,7 @@ def _device(name: str) -> tuple["DeviceSpec", int | None]:
 
 
 def _refuse_unsupported(name: str) -> None:
-    from fusedq_kernels.device import UNSUPPORTED_DEVICES
+    from fusedq_kernels.choose.device import UNSUPPORTED_DEVICES
     from vllm_fusedq.errors import PreflightError
 
     if name in UNSUPPORTED_DEVICES:
@@ -182,7 +182,7 @@ def _refuse_unsupported(name: str) -> None:
 def _act_dtype(dtype: Dtype, checkpoint: "Checkpoint") -> "DType":
     """vLLM's rule: the config's dtype where it is a 16-bit one, bfloat16 in place of float32."""
     from fusedq_kernels.dtype import DType
-    from vllm_fusedq.checkpoint import config_sections
+    from vllm_fusedq.checkpoint.read import config_sections
 
     name = dtype.value
     if dtype is Dtype.AUTO:
@@ -200,9 +200,9 @@ def _result(
     memory: int | None,
     strict: bool,
 ) -> Result:
-    from vllm_fusedq.advice import memory_problem, notes_for, warnings_for
-    from vllm_fusedq.capacity import block_count, capacity_of
-    from vllm_fusedq.preflight import survey_model
+    from vllm_fusedq.plan.advice import memory_problem, notes_for, warnings_for
+    from vllm_fusedq.plan.capacity import block_count, capacity_of
+    from vllm_fusedq.plan.model import survey_model
 
     blocks = block_count(checkpoint)
     if demand.pipeline_parallel_size > blocks:
@@ -234,9 +234,9 @@ def _print_refusal(message: str) -> None:
 
 
 def _print_results(results: list[Result], device: "DeviceSpec", demand: "Demand") -> None:
-    from vllm_fusedq.capacity_report import capacity_table
     from vllm_fusedq.errors import PreflightError
-    from vllm_fusedq.report import fitting_plan, summary
+    from vllm_fusedq.report.capacity import capacity_table
+    from vllm_fusedq.report.table import fitting_plan, summary
 
     out = console()
     for result in results:
@@ -256,7 +256,7 @@ def _print_results(results: list[Result], device: "DeviceSpec", demand: "Demand"
 
 
 def _result_json(result: Result, demand: "Demand") -> dict[str, Any]:
-    from vllm_fusedq.report_json import capacity_json, counts_json, layers_json, problems_json
+    from vllm_fusedq.report.document import capacity_json, counts_json, layers_json, problems_json
 
     plan = result.plan
     return {

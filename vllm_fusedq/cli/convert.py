@@ -23,7 +23,7 @@ def convert(
 
     A run that was killed continues where it stopped.
     """
-    from vllm_fusedq.convert import convert as run
+    from vllm_fusedq.load.convert import convert as run
 
     if not isfinite(max_file_gb):
         raise typer.BadParameter(f"--max-file-gb {max_file_gb} is no size")

@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vllm_fusedq.checkpoint.hub import Progress as OnProgress
 from vllm_fusedq.errors import FusedQError, OutputError
-from vllm_fusedq.hub import Progress as OnProgress
 
 
 class ExitCode(IntEnum):
@@ -79,7 +79,7 @@ def _discard(file: IO[str]) -> None:
 
 def console(stderr: bool = False) -> Console:
     """As wide as the terminal; in a pipe without colours and so wide that no name is cut."""
-    from vllm_fusedq.report import LOG_WIDTH
+    from vllm_fusedq.report.table import LOG_WIDTH
 
     found = _Console(stderr=stderr)
     if found.is_terminal:

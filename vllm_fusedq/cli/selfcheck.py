@@ -57,12 +57,12 @@ def _run(
     err: Console,
 ) -> int:
     """Check and print; the number of layers that failed."""
-    from fusedq_kernels.device import current_device
-    from vllm_fusedq.checkpoint import read_checkpoint
+    from fusedq_kernels.choose.device import current_device
+    from vllm_fusedq.checkpoint.read import read_checkpoint
     from vllm_fusedq.integration.operators import register_cpu_operators
-    from vllm_fusedq.plan import Target
-    from vllm_fusedq.preflight import plan_model
-    from vllm_fusedq.selfcheck import check_layer
+    from vllm_fusedq.plan.layer import Target
+    from vllm_fusedq.plan.model import plan_model
+    from vllm_fusedq.prove.selfcheck import check_layer
     from vllm_fusedq.settings import parse_settings
 
     settings = parse_settings({"kernel": kernel})

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fusedq_kernels.types import LogicalWeight
-from vllm_fusedq.checkpoint import Checkpoint
+from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.formats.awq import AwqFormat
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
 from vllm_fusedq.formats.bitsandbytes import BitsAndBytesFormat
 from vllm_fusedq.formats.compressed_tensors import CompressedTensorsFormat
-from vllm_fusedq.formats.findings import Finding, settle
 from vllm_fusedq.formats.fusedq import FusedQFormat
 from vllm_fusedq.formats.gptq import GptqFormat
 from vllm_fusedq.formats.layer import (
@@ -22,6 +21,7 @@ from vllm_fusedq.formats.layer import (
     TensorLayout,
     stored_slices,
 )
+from vllm_fusedq.formats.shared.findings import Finding, settle
 
 if TYPE_CHECKING:
     import torch

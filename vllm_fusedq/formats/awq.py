@@ -19,9 +19,9 @@ from vllm_fusedq.formats.awq_packing import (
 )
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
 from vllm_fusedq.formats.layer import LayerFormat, Region, Scheme, check_slices, with_all_groups
-from vllm_fusedq.formats.support import Support, bit_widths
-from vllm_fusedq.formats.unpacking import NIBBLES
-from vllm_fusedq.formats.widening import resident_type
+from vllm_fusedq.formats.shared.rows import Support, bit_widths
+from vllm_fusedq.formats.shared.unpacking import NIBBLES
+from vllm_fusedq.formats.shared.widening import resident_type
 
 STREAMING_TOOL = "gptqmodel"
 

@@ -26,10 +26,16 @@ from typing import NamedTuple, TypeAlias
 
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.lazy import torch
+from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats.layer import SCALE_DTYPES, Dim, LayerFormat, Region, TensorLayout
-from vllm_fusedq.formats.unpacking import IN_ORDER, NIBBLES, take, unpack_columns, unpack_rows
-from vllm_fusedq.safetensors_header import TensorInfo
+from vllm_fusedq.formats.shared.unpacking import (
+    IN_ORDER,
+    NIBBLES,
+    take,
+    unpack_columns,
+    unpack_rows,
+)
 
 BITS = (4,)
 STREAMED_BITS = (2, 3, 5, 6, 7, 8)

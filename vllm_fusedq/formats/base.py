@@ -13,14 +13,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from fusedq_kernels.types import LogicalWeight, PackedWeight
-from vllm_fusedq.checkpoint import Checkpoint
+from vllm_fusedq.checkpoint.read import Checkpoint
+from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.errors import PreflightError, UnsupportedCheckpoint
-from vllm_fusedq.formats.embeddings import is_head, is_input_embedding, is_lm_head, is_tied
-from vllm_fusedq.formats.findings import Finding
 from vllm_fusedq.formats.headers import describe_layer
 from vllm_fusedq.formats.layer import LayerFormat, Region, Scheme
-from vllm_fusedq.formats.support import Support
-from vllm_fusedq.safetensors_header import TensorInfo
+from vllm_fusedq.formats.shared.findings import Finding
+from vllm_fusedq.formats.shared.rows import Support
+from vllm_fusedq.formats.shared.vocabulary import is_head, is_input_embedding, is_lm_head, is_tied
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import LogicalWeight, WeightType
-from vllm_fusedq.checkpoint import MAX_METADATA_BYTES
+from vllm_fusedq.checkpoint.read import MAX_METADATA_BYTES
 from vllm_fusedq.errors import PreflightError, WeightLoadError
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
 from vllm_fusedq.formats.headers import REDO
@@ -35,8 +35,8 @@ from vllm_fusedq.formats.layer import (
     check_finite,
     check_slices,
 )
-from vllm_fusedq.formats.support import Support
-from vllm_fusedq.formats.unpacking import take, unpack_columns
+from vllm_fusedq.formats.shared.rows import Support
+from vllm_fusedq.formats.shared.unpacking import take, unpack_columns
 
 WEIGHT, ABSMAX, QUANT_MAP = "weight", "weight.absmax", "weight.quant_map"
 NESTED_ABSMAX, NESTED_MAP = "weight.nested_absmax", "weight.nested_quant_map"

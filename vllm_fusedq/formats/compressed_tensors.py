@@ -25,7 +25,6 @@ from vllm_fusedq.formats.compressed_tensors_packing import (
     VARIANTS,
     Tensors,
 )
-from vllm_fusedq.formats.embeddings import is_input_embedding
 from vllm_fusedq.formats.layer import (
     Dim,
     LayerFormat,
@@ -35,9 +34,10 @@ from vllm_fusedq.formats.layer import (
     check_slices,
     with_all_groups,
 )
-from vllm_fusedq.formats.ordering import sort_rows
-from vllm_fusedq.formats.support import Support, bit_widths
-from vllm_fusedq.formats.widening import resident_type, widen
+from vllm_fusedq.formats.shared.ordering import sort_rows
+from vllm_fusedq.formats.shared.rows import Support, bit_widths
+from vllm_fusedq.formats.shared.vocabulary import is_input_embedding
+from vllm_fusedq.formats.shared.widening import resident_type, widen
 
 G_IDX = TensorLayout("weight_g_idx", (Dim("k"),), (DType.INT32, DType.INT64))
 

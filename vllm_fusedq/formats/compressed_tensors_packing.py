@@ -27,8 +27,8 @@ from vllm_fusedq.formats.layer import (
     Region,
     TensorLayout,
 )
-from vllm_fusedq.formats.unpacking import take, unpack_columns
-from vllm_fusedq.formats.widening import symmetric_zero
+from vllm_fusedq.formats.shared.unpacking import take, unpack_columns
+from vllm_fusedq.formats.shared.widening import symmetric_zero
 
 Tensors: TypeAlias = "Mapping[str, torch.Tensor]"
 Unpacked: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None]"

@@ -1,9 +1,9 @@
 """Converted checkpoints: every weight already in the layout that the tiled kernels read.
 
-Written by `convert.py`. For each module: qweight int32 `[ceil(K / 128), N, words]`, which is layout
-P4, P8 or PL4 of `fusedq_kernels.layout_tiled` without the padding of N; scales `[G, N]` in their
-own dtype; zeros uint8 `[G, N]` where the weight type has zero points; with activation reordering
-perm int32 `[K]`, the in_feature of each row, rows sorted by group. Nothing depends on a
+Written by `load/convert.py`. For each module: qweight int32 `[ceil(K / 128), N, words]`, which is
+layout P4, P8 or PL4 of `fusedq_kernels.layouts.tiled` without the padding of N; scales `[G, N]` in
+their own dtype; zeros uint8 `[G, N]` where the weight type has zero points; with activation
+reordering perm int32 `[K]`, the in_feature of each row, rows sorted by group. Nothing depends on a
 tensor-parallel size: N can be cut anywhere, K between blocks of 128, and a rank that begins
 elsewhere decodes and packs again, as from any other format.
 
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K
+from fusedq_kernels.layouts.resident import TILED_WORDS
 from fusedq_kernels.lazy import torch
-from fusedq_kernels.resident import TILED_WORDS
 from fusedq_kernels.types import (
     KernelName,
     Layout,
@@ -40,11 +40,11 @@ from vllm_fusedq.formats.layer import (
     check_slices,
     with_all_groups,
 )
-from vllm_fusedq.formats.ordering import sort_rows
-from vllm_fusedq.formats.support import Support
+from vllm_fusedq.formats.shared.ordering import sort_rows
+from vllm_fusedq.formats.shared.rows import Support
 
 if TYPE_CHECKING:
-    from fusedq_kernels.layout_tiled import TiledCodec
+    from fusedq_kernels.layouts.tiled import TiledCodec
 
 LAYOUT_VERSION = 1
 CONVERT_AGAIN = "convert the original checkpoint again with `fusedq convert`"
@@ -190,7 +190,7 @@ def _layout(layer: LayerFormat) -> Layout:
 
 
 def _codec(layer: LayerFormat) -> TiledCodec:
-    from fusedq_kernels.layout_tiled import TILED
+    from fusedq_kernels.layouts.tiled import TILED
 
     return TILED[_layout(layer)]
 

@@ -20,7 +20,6 @@ from fusedq_kernels.types import LogicalWeight
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats import gptq_zeros
 from vllm_fusedq.formats.base import CheckpointFormat
-from vllm_fusedq.formats.findings import Finding
 from vllm_fusedq.formats.gptq_zeros import ZERO_OFFSETS
 from vllm_fusedq.formats.layer import (
     SCALE_DTYPES,
@@ -33,9 +32,10 @@ from vllm_fusedq.formats.layer import (
     check_slices,
     with_all_groups,
 )
-from vllm_fusedq.formats.ordering import checked_groups, sort_rows
-from vllm_fusedq.formats.support import Support, bit_widths
-from vllm_fusedq.formats.widening import resident_type, widen
+from vllm_fusedq.formats.shared.findings import Finding
+from vllm_fusedq.formats.shared.ordering import checked_groups, sort_rows
+from vllm_fusedq.formats.shared.rows import Support, bit_widths
+from vllm_fusedq.formats.shared.widening import resident_type, widen
 
 BITS = (2, 3, 4, 8)
 G_IDX = TensorLayout("g_idx", (Dim("k"),), (DType.INT32, DType.INT64))

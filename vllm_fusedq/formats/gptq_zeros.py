@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from fusedq_kernels.lazy import torch
 from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.formats.findings import Finding
 from vllm_fusedq.formats.layer import LayerFormat, Region
-from vllm_fusedq.formats.unpacking import take, unpack_columns
-from vllm_fusedq.formats.widening import symmetric_zero
+from vllm_fusedq.formats.shared.findings import Finding
+from vllm_fusedq.formats.shared.unpacking import take, unpack_columns
+from vllm_fusedq.formats.shared.widening import symmetric_zero
 
 STRADDLING = 3
 """The number of bits whose codes straddle words."""

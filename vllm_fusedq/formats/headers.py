@@ -8,9 +8,9 @@ from math import prod
 
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import QuantSpec
+from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import DTYPES, LayerFormat, Scheme, TensorLayout
-from vllm_fusedq.safetensors_header import TensorInfo
 
 REDO = "download the checkpoint again or quantize the model again"
 

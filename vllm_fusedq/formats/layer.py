@@ -110,9 +110,9 @@ class LayerFormat:
     `tensors` lists the tensors that this module really has, the packed weight first. `zero_offset`
     is what has to be added to a stored zero point to get the zero point. `ordered`: which group an
     in_feature belongs to is stored (activation reordering), so its rows are sorted at load
-    (`ordering.py`). `variant` is the format's own name for one of several packings. `bits` of a
-    stored code may be fewer than those of the weight type (`widening.py`); 0 means as many.
-    Picklable.
+    (`shared/ordering.py`). `variant` is the format's own name for one of several packings. `bits`
+    of a stored code may be fewer than those of the weight type (`shared/widening.py`); 0 means as
+    many. Picklable.
     """
 
     format: str

@@ -16,7 +16,7 @@ from vllm_fusedq.errors import UnsupportedCheckpoint
 
 if TYPE_CHECKING:
     from vllm_fusedq.formats.base import CheckpointFormat
-    from vllm_fusedq.live import WorkerState
+    from vllm_fusedq.worker.state import WorkerState
 
 
 class FusedQConfig(QuantizationConfig):
@@ -91,12 +91,12 @@ class FusedQConfig(QuantizationConfig):
         The tensor-parallel size is not known yet; what depends on it is refused by the workers
         before they read a weight.
         """
-        from vllm_fusedq.checkpoint import read_checkpoint
+        from vllm_fusedq.checkpoint.read import read_checkpoint
         from vllm_fusedq.formats import format_for
         from vllm_fusedq.integration.devices import announced_device
         from vllm_fusedq.integration.last_words import name_message_file
-        from vllm_fusedq.plan import Target
-        from vllm_fusedq.preflight import plan_model
+        from vllm_fusedq.plan.layer import Target
+        from vllm_fusedq.plan.model import plan_model
 
         # vLLM composes it with any checkpoint's own quantization, from 0.30 on
         if getattr(self, "online_quantization_config", None) is not None:

@@ -4,13 +4,13 @@ import torch
 import vllm._custom_ops  # noqa: F401  (registers the CPU operators that planning looks for)
 from vllm.platforms import current_platform
 
-from fusedq_kernels.cpu import wna16_available
-from fusedq_kernels.device import (
+from fusedq_kernels.choose.device import (
     SUPPORTED_DEVICES,
     cpu_device,
     current_device,
     device_of_capability,
 )
+from fusedq_kernels.cpu.kernels import wna16_available
 from fusedq_kernels.types import DeviceSpec
 from vllm_fusedq.errors import PreflightError
 

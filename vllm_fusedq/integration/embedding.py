@@ -12,12 +12,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 import fusedq_kernels.embedding  # noqa: F401  (registers torch.ops.fusedq.embedding)
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats.base import CheckpointFormat
-from vllm_fusedq.formats.embeddings import is_input_embedding, is_tied
 from vllm_fusedq.formats.layer import LayerFormat, Region
+from vllm_fusedq.formats.shared.vocabulary import is_input_embedding, is_tied
 from vllm_fusedq.integration.last_words import speaking_last
 from vllm_fusedq.integration.linear import FusedQLinearMethod
-from vllm_fusedq.live import WorkerState
-from vllm_fusedq.sharding import LayerShard, ParallelStyle, PartShard
+from vllm_fusedq.plan.shards import LayerShard, ParallelStyle, PartShard
+from vllm_fusedq.worker.state import WorkerState
 
 
 class FusedQVocabularyMethod(FusedQLinearMethod):

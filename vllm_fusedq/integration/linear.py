@@ -12,16 +12,16 @@ from vllm.model_executor.layers.linear import (
 )
 
 import fusedq_kernels.op  # noqa: F401  (registers torch.ops.fusedq.matmul)
-from fusedq_kernels.cpu import wna16_call
+from fusedq_kernels.cpu.kernels import wna16_call
 from fusedq_kernels.types import KernelName
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.integration.config import parameter_name
 from vllm_fusedq.integration.last_words import speaking_last
-from vllm_fusedq.live import WorkerState
-from vllm_fusedq.load import LayerLoader
-from vllm_fusedq.plan import plan_layer
-from vllm_fusedq.sharding import QKV_SHARD_IDS, LayerShard, ParallelStyle, partition_parts
+from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.plan.layer import plan_layer
+from vllm_fusedq.plan.shards import QKV_SHARD_IDS, LayerShard, ParallelStyle, partition_parts
+from vllm_fusedq.worker.state import WorkerState
 
 RESIDENT = ("qweight", "scales", "zeros", "perm")
 
@@ -55,7 +55,7 @@ class FusedQLinearMethod(LinearMethodBase):
         """Register the resident tensors, and a placeholder for each checkpoint tensor.
 
         The placeholders, of one element, only carry a `weight_loader` (and the names that vLLM's
-        LoRA looks for); slicing is `sharding.py`'s, exact also where vLLM's own loaders would
+        LoRA looks for); slicing is `plan/shards.py`'s, exact also where vLLM's own loaders would
         round.
         """
         with speaking_last(self.state.message_file):

@@ -1,6 +1,6 @@
 """vLLM's CPU operators, for programs that are no vLLM process."""
 
-from fusedq_kernels.cpu import wna16_available
+from fusedq_kernels.cpu.kernels import wna16_available
 
 
 def register_cpu_operators() -> bool:

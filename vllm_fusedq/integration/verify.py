@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from vllm_fusedq.trace import LayerTrace, judge, record
+from vllm_fusedq.prove.trace import LayerTrace, judge, record
 
 PREFILL_TOKENS, DECODE_STEPS = 64, 3
 SIZES = (1, 4, 8, 16, 64, 256, 4096)

@@ -12,15 +12,15 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 
-from fusedq_kernels.heuristics import kernels_for
+from fusedq_kernels.choose.heuristics import kernels_for
 from fusedq_kernels.types import KernelName
 from vllm_fusedq.integration.devices import worker_device
 from vllm_fusedq.integration.draft import check_draft, is_draft
 from vllm_fusedq.integration.worker_methods import install_worker_methods
-from vllm_fusedq.live import WorkerRank, WorkerState
-from vllm_fusedq.plan import Target
-from vllm_fusedq.preflight import plan_model
+from vllm_fusedq.plan.layer import Target
+from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.settings import parse_settings
+from vllm_fusedq.worker.state import WorkerRank, WorkerState
 
 if TYPE_CHECKING:
     from vllm_fusedq.integration.config import FusedQConfig

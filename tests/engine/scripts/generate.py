@@ -65,7 +65,7 @@ def dump_resident_weights(worker: Any, folder: str) -> None:
 
 
 def resident_weights(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
-    from fusedq_kernels.layout import unpack
+    from fusedq_kernels.layouts.packing import unpack
 
     weights = {}
     for name, module in model.named_modules():

@@ -1,0 +1,258 @@
+"""Ahead-of-time inspection: compile every kernel that `heuristics.select` can name, read the SASS.
+
+Needs no GPU. `python -m fusedq_kernels.audit --target sm_90` prints registers, spills, shared
+memory and what the main loop is made of, and fails where `rows.py` finds a problem, so that a
+Triton release that stops feeding the tensor cores from registers is seen before it is shipped. The
+slices of `slices.py` follow. `--target all` takes minutes: every architecture. Run it in a
+process of its own and without TRITON_INTERPRET, which replaces the compiler by the interpreter.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fusedq_kernels.audit import slices
+from fusedq_kernels.audit.compile import (
+    TRITON_NAMES,
+    architectures,
+    audited_groups,
+    compile_kernel,
+    disassemble,
+    main_loop,
+    opcode,
+    pointer_types,
+    target_of,
+    variant,
+)
+from fusedq_kernels.audit.rows import (
+    RESOURCE_COLUMNS,
+    SCHEME_COLUMNS,
+    VERDICT_COLUMNS,
+    AuditRow,
+    Columns,
+    tile_name,
+)
+from fusedq_kernels.choose.device import device_by_name
+from fusedq_kernels.choose.heuristics import tiles_for
+from fusedq_kernels.choose.tiles import rules_for
+from fusedq_kernels.cuda import gemm
+from fusedq_kernels.types import (
+    DeviceSpec,
+    KernelName,
+    QuantSpec,
+    TileConfig,
+    WeightType,
+    layout_for,
+)
+
+_ACT_DTYPES = {name: dtype for dtype, name in TRITON_NAMES.items()}
+_MMA_PTX = re.compile(r"\b(wgmma)\.mma_async|\b(mma)\.sync|\b(tcgen05)\.mma")
+
+
+def audit(
+    target: str,
+    tiles: Collection[str] | None = None,
+    weight_types: Iterable[WeightType] = tuple(WeightType),
+    act_dtypes: Iterable[torch.dtype] = gemm.ACT_DTYPES,
+    group_sizes: Iterable[int] = (128,),
+    *,
+    scale_dtype: torch.dtype | None = None,
+    split_k: int = 1,
+    batch_invariant: bool = False,
+) -> list[AuditRow]:
+    """Compile each combination for `target`, a name known to `device_by_name`.
+
+    `tiles` names the tiles to keep ("16x128", "128x128s" where the scale multiplies the weights) of
+    all those that `select` can return for the device and group size. A group size of at least
+    `ahead_of_time.AUDIT_K` stands for per-channel scales, `scale_dtype` None for that of the
+    activations. With `batch_invariant` only the tile for more than 64 tokens, adding up 4 segments
+    of K: the others are those of any layer.
+    """
+    device = device_by_name(target)
+    return [
+        audit_tile(target, replace(tile, split_k=split_k), spec, act_dtype)
+        for group_size in group_sizes
+        for weight_type in weight_types
+        for act_dtype in act_dtypes
+        for spec in [QuantSpec(weight_type, group_size, scale_dtype or act_dtype)]
+        for tile in _tiles(device, weight_type, audited_groups(spec).step, batch_invariant)
+        if tiles is None or tile_name(tile) in tiles
+    ]
+
+
+def _tiles(
+    device: DeviceSpec, weight_type: WeightType, step: int, batch_invariant: bool
+) -> tuple[TileConfig, ...]:
+    if not batch_invariant:
+        return tiles_for(device, weight_type, step)
+    layout = layout_for(KernelName.TRITON_GEMM, weight_type)
+    many = rules_for(device, layout, step, batch_invariant)[-1]
+    return tuple(replace(choice.tile, segments=4) for choice in many.choices)
+
+
+def audit_tile(target: str, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype) -> AuditRow:
+    """Compile one tile for `target`, a name known to `device_by_name`."""
+    kernel = compile_gemm(target_of(device_by_name(target)), tile, spec, act_dtype)
+    instructions, resources = disassemble(kernel)
+    body = main_loop(instructions)
+    ops = Counter(opcode(text).split(".")[0] for text in body)
+    mma = {name for match in _MMA_PTX.findall(kernel.asm["ptx"]) for name in match if name}
+    return AuditRow(
+        **variant(target, spec, act_dtype),
+        **resources,
+        tile=tile,
+        tmem=kernel.metadata.tmem_size,
+        mma="+".join(sorted(mma)),
+        loop_instructions=len(body),
+        sts=ops["STS"] + ops["STSM"],
+        ldg=ops["LDG"],
+        local=ops["LDL"] + ops["STL"],
+    )
+
+
+def compile_gemm(
+    target: GPUTarget, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype
+) -> triton.compiler.CompiledKernel:
+    """Compile the main kernel exactly as `fused_gemm` would specialise it, with a bias."""
+    groups = audited_groups(spec)
+    constants = gemm.kernel_constants(spec, groups, tile, act_dtype, has_bias=True)
+    pointers = pointer_types(spec, act_dtype)
+    if tile.x_descriptor:
+        block = f"{tile.block_m}, {groups.step}"
+        pointers["x_ptr"] = f"tensordesc<{TRITON_NAMES[act_dtype]}[{block}]>"
+    if tile.split_k == 1:
+        constants |= dict.fromkeys(("partial_ptr", "arrivals_ptr"))
+    return compile_kernel(
+        gemm.fused_gemm_kernel, target, constants, pointers, **gemm.launch_options(tile)
+    )
+
+
+def format_table(rows: Sequence[object], columns: Mapping[str, Callable[..., object]]) -> str:
+    """Right-aligned text, one line per row under a heading."""
+    lines = [tuple(columns)]
+    lines += [tuple(str(cell(row)) for cell in columns.values()) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+_COLUMNS: Columns = {
+    "target": lambda row: row.target,
+    "tile": lambda row: row.tile_name,
+    "warps": lambda row: row.tile.num_warps,
+    "stages": lambda row: row.tile.num_stages,
+    **SCHEME_COLUMNS,
+    **RESOURCE_COLUMNS,
+    "tmem": lambda row: row.tmem,
+    "mma": lambda row: row.mma,
+    "loop": lambda row: row.loop_instructions,
+    "instr/w": lambda row: f"{row.instructions_per_weight:.2f}",
+    "STS": lambda row: row.sts,
+    "LDG": lambda row: row.ldg,
+    **VERDICT_COLUMNS,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--csv", type=Path, help="write the cells of the table to this file too")
+    args = parser.parse_args(argv)
+    rows = _rows(args)
+    slices = [] if args.tile or args.batch_invariant else _slice_rows(args)
+    if args.csv:
+        write_csv(args.csv, rows, slices)
+    if args.json:
+        found = {"fused": rows, "slices": slices}
+        lists = {name: [row.as_json() for row in each] for name, each in found.items()}
+        print(json.dumps({"triton": triton.__version__, **lists}, indent=1))
+    else:
+        print(f"triton {triton.__version__}\n{format_table(rows, _COLUMNS)}")
+        if slices:
+            print(f"slices\n{format_table(slices, slices.COLUMNS)}")
+    return 1 if any(row.problems for row in (*rows, *slices)) else 0
+
+
+def write_csv(path: Path, rows: Iterable[AuditRow], slices: Iterable[slices.SliceRow]) -> None:
+    """One line per compiled kernel, under the headings of both tables."""
+    version = triton.__version__
+    cells = [
+        {"triton": version, "kernel": "triton-gemm", "segments": row.tile.segments}
+        | {name: cell(row) for name, cell in _COLUMNS.items()}
+        for row in rows
+    ]
+    cells += [
+        {"triton": version, "kernel": "sliced-cublas"}
+        | {name: cell(row) for name, cell in slices.COLUMNS.items()}
+        for row in slices
+    ]
+    names = dict.fromkeys(name for each in cells for name in each)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(cells)
+
+
+def rows_of(argv: list[str]) -> list[AuditRow]:
+    """What the command finds with these arguments."""
+    return _rows(_parser().parse_args(argv))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fusedq_kernels.audit", description=__doc__)
+    add = parser.add_argument
+    add("--target", default="sm_90", help="known device or architecture, or all")
+    add("--tile", nargs="+", help="only these tiles: 16x128 128x128s")
+    add("--weight-type", nargs="+", type=WeightType, default=list(WeightType))
+    add("--act-dtype", nargs="+", choices=list(_ACT_DTYPES), default=list(_ACT_DTYPES))
+    add("--group-size", nargs="+", type=int, default=[128])
+    add("--scale-dtype", choices=list(_ACT_DTYPES), help="that of the activations by default")
+    add("--split-k", type=int, default=1)
+    add("--batch-invariant", action="store_true", help="the tile of more than 64 tokens")
+    return parser
+
+
+def _rows(args: argparse.Namespace) -> list[AuditRow]:
+    return [
+        row
+        for target in _targets(args)
+        for row in audit(
+            target,
+            args.tile,
+            args.weight_type,
+            [_ACT_DTYPES[name] for name in args.act_dtype],
+            args.group_size,
+            scale_dtype=_ACT_DTYPES.get(args.scale_dtype),
+            split_k=args.split_k,
+            batch_invariant=args.batch_invariant,
+        )
+    ]
+
+
+def _slice_rows(args: argparse.Namespace) -> list[slices.SliceRow]:
+    act_dtypes = [_ACT_DTYPES[name] for name in args.act_dtype]
+    return [
+        row
+        for target in _targets(args)
+        for row in slices.audit_slices(target, args.weight_type, act_dtypes, args.group_size)
+    ]
+
+
+def _targets(args: argparse.Namespace) -> list[str]:
+    return architectures() if args.target == "all" else [args.target]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

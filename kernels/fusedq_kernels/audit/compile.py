@@ -1,0 +1,148 @@
+"""Compiles a Triton kernel for a GPU that is not here, and reads what came of it.
+
+`command.py`, `slices.py` and `gather.py` say which kernels, `rows.py` what they may
+look like.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedq_kernels.audit.rows import WARP_SIZE
+from fusedq_kernels.choose.device import KNOWN_DEVICES
+from fusedq_kernels.cuda import gemm
+from fusedq_kernels.geometry import GroupGeometry, group_geometry
+from fusedq_kernels.types import DeviceSpec, QuantSpec
+
+# In-features of an audited weight: groups of this size or more are one group per channel.
+AUDIT_K = 1 << 16
+TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+_ALIGNED = [["tt.divisibility", gemm.ALIGNMENT]]
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
+_PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+_BRANCH_TARGET = re.compile(r"0x([0-9a-f]+)")
+_MMA_SASS = ("HGMMA", "HMMA", "UTCHMMA")
+
+
+def architectures() -> list[str]:
+    """Every architecture of a known device, by the name that `device_by_name` takes."""
+    capabilities = dict.fromkeys(device.capability for device in KNOWN_DEVICES.values())
+    return [f"sm_{major}{minor}" for major, minor in capabilities]
+
+
+def target_of(device: DeviceSpec) -> GPUTarget:
+    """The compiler's name for an NVIDIA GPU."""
+    major, minor = device.capability
+    return GPUTarget("cuda", 10 * major + minor, WARP_SIZE)
+
+
+def audited_groups(spec: QuantSpec) -> GroupGeometry:
+    """Where the groups of an audited weight fall."""
+    return group_geometry(AUDIT_K, spec.group_size, 0)
+
+
+def variant(target: str, spec: QuantSpec, act_dtype: torch.dtype) -> dict[str, object]:
+    """What is compiled for whom, by field of `CompiledRow`."""
+    return {
+        "target": target,
+        "weight_type": spec.weight_type.value,
+        "act_dtype": TRITON_NAMES[act_dtype],
+        "group_size": spec.group_size,
+    }
+
+
+def pointer_types(spec: QuantSpec, act_dtype: torch.dtype) -> dict[str, str]:
+    """Triton's type of every pointer that a kernel of ours takes, by argument name."""
+    act = "*" + TRITON_NAMES[act_dtype]
+    return {
+        **dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr", "out_ptr"), act),
+        **dict.fromkeys(("qweight_ptr", "arrivals_ptr", "perm_ptr"), "*i32"),
+        "scales_ptr": "*i32" if spec.has_zero_points else "*fp32",
+        "partial_ptr": "*fp32",
+        "ids_ptr": "*i64",
+    }
+
+
+def compile_kernel(
+    kernel: triton.JITFunction,
+    target: GPUTarget,
+    constants: Mapping[str, object],
+    pointers: Mapping[str, str],
+    **options: object,
+) -> triton.compiler.CompiledKernel:
+    """Compile as a launch does whose arguments are multiples of 16 wherever the kernel asks.
+
+    Arguments without a type in `pointers` are int32; an argument that is None is a constant.
+    """
+    if gemm.INTERPRETED:
+        raise RuntimeError("unset TRITON_INTERPRET: the interpreter has no compiler")
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    attrs = {
+        (each.num,): _ALIGNED
+        for each in kernel.params
+        if each.name not in constants
+        and not (each.do_not_specialize or each.do_not_specialize_on_alignment)
+    }
+    return triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attrs),
+        target=target,
+        options={"enable_fp_fusion": gemm.FP_FUSION, **options},
+    )
+
+
+def disassemble(
+    kernel: triton.compiler.CompiledKernel,
+) -> tuple[list[tuple[int, str]], dict[str, int]]:
+    """SASS as (address, text), and what a thread and a block take, by field of `CompiledRow`."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        sass, usage = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
+            for option in ("-sass", "-res-usage")
+        )
+    used = dict(re.findall(r"\b(REG|STACK):(\d+)", usage.stdout + usage.stderr))
+    matches = (_INSTRUCTION.match(line) for line in sass.stdout.splitlines())
+    resources = {
+        "registers": int(used["REG"]),
+        "stack": int(used["STACK"]),
+        "smem": kernel.metadata.shared,
+    }
+    return [(int(m[1], 16), m[2]) for m in matches if m], resources
+
+
+def opcode(text: str) -> str:
+    """The instruction with its modifiers, without predicate and operands."""
+    return _PREDICATE.sub("", text).split()[0]
+
+
+def main_loop(instructions: list[tuple[int, str]]) -> list[str]:
+    """The smallest loop that holds all tensor-core instructions any loop holds.
+
+    Smallest, because barrier spin loops placed out of line look like loops around everything.
+    """
+    best: tuple[int, int] | None = None
+    body: list[str] = []
+    for address, text in instructions:
+        target = _BRANCH_TARGET.search(text)
+        if "BRA" not in opcode(text) or not target or int(target[1], 16) >= address:
+            continue
+        start = int(target[1], 16)
+        candidate = [t for a, t in instructions if start <= a <= address]
+        num_mma = sum(opcode(t).startswith(_MMA_SASS) for t in candidate)
+        if best is None or (num_mma, -len(candidate)) > best:
+            best, body = (num_mma, -len(candidate)), candidate
+    return body

@@ -1,0 +1,151 @@
+"""What the compiler made of one kernel variant, and what is wrong with it.
+
+`command.py`, `slices.py` and `gather.py` compile and count. The budgets of the main kernel are what
+the tiles of `choose/tiles.py` take with Triton 3.9, and what a memory-bound GPU has to spare.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from fusedq_kernels.choose.device import device_by_name
+from fusedq_kernels.geometry import BLOCK_K
+from fusedq_kernels.types import TileConfig
+
+WARP_SIZE = 32
+_MAX_REGISTERS = 255
+_MAX_TMEM = 512
+# Bytes per thread that the last sum of a split may keep in memory, beside the main loop.
+_MAX_SPLIT_STACK = 16
+
+_TENSOR_CORES = {9: "wgmma", 10: "tcgen05"}
+
+# SASS instructions per weight that one thread may spend in the main loop, with groups of 128 rows
+# or more; steps of 64 or fewer add a scale and an accumulation each. HBM of an H200 allows about 4
+# for up to 16 tokens, and 8 where a weight has 8 bits. A scale that multiplies the weights does so
+# in fp32, unless it has the dtype of the activations.
+_INSTRUCTIONS = {
+    **{"8x128": 3.3, "8x64": 4.2, "16x128": 3.4, "16x64": 4.2},
+    **{"32x256": 3.5, "32x128": 4.4, "32x64": 4.7},
+    **{"64x256": 3.8, "64x128": 5.0, "64x64": 5.2, "128x128": 5.7},
+    **{"64x128s": 8.0, "128x128s": 8.0, "256x128s": 9.0},
+}
+# What a weight type may spend of it.
+_SHARE = {"uint4": 1, "uint4b8": 1, "uint8": 1.5, "uint8b128": 1.25, "nf4": 1.6, "fp4": 1.6}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledRow(ABC):
+    """What every audit looks at: `smem` and `stack` are bytes, `stack` above zero means spilled
+    registers, and `local` is the SASS instructions of one thread that move those.
+    """
+
+    DERIVED: ClassVar[tuple[str, ...]] = ("instructions_per_weight", "problems")
+
+    target: str
+    weight_type: str
+    act_dtype: str
+    group_size: int
+    registers: int
+    stack: int
+    smem: int
+    local: int
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Everything that keeps this variant from being shipped."""
+        found = []
+        if self.local or self.stack > self._max_stack() or self.registers > _MAX_REGISTERS:
+            found.append("spills")
+        if self.smem > device_by_name(self.target).smem_per_block:
+            found.append("shared memory")
+        return (*found, *self._problems())
+
+    def _max_stack(self) -> int:
+        return 0
+
+    @abstractmethod
+    def _problems(self) -> list[str]:
+        """Those of this kernel alone."""
+
+    def as_json(self) -> dict[str, object]:
+        """Its fields, and what follows from them."""
+        return asdict(self) | {name: getattr(self, name) for name in self.DERIVED}
+
+
+Columns = dict[str, Callable[..., object]]
+
+SCHEME_COLUMNS: Columns = {
+    "weight": lambda row: row.weight_type,
+    "act": lambda row: row.act_dtype,
+    "group": lambda row: row.group_size,
+}
+RESOURCE_COLUMNS: Columns = {
+    "regs": lambda row: row.registers,
+    "stack": lambda row: row.stack,
+    "smem": lambda row: row.smem,
+}
+VERDICT_COLUMNS: Columns = {
+    "local": lambda row: row.local,
+    "problems": lambda row: ", ".join(row.problems) or "none",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRow(CompiledRow):
+    """`tmem` is columns of tensor memory (sm_100). The counts from `loop_instructions` on, and
+    `local`, are SASS instructions of one thread in one K block of the main loop: `sts` stores to
+    shared memory, `ldg` loads from global memory that were not made asynchronous.
+    """
+
+    tile: TileConfig
+    tmem: int
+    mma: str
+    loop_instructions: int
+    sts: int
+    ldg: int
+
+    @property
+    def tile_name(self) -> str:
+        return tile_name(self.tile)
+
+    @property
+    def instructions_per_weight(self) -> float:
+        threads = self.tile.num_warps * WARP_SIZE
+        return self.loop_instructions * threads / (self.tile.block_n * BLOCK_K)
+
+    def _max_stack(self) -> int:
+        return _MAX_SPLIT_STACK if self.tile.split_k > 1 else 0
+
+    def _problems(self) -> list[str]:
+        found = []
+        if self.tmem > _MAX_TMEM:
+            found.append("tensor memory")
+        if not self.loop_instructions:
+            found.append("no main loop")
+        if self.sts:
+            found.append("stores to shared memory")
+        if self.ldg:
+            found.append("loads that are waited for")
+        # Triton 3.6 compiles 8 tokens to mma.sync everywhere.
+        expected = {_TENSOR_CORES.get(device_by_name(self.target).capability[0], "mma")}
+        expected |= {"mma"} if self.tile.block_m == 8 else set()
+        if self.mma not in expected:
+            found.append("tensor cores")
+        if self.instructions_per_weight > self._budget():
+            found.append("instructions")
+        return found
+
+    def _budget(self) -> float:
+        """mma.sync and small groups repeat work that the budget does not count."""
+        wgmma = device_by_name(self.target).capability[0] == 9
+        counted = wgmma and self.group_size >= BLOCK_K and self.tile.segments == 1
+        if not counted or self.tile_name not in _INSTRUCTIONS:
+            return float("inf")
+        return _INSTRUCTIONS[self.tile_name] * _SHARE[self.weight_type]
+
+
+def tile_name(tile: TileConfig) -> str:
+    """ "16x128"; "128x128s" where the scale multiplies the weights."""
+    return f"{tile.block_m}x{tile.block_n}{'s' if tile.scale_weights else ''}"

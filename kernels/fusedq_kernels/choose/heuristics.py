@@ -1,0 +1,226 @@
+"""Which kernel and tile a problem gets: pure functions of plain data.
+
+`device.py` supplies the `DeviceSpec`; `cuda/` and `cpu/` run the `Launch`. Nothing here asks a
+driver, so the answer given while planning is the answer at run time. `tiles.py` has the tiles of
+the rules, `tuning.py` the measured rows, which come before them; `refusals.py` says which problems
+get none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from fusedq_kernels.choose import tuning
+from fusedq_kernels.choose.slices import workspace_bytes
+from fusedq_kernels.choose.tiles import Rule, rules_for
+from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, group_geometry, round_up, whole_splits
+from fusedq_kernels.types import (
+    DeviceSpec,
+    GatherName,
+    GemmShape,
+    KernelName,
+    Launch,
+    QuantSpec,
+    TileConfig,
+    WeightType,
+    layout_for,
+    runs,
+)
+
+# Only measured rows name these, and only where the caller declares them.
+DECLARED_KERNELS = (KernelName.SLICED_CUBLAS,)
+
+# With 8 tokens Triton 3.6 chooses mma.sync where it has wgmma for more.
+_MIN_INVARIANT_M = 16
+
+# Split-K: fill about two 128-wide tiles per SM, with at least four K blocks per split.
+_TILES_PER_SM = 2.1
+_MIN_BLOCKS_PER_SPLIT = 4
+_MAX_SPLIT_K = 16
+
+# A tile of this width is used from this N up, unless it is the last of its rule.
+_MIN_N = {256: 4096, 128: 2049}
+
+
+class DeclaredLaunch(NamedTuple):
+    """A launch of a declared kernel, the fewest tokens that reach it, its workspace."""
+
+    min_tokens: int
+    launch: Launch
+    workspace_bytes: int
+
+
+def kernels_for(device: DeviceSpec) -> tuple[KernelName, ...]:
+    """Every implementation that `kernel_for` names for this device, the preferred one first."""
+    if device.kind == "cuda":
+        return (KernelName.TRITON_GEMM,)
+    fused = (KernelName.CPU_WNA16,) if device.cpu_isa else ()
+    return (*fused, KernelName.CPU_STRIPED)
+
+
+def kernel_for(device: DeviceSpec, weight_type: WeightType) -> KernelName:
+    """The one implementation that runs weights of this type on this device."""
+    return next(kernel for kernel in kernels_for(device) if runs(kernel, weight_type))
+
+
+def gather_for(device: DeviceSpec) -> GatherName:
+    """The implementation that looks up rows on this device."""
+    return GatherName.TRITON_GATHER if device.kind == "cuda" else GatherName.CPU_GATHER
+
+
+def select_gather(device: DeviceSpec) -> Launch:
+    """The launch that looks up any number of rows of any weight."""
+    return Launch(gather_for(device), None, f"rule: {device.kind}")
+
+
+def is_batch_invariant(kernel: KernelName) -> bool:
+    """Whether `kernel` can give a row the same bits in any batch."""
+    return kernel is KernelName.TRITON_GEMM
+
+
+def select(
+    shape: GemmShape,
+    spec: QuantSpec,
+    device: DeviceSpec,
+    *,
+    batch_invariant: bool = False,
+    sliced_prefill: bool = False,
+    table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
+) -> Launch:
+    """The kernel and tile for one problem that `support.unsupported_reasons` has passed.
+
+    Up to 64 tokens `split_k` depends on N and K alone, so a row's sum is cut at the same places
+    whatever batch it arrives in. With `batch_invariant` that holds for any number of tokens, and
+    so does all else that decides a row's bits: one place for the scale, one kind of tensor-core
+    instruction, the parts of K added in one order. Measured rows, which `table_for` supplies and
+    which otherwise come before the rules, promise none of this and are not asked. Rows of declared
+    kernels count with `sliced_prefill` only.
+    """
+    kernel = kernel_for(device, spec.weight_type)
+    if kernel is not KernelName.TRITON_GEMM:
+        isa = f", {device.cpu_isa}" if device.cpu_isa else ""
+        return Launch(kernel, None, f"rule: {device.kind}{isa}")
+    table = None if batch_invariant else table_for(device)
+    allowed = kernels_for(device) + (DECLARED_KERNELS if sliced_prefill else ())
+    found = None if table is None else tuning.find(table, shape, spec, allowed)
+    if found is not None:
+        return found
+    step = group_geometry(shape.k, spec.group_size, 0).step
+    rules = rules_for(device, layout_for(kernel, spec.weight_type), step, batch_invariant)
+    # Fewer tokens may run on another kind of tensor-core instruction.
+    tokens = max(shape.m, _MIN_INVARIANT_M) if batch_invariant else shape.m
+    rule = next(rule for rule in rules if rule.max_m is None or tokens <= rule.max_m)
+    fitting = (c for c in rule.choices if step >= c.min_step and _fits(c.tile, shape.n))
+    tile = next(fitting, rule.choices[-1]).tile
+    if batch_invariant and shape.m > tuning.MAX_DECODE_M:
+        tile = replace(tile, segments=_decode_split(shape, device))
+    else:
+        tile = replace(tile, split_k=_split_k(shape, tile, device))
+    return Launch(kernel, tile, _rule_source(rules, rule, tile, batch_invariant))
+
+
+def tiles_for(
+    device: DeviceSpec, weight_type: WeightType, step: int, batch_invariant: bool = False
+) -> tuple[TileConfig, ...]:
+    """Every tile of the rules for a GPU and a `GroupGeometry.step`, at `split_k` 1."""
+    layout = layout_for(KernelName.TRITON_GEMM, weight_type)
+    rules = rules_for(device, layout, step, batch_invariant)
+    choices = (choice for rule in rules for choice in rule.choices)
+    return tuple(dict.fromkeys(choice.tile for choice in choices if step >= choice.min_step))
+
+
+def reachable_launches(
+    n: int,
+    k: int,
+    spec: QuantSpec,
+    device: DeviceSpec,
+    max_tokens: int,
+    *,
+    batch_invariant: bool = False,
+    sliced_prefill: bool = False,
+    table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
+) -> tuple[tuple[int, Launch], ...]:
+    """Every launch that `select` returns for 1 to `max_tokens` tokens, with the fewest tokens each.
+
+    Launches that differ in `source` alone count once: what is compiled is the tile.
+    """
+    # Beyond 64 tokens a choice changes where another block_m begins, or a measured row.
+    borders = _row_borders(table_for(device))
+    borders |= {*range(1, tuning.MAX_DECODE_M + 1), *range(1, max_tokens + 1, 16)}
+    found: dict[tuple[KernelName, TileConfig | None], tuple[int, Launch]] = {}
+    for m in sorted(border for border in borders if border <= max_tokens):
+        shape = GemmShape(m, n, k)
+        launch = select(
+            *(shape, spec, device),
+            batch_invariant=batch_invariant,
+            sliced_prefill=sliced_prefill,
+            table_for=table_for,
+        )
+        found.setdefault((launch.kernel, launch.tile), (m, launch))
+    return tuple(found.values())
+
+
+def declared_launch(
+    n: int,
+    k: int,
+    spec: QuantSpec,
+    device: DeviceSpec,
+    *,
+    table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
+) -> DeclaredLaunch | None:
+    """The declared kernel that `select` with `sliced_prefill` names for some number of tokens."""
+    for m in sorted(_row_borders(table_for(device))):
+        shape = GemmShape(m, n, k)
+        launch = select(shape, spec, device, sliced_prefill=True, table_for=table_for)
+        if launch.kernel in DECLARED_KERNELS:
+            return DeclaredLaunch(m, launch, workspace_bytes(n, k))
+    return None
+
+
+def _row_borders(table: tuning.TunedTable | None) -> set[int]:
+    """The fewest tokens that a measured row can serve, beside 1."""
+    return set() if table is None else {row.max_m + 1 for row in table.rows}
+
+
+def _fits(tile: TileConfig, n: int) -> bool:
+    divides = round_up(n, BLOCK_N) % tile.block_n == 0
+    return divides and n >= _MIN_N.get(tile.block_n, 0)
+
+
+def _rule_source(rules: Sequence[Rule], rule: Rule, tile: TileConfig, batch_invariant: bool) -> str:
+    tokens = f"m>{rules[-2].max_m}" if rule.max_m is None else f"m<={rule.max_m}"
+    parts = [f"rule: {tokens}", f"{tile.block_m}x{tile.block_n}"]
+    if tile.split_k > 1:
+        parts.append(f"split {tile.split_k}")
+    if tile.segments > 1:
+        parts.append(f"segments {tile.segments}")
+    if batch_invariant:
+        parts.append("batch-invariant")
+    return ", ".join(parts)
+
+
+def _decode_split(shape: GemmShape, device: DeviceSpec) -> int:
+    """The split of K for up to 64 tokens, from N and K alone."""
+    tiles = round_up(shape.n, BLOCK_N) // BLOCK_N
+    return _split_for(tiles, shape.k, device)
+
+
+def _split_k(shape: GemmShape, tile: TileConfig, device: DeviceSpec) -> int:
+    if shape.m <= tuning.MAX_DECODE_M:
+        return _decode_split(shape, device)
+    tiles = round_up(shape.n, tile.block_n) // tile.block_n
+    return _split_for(tiles * -(-shape.m // tile.block_m), shape.k, device)
+
+
+def _split_for(tiles: int, k: int, device: DeviceSpec) -> int:
+    num_blocks = -(-k // BLOCK_K)
+    split_k = 1
+    while (
+        2 * split_k * tiles <= _TILES_PER_SM * device.num_sms
+        and num_blocks >= _MIN_BLOCKS_PER_SPLIT * split_k
+        and split_k < _MAX_SPLIT_K
+    ):
+        split_k *= 2
+    return whole_splits(num_blocks, split_k)

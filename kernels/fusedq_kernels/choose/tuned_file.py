@@ -1,0 +1,245 @@
+"""The format of `tuned/<device>.json`: its rows, reader, writer and checks.
+
+`benchmarks/tune.py` writes and `tuning.py` reads. One file per device, one line per row:
+
+    {"device": "h200", "tables": [
+     {"triton": "3.9.0", "date": "2026-01-31", "commit": "0123abcd", "rows": [
+      {"weight_type": "uint4b8", "group_size": 128, "n": 4096, "k": 4096, "max_m": 8,
+       "kernel": "triton-gemm", "block_m": 8, "block_n": 128, "split_k": 8, "num_warps": 4,
+       "num_stages": 4, "us": 5.31}
+     ]}
+    ]}
+
+- `device` is a name of `device.KNOWN_DEVICES` and the file's stem. A table serves every patch
+  release of its Triton's minor version and no other: what compiles well in one may spill in the
+  next.
+- `weight_type`, `group_size`, `n` (out_features) and `k` (in_features) are those of one rank's
+  weight; a per-channel scheme has `group_size >= k`. Rows that agree in them form a shape.
+- A row serves the tokens above the next smaller `max_m` of its shape, up to its own. `max_m` 64
+  must be there, and rows up to it share one `split_k`: a row's sum is cut at the same places
+  whatever batch it arrives in. More tokens than the largest `max_m` are left to the rules.
+- `kernel` and the tile: every field of `types.TileConfig` but `segments`, which belongs to
+  batch-invariant layers; those with a default may be left out. A kernel without a tile has none:
+  `sliced-cublas`, for more than 64 tokens only. Beside its row stands one of `triton-gemm` with the
+  same `max_m`, for servers that forbid it.
+- `us` is the measured time in microseconds, for people to read.
+
+Rows are numbered from 1 within their table, in file order.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fusedq_kernels.choose.device import device_by_name
+from fusedq_kernels.geometry import (
+    BLOCK_K,
+    BLOCK_N,
+    MAX_TILES,
+    group_geometry,
+    round_up,
+    whole_splits,
+)
+from fusedq_kernels.types import KernelName, TileConfig, WeightType, runs
+
+# Up to this many tokens `split_k` depends on N and K alone.
+MAX_DECODE_M = 64
+
+# A shape borrows the rows of another whose N and K differ by at most this factor together.
+NEAREST_FACTOR = 2
+
+_KEY_FIELDS = ("weight_type", "group_size", "n", "k", "max_m", "kernel")
+_TILE_FIELDS = {field.name: field for field in fields(TileConfig) if field.name != "segments"}
+
+
+@dataclass(frozen=True, slots=True)
+class TunedRow:
+    """One measured launch; the module docstring says what each field means."""
+
+    weight_type: WeightType
+    group_size: int
+    n: int
+    k: int
+    max_m: int
+    kernel: KernelName
+    tile: TileConfig | None
+    us: float
+
+    @property
+    def step(self) -> int:
+        """`GroupGeometry.step`: rows of different steps run different code."""
+        return group_geometry(self.k, self.group_size, 0).step
+
+    @property
+    def shape(self) -> tuple[WeightType, int, int, int]:
+        """What rows of one shape have in common."""
+        return self.weight_type, self.step, self.n, self.k
+
+
+@dataclass(frozen=True, slots=True)
+class TunedTable:
+    """Rows measured on one device under one Triton version, in file order."""
+
+    device: str
+    triton: str
+    date: str
+    commit: str
+    rows: tuple[TunedRow, ...]
+
+
+def read(path: Path) -> tuple[TunedTable, ...]:
+    """The tables of one file; ValueError names the file, table and row that break the format."""
+    content = _keys(json.loads(path.read_text()), {"device", "tables"}, path.name)
+    if content["device"] != path.stem:
+        raise ValueError(f"{path.name}: device is {content['device']!r}, expected {path.stem!r}")
+    tables = []
+    for entry in content["tables"]:
+        where = f"{path.name}, triton {entry.get('triton')}"
+        entry = _keys(entry, {"triton", "date", "commit", "rows"}, where)
+        rows = tuple(
+            _parse_row(row, path.stem, f"{where}, row {number}")
+            for number, row in enumerate(entry["rows"], start=1)
+        )
+        _check_shapes(rows, where)
+        header = (str(entry[key]) for key in ("triton", "date", "commit"))
+        tables.append(TunedTable(path.stem, *header, rows))
+    return tuple(tables)
+
+
+def write(path: Path, tables: Iterable[TunedTable]) -> None:
+    """Write tables of one device, one row per line; `read` must accept the result.
+
+    Raises ValueError, and leaves the file as it was, for tables that break the format.
+    """
+    draft = path.with_name(path.stem) / path.name
+    draft.parent.mkdir(parents=True)
+    try:
+        draft.write_text(_dumps(path.stem, tables))
+        read(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+        draft.parent.rmdir()
+
+
+def _dumps(device: str, tables: Iterable[TunedTable]) -> str:
+    blocks = []
+    for table in tables:
+        header = {"triton": table.triton, "date": table.date, "commit": table.commit}
+        lines = ",\n".join(f"  {json.dumps(_as_json(row))}" for row in table.rows)
+        blocks.append(f' {json.dumps(header)[:-1]}, "rows": [\n{lines}\n ]}}')
+    joined = ",\n".join(blocks)
+    return f'{{"device": {json.dumps(device)}, "tables": [\n{joined}\n]}}\n'
+
+
+def _as_json(row: TunedRow) -> dict[str, Any]:
+    cells = {name: getattr(row, name) for name in _KEY_FIELDS}
+    cells |= {"weight_type": row.weight_type.value, "kernel": row.kernel.value}
+    for name, field in _TILE_FIELDS.items():
+        if row.tile is not None and getattr(row.tile, name) != field.default:
+            cells[name] = getattr(row.tile, name)
+    return cells | {"us": row.us}
+
+
+def _keys(found: Any, expected: set[str], where: str) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping) or set(found) != expected:
+        keys = sorted(found) if isinstance(found, Mapping) else type(found).__name__
+        raise ValueError(f"{where}: expected the keys {sorted(expected)}, got {keys}")
+    return found
+
+
+def _parse_row(cells: Mapping[str, Any], device: str, where: str) -> TunedRow:
+    unknown = set(cells) - {*_KEY_FIELDS, *_TILE_FIELDS, "us"}
+    missing = {*_KEY_FIELDS, "us"} - set(cells)
+    if unknown or missing:
+        raise ValueError(f"{where}: unknown {sorted(unknown)}, missing {sorted(missing)}")
+    tile_cells = {name: cells[name] for name in _TILE_FIELDS if name in cells}
+    tile = None
+    if tile_cells:
+        needed = {name for name, field in _TILE_FIELDS.items() if field.default is MISSING}
+        if not needed <= set(tile_cells):
+            raise ValueError(f"{where}: a tile without {sorted(needed - set(tile_cells))}")
+        tile = TileConfig(**tile_cells)
+    try:
+        weight_type, kernel = WeightType(cells["weight_type"]), KernelName(cells["kernel"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    sizes = {name: cells[name] for name in ("group_size", "n", "k", "max_m")}
+    row = TunedRow(weight_type, kernel=kernel, tile=tile, us=cells["us"], **sizes)
+    _check_row(row, sizes, where)
+    _check_tile(row, device, where)
+    return row
+
+
+def _check_row(row: TunedRow, sizes: Mapping[str, Any], where: str) -> None:
+    cells = {name: getattr(row.tile, name) for name in _TILE_FIELDS} if row.tile else {}
+    sizes = {**sizes, **{name: cells[name] for name in cells if _TILE_FIELDS[name].type is int}}
+    if any(type(size) is not int or size < 1 for size in sizes.values()):
+        raise ValueError(f"{where}: sizes must be positive integers, got {sizes}")
+    for name in set(cells) - set(sizes):
+        if type(cells[name]) is not bool:
+            raise ValueError(f"{where}: {name} must be true or false, got {cells[name]!r}")
+    if not isinstance(row.us, int | float) or not row.us > 0:
+        raise ValueError(f"{where}: us must be positive, got {row.us!r}")
+    if not runs(row.kernel, row.weight_type):
+        raise ValueError(f"{where}: {row.kernel.value} runs no {row.weight_type.value}")
+    if (row.tile is None) is (row.kernel is KernelName.TRITON_GEMM):
+        raise ValueError(
+            f"{where}: {row.kernel.value} {'without' if not row.tile else 'with'} a tile"
+        )
+
+
+def _check_tile(row: TunedRow, device: str, where: str) -> None:
+    if row.tile is None:
+        return
+    if not divides(row.tile, row.n):
+        raise ValueError(f"{where}: block_n {row.tile.block_n} does not divide the padded N")
+    if row.tile != split_evenly(row.tile, row.k):
+        raise ValueError(f"{where}: split_k {row.tile.split_k} leaves a split of K empty")
+    tiles = -(-row.max_m // row.tile.block_m) * (round_up(row.n, BLOCK_N) // row.tile.block_n)
+    if row.tile.split_k > 1 and tiles * NEAREST_FACTOR > MAX_TILES:
+        limit = MAX_TILES // NEAREST_FACTOR
+        raise ValueError(f"{where}: split_k of {tiles} output tiles, at most {limit} can be split")
+    if row.tile.pdl and device_by_name(device).capability < (9, 0):
+        raise ValueError(f"{where}: pdl needs sm_90 or newer")
+    if row.tile.x_descriptor and (row.step < 16 or device_by_name(device).capability < (9, 0)):
+        raise ValueError(f"{where}: x_descriptor needs sm_90 or newer and groups of whole 16 rows")
+
+
+def _check_shapes(rows: Iterable[TunedRow], where: str) -> None:
+    shapes: dict[tuple, list[TunedRow]] = {}
+    for row in rows:
+        shapes.setdefault(row.shape, []).append(row)
+    for (weight_type, _, n, k), members in shapes.items():
+        name = f"{where}, shape {weight_type.value} {n}x{k}"
+        tokens = [row.max_m for row in members]
+        if len({(row.max_m, row.kernel) for row in members}) < len(tokens):
+            raise ValueError(f"{name}: two rows with one max_m among {sorted(tokens)}")
+        fused = {row.max_m for row in members if row.tile is not None}
+        if alone := sorted(set(tokens) - fused):
+            raise ValueError(f"{name}: no row with a tile beside those for max_m {alone}")
+        if MAX_DECODE_M not in tokens:
+            raise ValueError(f"{name}: no row for max_m {MAX_DECODE_M}")
+        decode = [row.tile for row in members if row.max_m <= MAX_DECODE_M]
+        splits = {tile.split_k for tile in decode if tile is not None}
+        if len(splits) != 1 or None in decode:
+            raise ValueError(
+                f"{name}: rows up to max_m {MAX_DECODE_M} must have a tile and share one split_k, "
+                f"got {sorted(splits)}"
+            )
+
+
+def divides(tile: TileConfig | None, n: int) -> bool:
+    """Whether the tile's width divides the padded N."""
+    return tile is None or round_up(n, BLOCK_N) % tile.block_n == 0
+
+
+def split_evenly(tile: TileConfig | None, k: int) -> TileConfig | None:
+    """The tile with as many splits as leave none of them empty."""
+    if tile is None:
+        return None
+    cells = asdict(tile)
+    cells["split_k"] = whole_splits(-(-k // BLOCK_K), tile.split_k)
+    return TileConfig(**cells)

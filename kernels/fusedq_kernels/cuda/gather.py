@@ -1,0 +1,111 @@
+"""Rows of a packed weight by their numbers, dequantized: the Triton kernel and its launcher.
+
+A program reads one K block of some rows and decodes it with the decoders of the matrix product, so
+that an embedding and a tied lm_head share one weight and one arithmetic. Only the rows that are
+asked for are read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, group_of, of_step, scale_of
+from fusedq_kernels.cuda.gemm import FP_FUSION, weight_constants
+from fusedq_kernels.cuda.gemm_kernel import scaled
+from fusedq_kernels.cuda.hooks import named_for_hooks
+from fusedq_kernels.geometry import GroupGeometry, group_geometry
+from fusedq_kernels.types import PackedWeight, QuantSpec
+
+# One warp takes a K block of 8 rows: 16 bytes of 4-bit codes to a thread.
+BLOCK_M = 8
+NUM_WARPS = 1
+
+
+# One binary for any number of rows and any size of the weight, wherever the ids start.
+@named_for_hooks
+@triton.jit(do_not_specialize=["M", "N", "last_group"], do_not_specialize_on_alignment=["ids_ptr"])
+def gather_kernel(
+    ids_ptr,
+    qweight_ptr,
+    scales_ptr,
+    perm_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    n_padded,
+    last_group,
+    DECODE: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    WORDS: tl.constexpr,
+    STEP: tl.constexpr,
+    STEPS_PER_GROUP: tl.constexpr,
+    HAS_PERM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Columns `[128 * pid_k, 128 * pid_k + 128)` of BLOCK_M rows of y.
+
+    Grid `(cdiv(M, BLOCK_M), n_blocks)`. STEPS_PER_GROUP is 0 when one group spans all of K. With
+    HAS_PERM, row k of the weight is column `perm[k]` of y. An id outside of `[0, N)` gets zeros.
+    """
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    STEPS: tl.constexpr = BLOCK_K // STEP
+    ROWS: tl.constexpr = decoded_rows(STEP)
+    PARTS: tl.constexpr = ROWS // STEP
+    block = tl.program_id(1)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    ids = tl.load(ids_ptr + offs_m, mask=mask_m, other=-1)
+    known = (ids >= 0) & (ids < N)
+    rows = tl.where(known, ids, 0).to(tl.int64)
+    offs_k = tl.arange(0, ROWS)
+    first = (block.to(tl.int64) * n_padded + rows) * WORDS
+    words = tl.load(qweight_ptr + first[:, None] + tl.arange(0, WORDS)[None, :])
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * K
+    for sub in tl.static_range(STEPS):
+        if STEPS_PER_GROUP == 0:
+            metadata = tl.load(scales_ptr + rows)
+        else:
+            group = group_of(block, sub, 0, last_group, STEPS, STEPS_PER_GROUP)
+            metadata = tl.load(scales_ptr + group.to(tl.int64) * n_padded + rows)
+        weight = DECODE(words, metadata, sub // PARTS, ROWS, DTYPE, INTERPRET)
+        scale = tl.where(known, scale_of(metadata, SCALE_DTYPE), 0.0)
+        values = scaled(weight, scale, False, INTERPRET)
+        columns = block * BLOCK_K + sub // PARTS * ROWS + offs_k
+        mask_k = of_step(columns < K, offs_k, sub, STEP)
+        if HAS_PERM:
+            columns = tl.load(perm_ptr + columns, mask=mask_k, other=0)
+        tl.store(y_ptrs + columns[None, :], values, mask=mask_m[:, None] & mask_k[None, :])
+
+
+def gather_constants(spec: QuantSpec, groups: GroupGeometry, has_perm: bool) -> dict[str, object]:
+    """The constexpr arguments of `gather_kernel`; shared by the launcher and the audit."""
+    return weight_constants(spec, groups) | {"HAS_PERM": has_perm, "BLOCK_M": BLOCK_M}
+
+
+def gather_rows(ids: torch.Tensor, packed: PackedWeight, out: torch.Tensor) -> None:
+    """Write the dequantized rows `ids` of a weight into `out`, each value rounded once.
+
+    Args:
+        ids: int64 `[M]`, contiguous.
+        packed: a weight in its tiled layout (P4, P8, PL4), phase 0, on the device of `ids`.
+        out: `[M, K]`, contiguous, fp16 or bf16; a row whose id is none of the weight's gets zeros.
+    """
+    groups = group_geometry(packed.k, packed.spec.group_size, packed.phase)
+    num_blocks, n_padded, _ = packed.qweight.shape
+    gather_kernel[(triton.cdiv(len(ids), BLOCK_M), num_blocks)](
+        ids,
+        packed.qweight,
+        packed.scales,
+        packed.perm,
+        out,
+        len(ids),
+        packed.n,
+        packed.k,
+        n_padded,
+        groups.last_group,
+        **gather_constants(packed.spec, groups, packed.perm is not None),
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=FP_FUSION,
+    )

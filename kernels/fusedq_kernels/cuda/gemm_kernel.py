@@ -1,0 +1,227 @@
+"""The fused kernel itself: one `@triton.jit` for every weight type, tile and phase of serving.
+
+It computes `y.T = W @ x.T`: with the weight as FIRST operand of `tl.dot` the decoded tile goes from
+registers straight into the tensor cores (wgmma takes its first operand from registers, never its
+second). `decode.py` turns packed words into values, `gemm.py` launches.
+
+Where the scale goes. By default it multiplies the fp32 partial product of its group: a weight is
+exact until the fp32 accumulation. One group over all of K multiplies once, at the end. With
+SCALE_WEIGHTS it multiplies the weight in 16 bits, which lets the tensor cores run on without
+waiting for a partial product, at the price of rounding each weight once.
+
+Split-K. The programs of a tile store fp32 partial sums and count themselves in
+(`arrivals.py`); the last one adds all sums in the order of K, whoever came last, hence the same
+bits on every run. The order of memory: all threads store, a barrier of the block makes the stores
+precede thread 0's atomic add, whose release at GPU scope covers them (release is cumulative in
+PTX); the add that finds the tile complete acquires every earlier one, a barrier passes that on to
+its block, and `.cg` loads read the sums from L2. Floating-point atomics, which add in any order,
+are not used.
+
+Programmatic dependent launch (sm_90 and newer). With PDL the kernel may start while its predecessor
+in the stream still runs: whatever that one may write (x, the counters) or still read (y, the
+partial sums) is touched behind `griddepcontrol.wait` alone. The weight depends on nobody, so with
+PREFETCH its first blocks come to L2 meanwhile.
+"""
+
+# Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
+# ruff: noqa: RET505, SIM300
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, group_of, of_step, scale_of
+from fusedq_kernels.cuda.hooks import named_for_hooks
+
+
+@triton.jit
+def to_output(acc, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Round fp32 to DTYPE, ties to even."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        # The interpreter truncates; adding half a bf16 ulp first makes it round like a GPU.
+        bits = acc.to(tl.int32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        return acc.to(DTYPE)
+
+
+@triton.jit
+def _dot(a, b, acc, INTERPRET: tl.constexpr):
+    """`a @ b + acc`."""
+    if INTERPRET:
+        # The interpreter multiplies the uint16 images of bf16.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def scaled(weight, scale, NARROW_SCALE: tl.constexpr, INTERPRET: tl.constexpr):
+    """`weight * scale`, rounded once to the dtype of `weight`.
+
+    NARROW_SCALE says that the scale is a number of that dtype: half the instructions, same bits.
+    """
+    if NARROW_SCALE and not INTERPRET:
+        return weight * scale[:, None].to(weight.dtype)
+    else:
+        return to_output(weight.to(tl.float32) * scale[:, None], weight.dtype, INTERPRET)
+
+
+@triton.jit
+def _prefetch_l2(ptrs):
+    """Ask for the 128 bytes at each pointer; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [ptrs.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+# One binary for any number of tokens, position of groups and bias, wherever it starts.
+@named_for_hooks
+@triton.jit(
+    do_not_specialize=["M", "first_step", "last_group", "num_blocks", "blocks_per_part"],
+    do_not_specialize_on_alignment=["bias_ptr"],
+)
+def fused_gemm_kernel(
+    x_ptr,
+    qweight_ptr,
+    scales_ptr,
+    bias_ptr,
+    y_ptr,
+    partial_ptr,
+    arrivals_ptr,
+    M,
+    N,
+    K,
+    n_padded,
+    pad,
+    first_step,
+    last_group,
+    num_blocks,
+    blocks_per_part,
+    stride_xm,
+    DECODE: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    SCALE_WEIGHTS: tl.constexpr,
+    SCALE_STEPS: tl.constexpr,
+    NARROW_SCALE: tl.constexpr,
+    X_DESCRIPTOR: tl.constexpr,
+    WORDS: tl.constexpr,
+    STEP: tl.constexpr,
+    STEPS_PER_GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """One `[BLOCK_M, BLOCK_N]` tile of y over one split of K, or over SEGMENTS of them in order.
+
+    Grid `(cdiv(M, BLOCK_M), n_padded // BLOCK_N, SPLIT_K)`. `first_step` is the group phase in
+    units of STEP; STEPS_PER_GROUP is 0 when one group spans all of K. With SPLIT_K above 1,
+    `partial_ptr` is fp32 `[SPLIT_K, M, N]` and `arrivals_ptr` int32, zero, one per tile. SPLIT_K or
+    SEGMENTS is 1; both cut K every `blocks_per_part` blocks and add the parts in the same order.
+    With X_DESCRIPTOR, `x_ptr` is a tensor descriptor of x in blocks of `[BLOCK_M, STEP]`, which the
+    tensor memory accelerator (sm_90 and newer) loads by one instruction; STEP is 16 at least then.
+    """
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    STEPS: tl.constexpr = BLOCK_K // STEP
+    # Tensor cores take 16 rows at least: a finer step multiplies its 16 rows with the others of x
+    # masked to zero.
+    ROWS: tl.constexpr = decoded_rows(STEP)
+    PARTS: tl.constexpr = ROWS // STEP
+    SCALE_LAST: tl.constexpr = STEPS_PER_GROUP == 0 and not SCALE_STEPS
+    SUMS_IN_FLIGHT: tl.constexpr = 8 if BLOCK_M * BLOCK_N <= 2048 else 1
+    pid_m = tl.program_id(0)
+    pid_n = tl.program_id(1)
+    pid_k = tl.program_id(2)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, ROWS)
+    mask_m = offs_m < M
+    if not X_DESCRIPTOR:
+        x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
+    qweight_ptrs = qweight_ptr + offs_n[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    scales_ptrs = scales_ptr + offs_n
+    stride_block = n_padded.to(tl.int64) * WORDS
+    if PDL:
+        if PREFETCH:
+            # The rows of a tile are one run of bytes in each K block: 32 words to a cache line.
+            lines = pid_n * (BLOCK_N * WORDS) + 32 * tl.arange(0, BLOCK_N * WORDS // 32)
+            for stage in tl.static_range(NUM_STAGES):
+                # A short split prefetches a neighbour's block; beyond the weight lies nothing.
+                block = tl.minimum(pid_k * blocks_per_part + stage, num_blocks - 1)
+                _prefetch_l2(qweight_ptr + block * stride_block + lines)
+        gdc_wait()
+    if STEPS_PER_GROUP == 0:
+        metadata = tl.load(scales_ptrs)
+    mask = mask_m[None, :] & (offs_n < N)[:, None]
+    offs_y = offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for segment in range(SEGMENTS):
+        first_block = (pid_k + segment) * blocks_per_part
+        last_block = tl.minimum(first_block + blocks_per_part, num_blocks)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
+            words = tl.load(qweight_ptrs + block * stride_block)
+            for sub in tl.static_range(STEPS):
+                if STEPS_PER_GROUP != 0:
+                    group = group_of(block, sub, first_step, last_group, STEPS, STEPS_PER_GROUP)
+                    metadata = tl.load(scales_ptrs + group * n_padded)
+                # Not named, because a name would make a run-time value of it.
+                k = block * BLOCK_K + sub // PARTS * ROWS - pad
+                if X_DESCRIPTOR:
+                    # What lies outside x, before the first feature too, reads as zero.
+                    tokens = tl.trans(x_ptr.load([pid_m * BLOCK_M, k]))
+                else:
+                    rows = k + offs_k
+                    mask_k = of_step((rows >= 0) & (rows < K), offs_k, sub, STEP)
+                    tokens = tl.load(x_ptrs + k, mask=mask_m[None, :] & mask_k[:, None], other=0.0)
+                weight = DECODE(words, metadata, sub // PARTS, ROWS, DTYPE, INTERPRET)
+                if SCALE_LAST:
+                    acc = _dot(weight, tokens, acc, INTERPRET)
+                elif SCALE_WEIGHTS:
+                    weight = scaled(
+                        weight, scale_of(metadata, SCALE_DTYPE), NARROW_SCALE, INTERPRET
+                    )
+                    acc = _dot(weight, tokens, acc, INTERPRET)
+                else:
+                    scale = scale_of(metadata, SCALE_DTYPE)
+                    acc += _dot(weight, tokens, None, INTERPRET) * scale[:, None]
+        if SEGMENTS == 1:
+            total = acc
+        else:
+            total += acc
+
+    if PDL:
+        gdc_launch_dependents()
+    if SPLIT_K > 1:
+        split_size = M.to(tl.int64) * N
+        tl.store(partial_ptr + pid_k * split_size + offs_y, total, mask=mask)
+        tl.debug_barrier()
+        arrivals_ptr += pid_n * tl.num_programs(0) + pid_m
+        arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
+        if arrived != SPLIT_K - 1:
+            return
+        tl.store(arrivals_ptr, 0)
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        # Sums in flight hide each other's latency, as long as registers last.
+        for split in tl.range(SPLIT_K, loop_unroll_factor=SUMS_IN_FLIGHT):
+            ptrs = partial_ptr + split * split_size + offs_y
+            total += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+    if SCALE_LAST:
+        total *= scale_of(metadata, SCALE_DTYPE)[:, None]
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
+        total += bias.to(tl.float32)[:, None]
+    tl.store(y_ptr + offs_y, to_output(total, DTYPE, INTERPRET), mask=mask)

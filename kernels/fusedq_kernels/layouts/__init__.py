@@ -1,0 +1,1 @@
+"""Resident forms of a packed weight: pictures, shapes, packing and its inverse."""

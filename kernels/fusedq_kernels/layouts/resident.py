@@ -1,0 +1,103 @@
+"""Shapes and dtypes of the resident tensors of each layout, as plain arithmetic.
+
+`tiled.py` and `wna16.py` say what the tensors hold; planning asks here, without
+torch, how many bytes they take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from fusedq_kernels.dtype import DType
+from fusedq_kernels.geometry import (
+    BLOCK_K,
+    BLOCK_N,
+    WNA16_ALIGNMENT,
+    group_geometry,
+    round_up,
+    wna16_geometry,
+)
+from fusedq_kernels.types import Layout, QuantSpec, holds
+
+if TYPE_CHECKING:
+    import torch
+
+# int32 words per row and K block of a tiled layout, outputs per block of CPU_WNA16.
+TILED_WORDS = {Layout.P4: 16, Layout.P8: 32, Layout.PL4: 16}
+WNA16_BLOCK_N = 16
+
+PERM_DTYPE = DType.INT32
+
+
+class ResidentTensor(NamedTuple):
+    """Shape and dtype of one resident tensor."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def resident_tensors(
+    layout: Layout,
+    n: int,
+    k: int,
+    spec: QuantSpec,
+    phase: int,
+    act_dtype: DType | torch.dtype,
+) -> dict[str, ResidentTensor]:
+    """Shape and dtype of each resident tensor, by `PackedWeight` field name.
+
+    `zeros` is present only where the layout keeps zero points apart. `act_dtype` matters to
+    CPU_WNA16 alone. Raises ValueError for a scheme that the layout cannot hold.
+    """
+    if not holds(layout, spec.weight_type):
+        raise ValueError(f"layout {layout.value} does not hold {spec.weight_type.value}")
+    return _SHAPES[layout](layout, n, k, spec, phase, DType.of(act_dtype))
+
+
+def _tiled(
+    layout: Layout, n: int, k: int, spec: QuantSpec, phase: int, act_dtype: DType
+) -> dict[str, ResidentTensor]:
+    if spec.has_zero_points and spec.scale_dtype.itemsize != 2:
+        raise ValueError(
+            f"layout {layout.value} keeps a 16-bit scale beside each zero point, "
+            f"got {spec.scale_dtype}"
+        )
+    geometry = group_geometry(k, spec.group_size, phase)
+    n_padded = round_up(n, BLOCK_N)
+    num_blocks = geometry.k_padded // BLOCK_K
+    scale_dtype = DType.INT32 if spec.has_zero_points else DType.FLOAT32
+    return {
+        "qweight": ResidentTensor((num_blocks, n_padded, TILED_WORDS[layout]), DType.INT32),
+        "scales": ResidentTensor((geometry.num_groups, n_padded), scale_dtype),
+    }
+
+
+def _wna16(
+    layout: Layout, n: int, k: int, spec: QuantSpec, phase: int, act_dtype: DType
+) -> dict[str, ResidentTensor]:
+    if act_dtype not in (DType.FLOAT16, DType.BFLOAT16):
+        raise ValueError(f"layout {layout.value} needs fp16 or bf16 activations, got {act_dtype}")
+    geometry = wna16_geometry(k, spec.group_size, phase)
+    n_padded = round_up(n, WNA16_ALIGNMENT)
+    blocks = n_padded // WNA16_BLOCK_N
+    tensors = {
+        "qweight": ResidentTensor((blocks, 2 * geometry.k_padded), DType.INT32),
+        "scales": ResidentTensor((geometry.num_groups, n_padded), act_dtype),
+    }
+    if spec.has_zero_points:
+        tensors["zeros"] = ResidentTensor((geometry.num_groups, n_padded // 8), DType.INT32)
+    return tensors
+
+
+_SHAPES: dict[Layout, Callable[..., dict[str, ResidentTensor]]] = {
+    Layout.P4: _tiled,
+    Layout.P8: _tiled,
+    Layout.PL4: _tiled,
+    Layout.CPU_WNA16: _wna16,
+}

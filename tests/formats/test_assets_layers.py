@@ -1,0 +1,55 @@
+"""Layers that real quantizers wrote into small files are worth what their own code says."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import tiny_models
+from layers import DTYPE_NAMES, cut
+from vllm_fusedq.checkpoint.read import Checkpoint
+from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
+from vllm_fusedq.formats import LayerFormat, decode, format_for
+
+# Layers of each file, every one of another scheme
+FILES = {"llmcompressor-layers": 21, "gptqmodel-layers": 13, "old-compressed-tensors-layers": 7}
+
+
+def layers_of(path: Path) -> Iterator[tuple[LayerFormat, dict[str, torch.Tensor], str]]:
+    """Each layer by the config in the file's metadata, its tensors, the digest of its weight."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    infos = {
+        name: TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path.name)
+        for name, tensor in stored.items()
+    }
+    config = json.loads(metadata["quantization_config"])
+    fmt = format_for(Checkpoint(str(path), {}, config, "quantization_config", infos, {}))
+    digests = json.loads(metadata["values_sha256"])
+    assert sorted(fmt.modules()) == sorted(digests)
+    for module, expected in digests.items():
+        layer = fmt.spec_for(module)
+        assert layer is not None
+        yield layer, {t.name: stored[f"{module}.{t.name}"] for t in layer.tensors}, expected
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_layer_is_worth_what_its_tool_says(name: str) -> None:
+    descriptions = set()
+    for layer, tensors, expected in layers_of(tiny_models.ASSETS / f"{name}.safetensors"):
+        weight = decode(cut(layer, tensors, layer.whole), layer, layer.whole)
+        groups = torch.arange(layer.k) // layer.spec.group_size
+        bias = layer.spec.weight_type.bias
+        zeros = bias if weight.zeros is None else weight.zeros.float()[:, groups]
+        values = (weight.codes.float() - zeros) * weight.scales.float()[:, groups]
+        if weight.perm is not None:
+            values = values[:, weight.perm.argsort()]
+        found = hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+        assert found == expected, layer.description
+        descriptions.add(layer.description)
+    assert len(descriptions) == FILES[name]

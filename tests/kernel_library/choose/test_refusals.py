@@ -1,0 +1,109 @@
+"""What no kernel runs: what was found, what is supported, what to do."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
+from fusedq_kernels.choose.refusals import unsupported_reasons
+from fusedq_kernels.types import DeviceSpec, QuantSpec, WeightType
+
+H200 = device_by_name("h200")
+CPU = DeviceSpec("cpu", "cpu")
+CPU_AMX = DeviceSpec("cpu", "cpu", cpu_isa="amx")
+
+SPEC = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
+ZERO_SPEC = QuantSpec(WeightType.UINT4, 128, torch.float16)
+SPECS = [QuantSpec(each, 128, torch.float16) for each in WeightType]
+RESHARD = "choose another tensor-parallel size, or leave"
+REGROUP = "choose another tensor-parallel size, or quantize"
+REQUANTIZE = "quantize the model again with scales"
+
+
+def reasons(n=4096, k=4096, spec=SPEC, phase=0, device=H200, act_dtype=torch.bfloat16):
+    return unsupported_reasons(n, k, spec, phase, device, act_dtype)
+
+
+@pytest.mark.parametrize("device", [*KNOWN_DEVICES.values(), CPU, CPU_AMX], ids=lambda d: d.name)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.weight_type.value)
+def test_common_schemes_are_supported_everywhere(device, spec):
+    for group_size, phase in (
+        (8, 0),
+        (24, 8),
+        (48, 32),
+        (32, 16),
+        (64, 0),
+        (96, 80),
+        (128, 64),
+        (1 << 20, 6848),
+    ):
+        spec = replace(spec, group_size=group_size)
+        assert reasons(n=8, k=6848, spec=spec, phase=phase, device=device) == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "fix"),
+    [
+        ({"n": 4100}, ("4100 out_features per rank", "multiples of 8"), RESHARD),
+        ({"k": 4104}, ("4104 in_features per rank", "multiples of 16"), RESHARD),
+        (
+            {"act_dtype": torch.float32},
+            ("activations in float32", "float16, bfloat16"),
+            "run in",
+        ),
+        (
+            {"device": DeviceSpec("t4", "cuda", (7, 5), 40, 65536)},
+            ("t4 of compute capability 7.5", "8.0 and newer"),
+            "use a newer GPU",
+        ),
+        (
+            {"spec": replace(SPEC, group_size=36)},
+            ("group_size 36", "multiples of 8, or one group for all in_features of the rank"),
+            REGROUP,
+        ),
+        (
+            {"phase": 8},
+            ("a rank that starts 8 in_features into a group", "multiples of 16"),
+            REGROUP,
+        ),
+        (
+            {"spec": replace(ZERO_SPEC, scale_dtype=torch.float32)},
+            ("scales in float32 beside zero points", "float16, bfloat16"),
+            REQUANTIZE,
+        ),
+        (
+            {"spec": replace(SPEC, scale_dtype=torch.float64)},
+            ("scales in float64", "float16, bfloat16, float32"),
+            REQUANTIZE,
+        ),
+        (
+            {"spec": replace(SPEC, group_size=33), "device": CPU_AMX},
+            ("group_size 33", "even group sizes, or one group for all in_features of the rank"),
+            REGROUP,
+        ),
+    ],
+)
+def test_unsupported_layer_names_found_needed_and_what_to_do(arguments, expected, fix):
+    (reason,) = reasons(**arguments)
+    assert reason[:2] == expected
+    assert reason.fix.startswith(fix)
+
+
+def test_all_reasons_are_collected():
+    spec = replace(ZERO_SPEC, group_size=36, scale_dtype=torch.float32)
+    device = DeviceSpec("t4", "cuda", (7, 5), 40, 65536)
+    found = reasons(n=9, k=4100, spec=spec, phase=3, device=device, act_dtype=torch.float64)
+    assert len(found) == 7
+
+
+def test_a_single_group_has_no_group_limits():
+    spec = replace(SPEC, group_size=4095)
+    assert reasons(k=4080, spec=spec, phase=9) == ()
+    assert reasons(spec=replace(SPEC, group_size=33), device=CPU) == ()
+
+
+def test_cpu_operator_takes_fp32_scales_beside_zero_points():
+    spec = replace(ZERO_SPEC, scale_dtype=torch.float32)
+    assert reasons(spec=spec, device=CPU_AMX) == ()
+    assert len(reasons(spec=spec, device=CPU)) == 1

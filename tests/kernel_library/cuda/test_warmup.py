@@ -1,0 +1,94 @@
+"""After the warm-up no number of tokens, stride or bias asks the compiler for anything."""
+
+# The JIT looks a launch up and, where it would compile, tells the hook instead.
+SCRIPT = """
+import torch
+from fusedq_kernels.choose import device
+from fusedq_kernels.cuda import gather
+from fusedq_kernels.cuda import gemm
+from fusedq_kernels.choose import heuristics
+from fusedq_kernels.layouts import packing
+from fusedq_kernels.choose import slices
+from fusedq_kernels.cuda import sliced
+from fusedq_kernels import testing, types
+from fusedq_kernels.choose import tuned_file
+from fusedq_kernels.cuda import warmup
+
+asked = []
+
+def note(key, compile, **_):
+    # Triton 3.6 describes no other constant to a hook, of which vLLM sets one.
+    assert all(isinstance(value, (str, int, float, triton.language.dtype, type(None)))
+               for value in compile["constants"].values()), compile["constants"]
+    asked.append(key)
+    return True
+
+triton.knobs.runtime.jit_cache_hook = note
+h200 = device.device_by_name("h200")
+act = torch.bfloat16
+for weight_type, group_size, n, k, phase in (
+    (types.WeightType.UINT4, 128, 1096, 1424, 64),
+    (types.WeightType.NF4, 64, 512, 2048, 0),
+    (types.WeightType.UINT8B128, 48, 2304, 512, 16),
+):
+    spec = types.QuantSpec(weight_type, group_size, torch.float16)
+    target = types.layout_for(types.KernelName.TRITON_GEMM, weight_type)
+    packed = packing.pack(testing.random_logical(n, k, spec, phase), target, act)
+    for batch_invariant in (False, True):
+        asked.clear()
+        count = warmup.warm_up(
+            packed, h200, act, 700, with_bias=(False, True), batch_invariant=batch_invariant
+        )
+        known = set(asked)
+        assert count == len(asked) == len(known) > 3, (count, len(known))
+        wide = torch.zeros(700, k + 64, dtype=act)
+        bias = torch.zeros(n + 1, dtype=act)
+        for m in range(1, 701):
+            shape = types.GemmShape(m, n, k)
+            launch = heuristics.select(shape, spec, h200, batch_invariant=batch_invariant)
+            tokens = wide[:m, 32 : k + 32] if m % 2 else torch.zeros(m, k, dtype=act)
+            gemm.fused_gemm(tokens, packed, (None, bias[1:], bias[:-1])[m % 3], launch)
+        assert set(asked) == known, set(asked) - known
+        # Another launch than those of the warm-up would have been noticed.
+        other = types.Launch(launch.kernel, types.TileConfig(16, 128, 1, 4, 2), "test")
+        gemm.fused_gemm(tokens, packed, None, other)
+        assert len(set(asked)) == len(known) + 1
+
+# A sliced launch is warmed up for every slice, token count and bias alike.
+cells = {"weight_type": weight_type, "group_size": group_size, "n": n, "k": k}
+tile = types.TileConfig(16, 64, 1, 4, 3)
+rows = [
+    tuned_file.TunedRow(*cells.values(), 64, types.KernelName.TRITON_GEMM, tile, 9.0),
+    tuned_file.TunedRow(*cells.values(), 512, types.KernelName.TRITON_GEMM, tile, 9.0),
+    tuned_file.TunedRow(*cells.values(), 512, types.KernelName.SLICED_CUBLAS, None, 5.0),
+]
+table = tuned_file.TunedTable("h200", "3.9.0", "", "", tuple(rows))
+real = heuristics.reachable_launches
+warmup.reachable_launches = lambda *a, **o: real(*a, **o, table_for=lambda device: table)
+slices.SLICE_BYTES = 2 * k * 1000
+found = {}
+for sliced in (False, True):
+    asked.clear()
+    warmup.warm_up(packed, h200, act, 700, with_bias=(False, True), sliced_prefill=sliced)
+    found[sliced] = set(asked)
+known = found[True]
+assert len(known - found[False]) == 1
+launch = types.Launch(types.KernelName.SLICED_CUBLAS, None, "test")
+for limit in (1000, 333, 4000):
+    slices.SLICE_BYTES = 2 * k * limit
+    for m in (65, 300, 512):
+        sliced.sliced_gemm(torch.zeros(m, k, dtype=act), packed, None, launch)
+assert set(asked) == known
+
+asked.clear()
+ids = torch.zeros(701, dtype=torch.int64)
+for first, m in ((0, 1), (0, 16), (1, 17), (1, 700)):
+    out = torch.empty(m, packed.k, dtype=act)
+    gather.gather_rows(ids[first : first + m], packed, out)
+assert len(asked) == 4
+assert len(set(asked)) == 1
+"""
+
+
+def test_serving_compiles_nothing_after_the_warm_up(compiling):
+    compiling(SCRIPT, driver=True)

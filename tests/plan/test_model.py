@@ -1,0 +1,168 @@
+"""Whole-checkpoint plans and refusals from headers alone."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints import BUILDS, drop, replace, write_checkpoint
+from fusedq_kernels.choose.device import KNOWN_DEVICES, cpu_device, device_by_name
+from fusedq_kernels.types import KernelName, WeightType
+from vllm_fusedq.checkpoint.read import read_checkpoint
+from vllm_fusedq.errors import PreflightError, Problem
+from vllm_fusedq.plan.layer import Target, plan_layer
+from vllm_fusedq.plan.model import fold_problems, plan_model
+
+CPU = Target(cpu_device(fused_op=True), torch.bfloat16)
+H200 = Target(device_by_name("h200"), torch.bfloat16)
+
+
+def problems_of(path: Path, target: Target = H200, tp_size: int = 1) -> tuple[Problem, ...]:
+    with pytest.raises(PreflightError) as error:
+        plan_model(read_checkpoint(path), target, tp_size)
+    return error.value.problems
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_every_linear_is_planned_in_vllms_fused_layers(tmp_path: Path, build: str) -> None:
+    write_checkpoint(tmp_path, build, layers=2)
+    plan = plan_model(read_checkpoint(tmp_path), CPU)
+    names = [layer.prefix.removeprefix("model.layers.") for layer in plan.layers]
+    assert sorted(names) == sorted(
+        f"{i}.{name}"
+        for i in range(2)
+        for name in (
+            "self_attn.qkv_proj",
+            "self_attn.o_proj",
+            "mlp.gate_up_proj",
+            "mlp.down_proj",
+        )
+    )
+    qkv = next(layer for layer in plan.layers if "0.self_attn.qkv" in layer.prefix)
+    assert [part.shard_id for part in qkv.shard.parts] == ["q", "k", "v"]
+    assert (qkv.n, qkv.k) == (192, 64)
+    assert plan.unquantized == ("lm_head", "model.embed_tokens")
+    assert {layer.kernel for layer in plan.layers} == {KernelName.CPU_WNA16}
+
+
+@pytest.mark.parametrize("name", KNOWN_DEVICES)
+def test_every_known_gpu_gets_the_fused_kernel(tmp_path: Path, name: str) -> None:
+    write_checkpoint(tmp_path, "awq")
+    plan = plan_model(read_checkpoint(tmp_path), Target(device_by_name(name), torch.float16))
+    assert {layer.kernel for layer in plan.layers} == {KernelName.TRITON_GEMM}
+    assert all(layer.decode.tile and layer.prefill.tile for layer in plan.layers)
+
+
+def test_a_kernel_insisted_on_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gptq-sym")
+    insisting = dataclasses.replace(CPU, insisted=KernelName.CPU_WNA16)
+    layer = plan_model(read_checkpoint(tmp_path), insisting).layers[0]
+    formats = {
+        part.module: dataclasses.replace(
+            fmt, spec=dataclasses.replace(fmt.spec, weight_type=WeightType.UINT8B128)
+        )
+        for part, fmt in zip(layer.shard.parts, layer.formats, strict=True)
+    }
+    assert plan_layer(layer.shard, formats, CPU).kernel is KernelName.CPU_STRIPED
+    with pytest.raises(PreflightError) as error:
+        plan_layer(layer.shard, formats, insisting)
+    (problem,) = error.value.problems
+    assert problem.layer == layer.prefix
+    assert problem.found == "uint8b128 weights for kernel cpu-wna16"
+    assert problem.supported == "uint4, uint4b8"
+    assert 'choose another "kernel"' in problem.fix
+
+
+def test_batch_invariant_mode_is_planned_or_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gptq-sym")
+    checkpoint = read_checkpoint(tmp_path)
+    plan = plan_model(checkpoint, dataclasses.replace(H200, batch_invariant=True))
+    launches = [launch for layer in plan.layers for launch in (layer.decode, layer.prefill)]
+    assert all(launch.source.endswith("batch-invariant") for launch in launches)
+    with pytest.raises(PreflightError) as error:
+        plan_model(checkpoint, dataclasses.replace(CPU, batch_invariant=True))
+    assert len(error.value.problems) == len(plan.layers)
+    problem = error.value.problems[0]
+    assert problem.found == "kernel cpu-wna16 in vLLM's batch-invariant mode"
+    assert problem.supported == "triton-gemm"
+    assert problem.fix == "unset VLLM_BATCH_INVARIANT, or serve on a GPU"
+
+
+def test_resident_bytes_are_those_of_the_packed_tensors(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gptq-sym", hidden=128, intermediate=256, group_size=128)
+    down = next(
+        layer
+        for layer in plan_model(read_checkpoint(tmp_path), H200).layers
+        if "down_proj" in layer.prefix
+    )
+    assert down.weight_bytes == 128 * 256 // 2
+    assert down.metadata_bytes == 128 * 2 * 4
+
+
+def test_every_problem_of_every_layer_is_listed(tmp_path: Path) -> None:
+    write_checkpoint(
+        tmp_path,
+        layers=2,
+        edits=[
+            drop("model.layers.0.mlp.up_proj.scales"),
+            replace("model.layers.1.mlp.down_proj.qzeros", lambda t: t[:-1]),
+            replace("model.layers.1.self_attn.q_proj.scales", lambda t: t.double()),
+        ],
+    )
+    assert [problem.layer for problem in problems_of(tmp_path)] == [
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.mlp.down_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
+
+
+def test_split_that_no_kernel_covers_names_sizes_that_work(tmp_path: Path) -> None:
+    # 96 / 4 = 24 in_features per rank: not a multiple of 16.
+    write_checkpoint(tmp_path, "awq", layers=3, hidden=64, intermediate=96)
+    problem = problems_of(tmp_path, tp_size=4)[0]
+    assert problem.layer.startswith("model.layers.0-2.mlp.down_proj")
+    assert "[64, 96] full, [64, 24] per rank at tensor_parallel_size 4" in problem.layer
+    assert "3 layers" in problem.layer
+    assert problem.found == "24 in_features per rank"
+    assert problem.fix.endswith("tensor-parallel sizes that work for the whole model: 1, 2")
+
+
+def test_uneven_split_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "awq")
+    found = problems_of(tmp_path, tp_size=3)
+    assert any("cannot be cut into 3 equal parts" in problem.found for problem in found)
+
+
+def test_parts_of_one_fused_layer_must_share_their_scheme(tmp_path: Path) -> None:
+    module = "model.layers.0.mlp.up_proj"
+    write_checkpoint(
+        tmp_path, "gptq-sym", edits=[replace(f"{module}.scales", lambda t: t.bfloat16())]
+    )
+    problem = problems_of(tmp_path)[0]
+    assert problem.layer == "model.layers.0.mlp.gate_up_proj"
+    assert problem.found.startswith("parts with different schemes in one fused layer (gate_proj")
+    assert problem.supported == "one scheme for all parts that vLLM fuses into a layer"
+    assert problem.fix.endswith('or with all of them excluded by "-:regex" in dynamic')
+
+
+def test_old_gpus_and_other_dtypes_are_refused(tmp_path: Path) -> None:
+    from dataclasses import replace as with_fields
+
+    write_checkpoint(tmp_path, "awq")
+    old = with_fields(device_by_name("a100"), name="v100", capability=(7, 0))
+    assert (
+        "v100 of compute capability 7.0"
+        in problems_of(tmp_path, Target(old, torch.float16))[0].found
+    )
+    fp32 = problems_of(tmp_path, Target(device_by_name("a100"), torch.float32))[0]
+    assert (fp32.found, fp32.supported) == ("activations in float32", "float16, bfloat16")
+
+
+def test_equal_problems_fold_over_layers() -> None:
+    problems = [Problem(f"model.layers.{i}.mlp", "a", "b", "c") for i in (0, 1, 2, 5)]
+    problems.append(Problem("lm_head", "a", "b", "c"))
+    assert [problem.layer for problem in fold_problems(problems)] == [
+        "model.layers.0-2,5.mlp (4 layers)",
+        "lm_head",
+    ]

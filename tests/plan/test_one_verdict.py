@@ -1,0 +1,191 @@
+"""`fusedq check` and the engine plan alike: headers on one side, vLLM's own layers on the other."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fusedq_kernels.choose.device import cpu_device, device_by_name
+from published import FORMATS, QUANTIZED_HEADS, Model, write_headers
+from vllm_configs import current_config
+from vllm_fusedq.checkpoint.read import Checkpoint, read_checkpoint
+from vllm_fusedq.errors import PreflightError
+from vllm_fusedq.formats import format_for
+from vllm_fusedq.plan.layer import LayerPlan, Target
+from vllm_fusedq.plan.model import plan_model
+from vllm_fusedq.plan.shards import ParallelStyle
+from vllm_fusedq.settings import Settings
+
+# At TP 2 and 4 a rank of "straddle" begins inside a group of 128; "grouped" replicates key and
+# value heads at TP 4. A vocabulary of 1000 is padded.
+SHAPES = {
+    "even": Model(256, 512, 2, 8, 8, head_dim=32, vocab=1000),
+    "straddle": Model(256, 896, 1, 8, 4, head_dim=32, vocab=1000),
+    "grouped": Model(512, 1024, 1, 8, 2, head_dim=64, vocab=1000),
+}
+GROUPS = {"even": 32, "straddle": 128, "grouped": 64}
+DEVICES = {
+    "cpu": cpu_device(fused_op=True),
+    "cpu-striped": cpu_device(fused_op=False),
+    **{name: device_by_name(name) for name in ("a100", "l40s", "h200", "b200", "rtx5090")},
+}
+
+
+@pytest.fixture
+def rank_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Makes vLLM's layers believe that they are one rank of many."""
+    from vllm.distributed import parallel_state
+
+    def become(rank: int, size: int) -> None:
+        group = SimpleNamespace(rank_in_group=rank, world_size=size)
+        monkeypatch.setattr(parallel_state, "_TP", group)
+
+    return become
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    with current_config(), torch.device("meta"):
+        yield
+
+
+def config_for(checkpoint: Checkpoint, target: Target) -> Any:
+    """vLLM's quantization config in a worker."""
+    from vllm_fusedq.integration.config import FusedQConfig
+    from vllm_fusedq.worker.state import WorkerState
+
+    config = FusedQConfig()
+    config.format = format_for(checkpoint)
+    config.worker = WorkerState(target, Settings())
+    return config
+
+
+def engine_plans(checkpoint: Checkpoint, model: Model, target: Target) -> list[LayerPlan]:
+    """The plans that vLLM's layers make when they are created on the current rank."""
+    from vllm.model_executor.layers.linear import (
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        RowParallelLinear,
+    )
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    config = config_for(checkpoint, target)
+    config.packed_modules_mapping = LlamaForCausalLM.packed_modules_mapping
+    common = {"bias": False, "quant_config": config, "params_dtype": target.act_dtype.torch}
+    for index in range(model.layers):
+        block = f"model.layers.{index}"
+        QKVParallelLinear(
+            *(model.hidden, model.head_dim, model.heads, model.kv_heads),
+            prefix=f"{block}.self_attn.qkv_proj",
+            **common,
+        )
+        features = model.heads * model.head_dim
+        RowParallelLinear(features, model.hidden, prefix=f"{block}.self_attn.o_proj", **common)
+        pair = [model.intermediate] * 2
+        gate_up = f"{block}.mlp.gate_up_proj"
+        MergedColumnParallelLinear(model.hidden, pair, prefix=gate_up, **common)
+        down = f"{block}.mlp.down_proj"
+        RowParallelLinear(model.intermediate, model.hidden, prefix=down, **common)
+    ParallelLMHead(model.vocab, model.hidden, prefix="lm_head", **common)
+    return config.worker.plans
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_headers_and_layers_give_equal_plans(
+    tmp_path: Path, rank_of: Callable[[int, int], None], fmt: str, shape: str
+) -> None:
+    model = SHAPES[shape]
+    write_headers(tmp_path, model, fmt, GROUPS[shape])
+    checkpoint = read_checkpoint(tmp_path)
+    compared = 0
+    with building():
+        for device in DEVICES.values():
+            target = Target(device, torch.bfloat16)
+            for tp in (1, 2, 4):
+                for rank in range(tp):
+                    rank_of(rank, tp)
+                    here = plan_model(checkpoint, target, tp, ranks=[rank]).layers
+                    there = engine_plans(checkpoint, model, target)
+                    assert {plan.prefix: plan for plan in here} == {
+                        plan.prefix: plan for plan in there
+                    }
+                    compared += len(there)
+    layers = 4 * model.layers + (fmt in QUANTIZED_HEADS)
+    assert compared == len(DEVICES) * 7 * layers
+
+
+@pytest.mark.parametrize("device", ["cpu", "h200"])
+def test_headers_and_layers_refuse_alike(
+    tmp_path: Path, rank_of: Callable[[int, int], None], device: str
+) -> None:
+    """96 in_features at TP 4 are 24 per rank: no kernel takes them."""
+    model = Model(64, 96, 1, 4, 4, head_dim=16, vocab=64)
+    write_headers(tmp_path, model, "gptq", 32)
+    checkpoint = read_checkpoint(tmp_path)
+    target = Target(DEVICES[device], torch.bfloat16)
+    rank_of(3, 4)
+    with pytest.raises(PreflightError) as here:
+        plan_model(checkpoint, target, 4)
+    with building(), pytest.raises(PreflightError) as there:
+        engine_plans(checkpoint, model, target)
+    said = [(problem.found, problem.supported) for problem in there.value.problems]
+    assert said == [("24 in_features per rank", "multiples of 16")]
+    assert [(p.found, p.supported) for p in here.value.problems] == said
+    assert [p.layer for p in here.value.problems] == [p.layer for p in there.value.problems]
+
+
+def test_a_layer_that_vllm_replicates_is_whole_on_every_rank(
+    tmp_path: Path, rank_of: Callable[[int, int], None]
+) -> None:
+    """Of all layers it alone has the size and rank of all ranks, and is not cut (MiniCPM3)."""
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    model = SHAPES["even"]
+    write_headers(tmp_path, model, "gptq", GROUPS["even"])
+    config = config_for(read_checkpoint(tmp_path), Target(DEVICES["cpu"], torch.bfloat16))
+    rank_of(1, 2)
+    with building():
+        ReplicatedLinear(
+            *(model.hidden, model.intermediate),
+            bias=False,
+            quant_config=config,
+            prefix="model.layers.0.mlp.up_proj",
+            params_dtype=torch.bfloat16,
+        )
+    (plan,) = config.worker.plans
+    assert (plan.n, plan.k) == (model.intermediate, model.hidden)
+    assert plan.shard.style is ParallelStyle.REPLICATED
+
+
+def test_one_layer_of_four_parts_in_two_modules(
+    tmp_path: Path, rank_of: Callable[[int, int], None]
+) -> None:
+    """Qwen3.5 stores query, key and value of its linear attention in one module, z in another."""
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    model = SHAPES["even"]
+    write_headers(tmp_path, model, "gptq", GROUPS["even"])
+    config = config_for(read_checkpoint(tmp_path), Target(DEVICES["cpu"], torch.bfloat16))
+    quarter = model.intermediate // 4
+    config.packed_modules_mapping = {"in_proj_qkvz": ["gate_proj", "up_proj"]}
+    rank_of(1, 2)
+    with building():
+        MergedColumnParallelLinear(
+            model.hidden,
+            [quarter, quarter, 2 * quarter, 4 * quarter],
+            bias=False,
+            quant_config=config,
+            prefix="model.layers.0.mlp.in_proj_qkvz",
+            params_dtype=torch.bfloat16,
+        )
+    (plan,) = config.worker.plans
+    names = [part.module.rpartition(".")[2] for part in plan.shard.parts]
+    assert names == ["gate_proj", "gate_proj", "gate_proj", "up_proj"]
+    assert [part.shard_id for part in plan.shard.parts] == [0, 1, 2, 3]
+    assert plan.n == model.intermediate

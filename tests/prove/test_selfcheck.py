@@ -1,0 +1,132 @@
+"""`fusedq selfcheck`: passes what is right, on every kernel that runs here, and catches damage."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from checkpoints import ALL_BUILDS, write_checkpoint
+from fusedq_kernels.choose.device import cpu_device
+from fusedq_kernels.layouts import packing
+from fusedq_kernels.types import LogicalWeight, PackedWeight
+from heads import config_with_head, quantized_head
+from tiny_models import asset
+from vllm_fusedq.checkpoint.read import read_checkpoint
+from vllm_fusedq.cli import app
+from vllm_fusedq.load.convert import convert
+from vllm_fusedq.plan.layer import Target
+from vllm_fusedq.plan.model import plan_model
+from vllm_fusedq.prove.selfcheck import LayerCheck, check_layer
+
+STRIPED = Target(cpu_device(fused_op=False), torch.float16)
+
+
+def check_all(path: Path) -> list[LayerCheck]:
+    checkpoint = read_checkpoint(path)
+    plans = plan_model(checkpoint, STRIPED).layers
+    return [check_layer(checkpoint, plan, STRIPED, torch.device("cpu")) for plan in plans]
+
+
+@pytest.mark.parametrize("build", ALL_BUILDS)
+def test_what_is_right_passes(tmp_path: Path, build: str) -> None:
+    write_checkpoint(tmp_path, build, hidden=128, intermediate=192)
+    checks = check_all(tmp_path)
+    assert len(checks) == 4
+    for check in checks:
+        assert check.passed
+        assert check.wrong_values == 0
+        # The striped kernel computes in fp32: what is left is the rounding of the result
+        assert 0 < check.max_error < check.limit
+
+
+def test_an_lm_head_and_a_converted_checkpoint_pass(tmp_path: Path) -> None:
+    _, edit = quantized_head("gptq-sym", 128)
+    config = config_with_head("gptq-sym")
+    write_checkpoint(tmp_path / "source", "gptq-sym", hidden=128, edits=[edit], config=config)
+    convert(tmp_path / "source", tmp_path / "out")
+    for checks in (check_all(tmp_path / "source"), check_all(tmp_path / "out")):
+        assert "lm_head" in {check.plan.prefix for check in checks}
+        assert all(check.passed for check in checks)
+
+
+@pytest.mark.parametrize("name", ["codes", "scales", "zeros"])
+def test_a_wrongly_packed_value_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_checkpoint(tmp_path, "awq", hidden=128, intermediate=192)
+    original = packing.pack_rows
+
+    def wrong(packed: PackedWeight, start: int, rows: LogicalWeight) -> None:
+        value = getattr(rows, name).view(-1)
+        value[3] = value[3] / 2 if name == "scales" else (value[3] + 1) % 16
+        original(packed, start, rows)
+
+    monkeypatch.setattr(packing, "pack_rows", wrong)
+    for check in check_all(tmp_path):
+        assert check.wrong_values >= 1
+        assert not check.passed
+
+
+def test_a_kernel_that_reads_wrongly_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_fusedq.prove import selfcheck
+
+    write_checkpoint(tmp_path, "awq", hidden=128, intermediate=192)
+    original = selfcheck.op.matmul
+    monkeypatch.setattr(selfcheck.op, "matmul", lambda x, *rest: original(x.roll(1, dims=1), *rest))
+    for check in check_all(tmp_path):
+        assert check.wrong_values == 0
+        assert check.max_error > check.limit
+        assert not check.passed
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["selfcheck", *arguments])
+    return result.exit_code, result.output
+
+
+def test_prints_each_layer_and_the_worst_error() -> None:
+    model = str(asset("tiny-llama-awq-g128"))
+    code, printed = run(model, "--device", "cpu", "--kernel", "cpu-striped", "--dtype", "float16")
+    assert code == 0, printed
+    assert "\n  model.layers.1.mlp.gate_up_proj " in printed
+    assert "\n  layer   " in printed
+    assert "8 layers checked, 0 failed; worst error" in printed
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs where no GPU is")
+def test_the_triton_kernel_in_its_interpreter() -> None:
+    model = str(asset("tiny-llama-gptq-g128"))
+    options = ("--device", "cpu", "--kernel", "triton-gemm", "--dtype", "float16")
+    code, printed = run(model, *options, "--only", "layers.0.self_attn.o_proj")
+    assert code == 0, printed
+    assert "triton-gemm" in printed
+    assert "1 layers checked, 0 failed" in printed
+
+
+def test_the_fused_cpu_operator(wna16_op: None) -> None:
+    code, printed = run(str(asset("tiny-llama-ct-asym-g32")), "--device", "cpu")
+    assert code == 0, printed
+    assert "cpu-wna16" in printed
+
+
+def test_refusals(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "awq", config={"bits": 3})
+    code, printed = run(str(tmp_path))
+    assert code == 1
+    assert "refused: " in printed
+    assert "found bits 3" in printed
+    model = str(asset("tiny-llama-awq-g128"))
+    assert "device 'tpu'; choose auto, cpu or cuda" in run(model, "--device", "tpu")[1]
+    assert "dtype 'int8'; choose bfloat16" in run(model, "--dtype", "int8")[1]
+    assert "no quantized layer's name holds 'x.y'" in run(model, "--only", "x.y")[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_wrong_usage() -> None:
+    code, printed = run(str(asset("tiny-llama-awq-g128")), "--device", "cuda")
+    assert code == 2
+    assert "device 'cuda': torch finds no GPU; choose auto or cpu" in printed

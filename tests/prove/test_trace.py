@@ -1,0 +1,130 @@
+"""The trace of a fused layer: the plan's kernel is seen, and every way of unpacking a weight is."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.profiler import ProfilerActivity, profile
+
+from checkpoints import write_checkpoint
+from fusedq_kernels import op, reference
+from fusedq_kernels.choose.device import cpu_device, device_by_name
+from fusedq_kernels.cuda import gemm_kernel
+from fusedq_kernels.layouts.packing import unpack
+from fusedq_kernels.types import KernelName
+from vllm_fusedq.checkpoint.read import read_checkpoint
+from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.plan.layer import Target
+from vllm_fusedq.plan.model import plan_model
+from vllm_fusedq.prove.trace import MARK, LayerTrace, judge, record
+
+TOKENS = 4
+DEVICE = cpu_device(fused_op=True)
+DTYPE = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def loader(tmp_path_factory: pytest.TempPathFactory) -> LayerLoader:
+    """A layer of 1024 x 1536: 3 MB unpacked, many times what four tokens need."""
+    path = tmp_path_factory.mktemp("trace")
+    write_checkpoint(path, "awq", hidden=1536, intermediate=1024, group_size=128)
+    plans = plan_model(read_checkpoint(path), Target(DEVICE, DTYPE)).layers
+    plan = next(plan for plan in plans if plan.prefix.endswith("down_proj"))
+    loader = LayerLoader.create(plan, DTYPE, torch.device("cpu"))
+    with safe_open(path / "model.safetensors", "pt") as file:
+        for stored in plan.formats[0].tensors:
+            loader.add(stored.name, file.get_tensor(f"{plan.prefix}.{stored.name}"))
+    return loader
+
+
+def trace(loader: LayerLoader, call: Callable[[torch.Tensor], object]) -> LayerTrace:
+    x = torch.ones(TOKENS, loader.plan.k, dtype=DTYPE)
+    with (
+        profile(
+            activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True
+        ) as found,
+        record(loader.plan.prefix),
+    ):
+        call(x)
+    return judge(loader.plan, loader.packed, found.events(), TOKENS, DTYPE, DEVICE)
+
+
+def fused(loader: LayerLoader, x: torch.Tensor) -> torch.Tensor:
+    return op.matmul(x, loader.packed, None, KernelName.CPU_WNA16)
+
+
+def test_a_fused_layer_is_proven(wna16_op: None, loader: LayerLoader) -> None:
+    found = trace(loader, lambda x: fused(loader, x))
+    assert found.problems == ()
+    assert found.calls == 1
+    assert found.kernels == ("_C::cpu_gemm_wna16",)
+    assert found.dequantized == 2 * 1536 * 1024
+    assert 0 < found.largest <= found.allowed < found.dequantized / 16
+
+
+def dequantized(loader: LayerLoader, x: torch.Tensor) -> torch.Tensor:
+    return x @ reference.dequantize(unpack(loader.packed)).to(DTYPE).t()
+
+
+def cast(loader: LayerLoader, x: torch.Tensor) -> torch.Tensor:
+    loader.packed.scales.to(torch.float32)
+    return fused(loader, x)
+
+
+def twice(loader: LayerLoader, x: torch.Tensor) -> torch.Tensor:
+    return fused(loader, x) + fused(loader, x)
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (dequantized, "0 fused operators in one call"),
+        (dequantized, "no _C::cpu_gemm_wna16 in a call"),
+        (dequantized, "an allocation of 6291456 bytes, where activations and workspace explain "),
+        (cast, "aten::_to_copy of a resident tensor"),
+        (twice, "2 fused operators in one call"),
+    ],
+)
+def test_what_is_not_fused_is_seen(
+    wna16_op: None, loader: LayerLoader, call: Callable[..., Any], problem: str
+) -> None:
+    found = trace(loader, lambda x: call(loader, x))
+    assert any(problem in each for each in found.problems), found.problems
+
+
+def test_a_layer_that_never_ran_is_seen(loader: LayerLoader) -> None:
+    found = judge(loader.plan, loader.packed, [], TOKENS, DTYPE, DEVICE)
+    assert found.problems == ("the layer never ran",)
+
+
+def gpu_event(name: str, *children: Any, kernels: tuple[str, ...] = ()) -> SimpleNamespace:
+    """An event as the profiler gives it of a GPU."""
+    return SimpleNamespace(
+        name=name,
+        cpu_children=children,
+        kernels=[SimpleNamespace(name=kernel) for kernel in kernels],
+        input_shapes=[],
+        self_cpu_memory_usage=0,
+        self_device_memory_usage=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problems"),
+    [
+        (gemm_kernel.fused_gemm_kernel.__name__, ()),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", ("no fused_gemm_kernel in a call",)),
+    ],
+)
+def test_only_the_fused_kernel_is_evidence_on_a_gpu(
+    loader: LayerLoader, kernel: str, problems: tuple[str, ...]
+) -> None:
+    plan = replace(loader.plan, kernel=KernelName.TRITON_GEMM)
+    operator = gpu_event("fusedq::matmul_out", kernels=(kernel,))
+    call = gpu_event(MARK + plan.prefix, operator)
+    found = judge(plan, loader.packed, [call], TOKENS, DTYPE, device_by_name("h200"))
+    assert found.problems == problems

@@ -1,0 +1,39 @@
+"""Runs the fused kernel on problems surrounded by NaN, in Triton's interpreter or on a GPU."""
+
+from dataclasses import replace
+
+import torch
+
+from fusedq_kernels.cuda import gemm
+from fusedq_kernels.layouts import packing
+from fusedq_kernels.types import KernelName, Launch, PackedWeight, TileConfig, layout_for
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def launch(block_m=16, block_n=64, split_k=1, **options) -> Launch:
+    tile = TileConfig(block_m, block_n, split_k, num_warps=4, num_stages=2, **options)
+    return Launch(KernelName.TRITON_GEMM, tile, "test")
+
+
+def pack(logical, act_dtype) -> PackedWeight:
+    """With NaN scales (as floats) behind the last group: steps of padding must not read them."""
+    target = layout_for(KernelName.TRITON_GEMM, logical.spec.weight_type)
+    packed = packing.pack(logical, target, act_dtype)
+    behind = torch.full_like(packed.scales[:1], torch.nan, dtype=torch.float32)
+    scales = torch.cat([packed.scales, behind.view(packed.scales.dtype).expand(4, -1)])
+    scales = scales.to(DEVICE)[: len(packed.scales)]
+    return replace(packed, qweight=packed.qweight.to(DEVICE), scales=scales)
+
+
+def surrounded_by_nan(x) -> torch.Tensor:
+    """The same tokens as a view whose neighbours on all sides are NaN."""
+    m, k = x.shape
+    wide = torch.full((m + 2, k + 32), torch.nan, dtype=x.dtype, device=DEVICE)
+    wide[1:-1, 16 : 16 + k] = x
+    return wide[1:-1, 16 : 16 + k]
+
+
+def run(x, packed, bias, chosen) -> torch.Tensor:
+    bias = None if bias is None else bias.to(DEVICE)
+    return gemm.fused_gemm(surrounded_by_nan(x), packed, bias, chosen).cpu()

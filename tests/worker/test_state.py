@@ -1,0 +1,110 @@
+"""The live report: what was loaded and what it took, and every launch warmed up."""
+
+import json
+import logging
+import stat
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from safetensors import safe_open
+
+from checkpoints import write_checkpoint
+from fusedq_kernels.choose.device import cpu_device, device_by_name
+from fusedq_kernels.layouts.packing import empty_packed
+from fusedq_kernels.types import KernelName, QuantSpec, WeightType, layout_for
+from vllm_fusedq.checkpoint.read import read_checkpoint
+from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.plan.layer import Target
+from vllm_fusedq.plan.model import plan_model
+from vllm_fusedq.report.document import write_document
+from vllm_fusedq.settings import Settings
+from vllm_fusedq.worker.state import WorkerRank, WorkerState
+from vllm_fusedq.worker.warmup import LoadedLayer, warm_up
+
+PLAN_SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "schemas" / "plan.v1.json"
+STRIPED = Target(cpu_device(fused_op=False), torch.bfloat16)
+
+
+def loaded(path: Path, target: Target, **settings: str) -> WorkerState:
+    """A worker that has loaded all layers of the checkpoint in `path`, for real."""
+    plan = plan_model(read_checkpoint(path), target)
+    state = WorkerState(
+        *(target, Settings(**settings)),
+        model="some/model",
+        max_tokens=64,
+        vllm_version="0.32.0",
+        unquantized=plan.unquantized,
+    )
+    state.plans.extend(plan.layers)
+    with safe_open(path / "model.safetensors", "pt") as file:
+        for plan in state.plans:
+            loader = LayerLoader.create(plan, target.act_dtype, torch.device("cpu"))
+            for part, fmt in zip(plan.shard.parts, plan.formats, strict=True):
+                for stored in fmt.tensors:
+                    tensor = file.get_tensor(f"{part.module}.{stored.name}")
+                    loader.add(stored.name, tensor, part.shard_id)
+            state.layer_loaded(loader, has_bias="qkv" in plan.prefix)
+    return state
+
+
+def test_seconds_and_bytes_are_told_apart(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "awq", layers=2)
+    state = loaded(tmp_path, STRIPED, report=str(tmp_path / "plan.json"))
+    document = state.document()
+    assert json.loads((tmp_path / "plan.json").read_text()) == document
+    jsonschema.validate(document, json.loads(PLAN_SCHEMA.read_text()))
+    stored = read_checkpoint(tmp_path).tensors
+    quantized = [info for name, info in stored.items() if "_proj." in name]
+    assert document["loading"]["bytes"] == sum(info.nbytes for info in quantized)
+    assert document["repacking"]["bytes"] == sum(
+        loader.packed.qweight.nbytes + loader.packed.scales.nbytes for loader in state.loaders
+    )
+    # Four kinds of layers, one launch each, and qkv_proj a second time with its bias
+    assert document["warm_up"]["launches"] == 5
+    assert document["repacking"]["seconds"] > 0
+    assert document["warm_up"]["seconds"] > 0
+    assert state.load_seconds > 0
+
+
+def test_the_log_names_the_plan_and_the_three_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(tmp_path, "awq")
+    with caplog.at_level(logging.INFO, "vllm.fusedq"):
+        state = loaded(tmp_path, STRIPED)
+    plan, steps = caplog.messages
+    assert "model.layers.0.mlp.down_proj" in plan
+    assert "fused: 4 (4 x cpu-striped)" in plan
+    assert f"{state.stored_bytes / 1e6:.1f} MB read; repacking: " in steps
+    assert f"{state.resident_bytes / 1e6:.1f} MB resident; warm-up: " in steps
+    assert steps.endswith("5 launches")
+
+
+def test_one_worker_speaks_for_each_stage() -> None:
+    ranks = [WorkerRank(tensor, 2, stage, 2, data) for tensor, stage, data in CELLS]
+    files = [rank.report_file(Path("out/plan.json")) for rank in ranks if rank.reports]
+    assert files == [Path("out/plan.json"), Path("out/plan.stage1.json")]
+
+
+CELLS = [(tensor, stage, data) for data in (0, 1) for stage in (0, 1) for tensor in (0, 1)]
+
+
+def test_the_interpreter_compiles_nothing(tmp_path: Path) -> None:
+    spec = QuantSpec(WeightType.UINT4B8, 128, torch.float16)
+    form = layout_for(KernelName.TRITON_GEMM, spec.weight_type)
+    packed = empty_packed(form, 128, 128, spec, 0, torch.float16, "cpu")
+    layer = LoadedLayer(packed, KernelName.TRITON_GEMM, has_bias=False)
+    assert warm_up([layer], Target(device_by_name("sm_90"), torch.float16), 64).launches == 0
+
+
+def test_a_document_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "plan.json"
+    write_document(target, {"a": 1})
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert stat.S_IMODE(target.stat().st_mode) == 0o644
+    with pytest.raises(TypeError):
+        write_document(target, {"a": object()})
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -1,0 +1,1 @@
+"""What a checkpoint's files say: configuration and safetensors headers, local or on the hub."""

@@ -1,0 +1,1 @@
+"""From stored tensors to packed weights, while serving and ahead of it."""

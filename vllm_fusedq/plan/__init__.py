@@ -1,0 +1,1 @@
+"""From headers to a verdict: what every rank holds and which kernel runs it, or why it cannot."""

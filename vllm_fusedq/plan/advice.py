@@ -1,0 +1,109 @@
+"""What runs fused but is worth a word before serving; `fusedq check --strict` refuses it."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fusedq_kernels.choose import stock
+from fusedq_kernels.dtype import DType
+from fusedq_kernels.types import KernelName
+from vllm_fusedq.checkpoint.read import Checkpoint
+from vllm_fusedq.errors import Problem
+from vllm_fusedq.formats import format_for
+from vllm_fusedq.formats.base import CheckpointFormat
+from vllm_fusedq.plan.capacity import Capacity
+from vllm_fusedq.plan.layer import LayerPlan, Target
+from vllm_fusedq.plan.model import ModelPlan, fold_problems
+
+SLOW_KERNELS = {
+    KernelName.CPU_STRIPED: "decodes a few output features at a time, several times slower than "
+    "cpu-wna16"
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Layers, and what to know of them."""
+
+    layer: str
+    message: str
+
+
+def warnings_for(
+    checkpoint: Checkpoint, plan: ModelPlan, act_dtype: DType, capacity: Capacity
+) -> list[Warned]:
+    """Everything worth a word, equal words for numbered layers folded."""
+    found: dict[str, list[str]] = defaultdict(list)
+    fmt = format_for(checkpoint)
+    for module in plan.unquantized:
+        if fmt.block_of(module) in fmt.quantized_blocks:
+            found["a linear layer that the checkpoint leaves unquantized"].append(module)
+    for layer in plan.layers:
+        if layer.kernel in SLOW_KERNELS:
+            found[f"{layer.kernel.value} {SLOW_KERNELS[layer.kernel]}"].append(layer.prefix)
+        if layer.kernel is KernelName.CPU_WNA16 and layer.spec.scale_dtype != act_dtype:
+            rounded = f"{layer.spec.scale_dtype} scales are rounded to {act_dtype}"
+            found[f"{rounded}, as cpu-wna16 demands"].append(layer.prefix)
+        if layer.rows > layer.k:
+            found[_of_order(layer, fmt)].append(layer.prefix)
+    return _folded(found) + _of_memory(checkpoint, capacity)
+
+
+def notes_for(plan: ModelPlan, target: Target) -> list[Warned]:
+    """Layers for which a kernel of stock vLLM was measured faster on this very device."""
+    table = stock.table_for(target.device)
+    if table is None:
+        return []
+    found: dict[str, list[str]] = defaultdict(list)
+    for layer in plan.layers:
+        if _stock_runs(layer):
+            rows = table.find(layer.n, layer.k, layer.spec, target.act_dtype)
+            if faster := stock.describe(rows):
+                found[f"stock vLLM was measured faster on {table.device}: {faster}"].append(
+                    layer.prefix
+                )
+    return _folded(found)
+
+
+def _stock_runs(layer: LayerPlan) -> bool:
+    """Whether stock has the same weight: no wider, not reordered, not begun inside a group."""
+    stored = {fmt.bits or layer.spec.weight_type.bits for fmt in layer.formats}
+    return not layer.ordered and not layer.phase and stored == {layer.spec.weight_type.bits}
+
+
+def memory_problem(checkpoint: Checkpoint, capacity: Capacity) -> Problem | None:
+    """The refusal where weights alone are larger than the memory that the server may use."""
+    held = capacity.weights + capacity.metadata + capacity.unquantized
+    if capacity.budget is None or held <= capacity.budget:
+        return None
+    return Problem(
+        layer=checkpoint.path,
+        found=f"{held / 1e9:.2f} GB of weights on a rank",
+        supported=f"at most {capacity.budget / 1e9:.2f} GB, the part of the device that "
+        "--gpu-memory-utilization allows",
+        fix="use more ranks (--tensor-parallel-size, --pipeline-parallel-size) or a larger device",
+    )
+
+
+def _of_order(layer: LayerPlan, fmt: CheckpointFormat) -> str:
+    share = f"{layer.rows / layer.k:.2f} times its share of the rows"
+    size = f"{layer.bits_per_weight:.2f} bits per weight with the scales"
+    where = f"at tensor_parallel_size {layer.shard.tp_size}"
+    return f"its activation order takes {share}, {size}, {where}; quantize with {fmt.without_order}"
+
+
+def _folded(found: Mapping[str, Sequence[str]]) -> list[Warned]:
+    return [
+        Warned(problem.layer, message)
+        for message, layers in found.items()
+        for problem in fold_problems(Problem(layer, message, "", "") for layer in layers)
+    ]
+
+
+def _of_memory(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
+    if capacity.remains is None or capacity.remains >= 0 or memory_problem(checkpoint, capacity):
+        return []
+    fits = f"the KV cache holds {capacity.kv_tokens} tokens"
+    asked = f"{capacity.sequences} x {capacity.max_model_len}"
+    advice = "lower --max-model-len or --max-num-seqs, or use more ranks"
+    return [Warned(checkpoint.path, f"{fits}, fewer than the {asked} asked for; {advice}")]

@@ -1,0 +1,250 @@
+"""What one rank's memory holds: packed weights, what stays unquantized, workspace, KV cache.
+
+Packed weights, metadata, unquantized tensors, workspace and KV cache are computed from sizes;
+activations are an estimate. CUDA's context and graphs and the buffers of the communication library
+are not counted.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from fusedq_kernels.dtype import DType
+from fusedq_kernels.geometry import round_up
+from fusedq_kernels.types import Launch
+from vllm_fusedq.checkpoint.read import Checkpoint
+from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
+from vllm_fusedq.formats.shared.vocabulary import INPUT_EMBEDDINGS, LM_HEADS, is_head, is_tied
+from vllm_fusedq.plan.layer import DECODE_TOKENS, PREFILL_TOKENS, LayerPlan
+from vllm_fusedq.plan.model import ModelPlan
+from vllm_fusedq.plan.shards import VOCAB_PADDING, ParallelStyle, style_of
+
+KV_DTYPE_BYTES = {"auto": None, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+"""Of vLLM's `--kv-cache-dtype` those whose size is plain; "auto" is the activations' dtype."""
+
+# What vLLM runs in one step at most by default, for the estimate of the activations.
+MAX_BATCHED_TOKENS = 8192
+# Below this many tokens the split of K is the same for every number of them.
+_DECODE_LIMIT = 64
+_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+_FINAL_NORMS = frozenset({"norm", "ln_f", "final_layernorm", "final_layer_norm"})
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a server is asked for; None as length is what the model's config allows."""
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 1
+    kv_cache_dtype: str = "auto"
+    gpu_memory_utilization: float = 0.92
+    pipeline_parallel_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Bytes on the fullest rank, that of pipeline stage `stage`.
+
+    `kv_cache` is what `sequences` of `max_model_len` tokens take; None where the model's config
+    does not give the sizes. `budget` is the part of `memory` that the server may use; None on a
+    device whose memory is not known.
+    """
+
+    stage: int
+    weights: int
+    metadata: int
+    unquantized: int
+    workspace: int
+    activations: int
+    max_model_len: int | None
+    sequences: int
+    kv_bytes_per_token: int | None
+    kv_cache: int | None
+    memory: int | None
+    budget: int | None
+
+    @property
+    def fixed(self) -> int:
+        return self.weights + self.metadata + self.unquantized + self.workspace + self.activations
+
+    @property
+    def for_kv_cache(self) -> int | None:
+        """What is left for the KV cache; negative where the rest alone does not fit."""
+        return None if self.budget is None else self.budget - self.fixed
+
+    @property
+    def kv_tokens(self) -> int | None:
+        """How many tokens the KV cache can hold."""
+        if self.for_kv_cache is None or not self.kv_bytes_per_token:
+            return None
+        return max(0, self.for_kv_cache) // self.kv_bytes_per_token
+
+    @property
+    def remains(self) -> int | None:
+        """What is left with the KV cache for the given lengths."""
+        if self.for_kv_cache is None or self.kv_cache is None:
+            return None
+        return self.for_kv_cache - self.kv_cache
+
+
+def capacity_of(
+    checkpoint: Checkpoint,
+    plan: ModelPlan,
+    act_dtype: DType,
+    demand: Demand,
+    memory: int | None,
+) -> Capacity:
+    """The fullest rank's memory under `plan`.
+
+    Args:
+        checkpoint: its tensors and the model's config.
+        plan: the quantized layers of one tensor-parallel rank, of all pipeline stages.
+        act_dtype: dtype of the activations, in which vLLM also holds what is not quantized.
+        demand: lengths, KV cache dtype, shares.
+        memory: the device's bytes, None if unknown.
+    """
+    ranges = stage_ranges(block_count(checkpoint), demand.pipeline_parallel_size)
+    length = demand.max_model_len or checkpoint.number("max_position_embeddings")
+    per_layer = kv_bytes_per_layer(checkpoint, plan.tp_size, demand.kv_cache_dtype, act_dtype)
+    layers: list[list[LayerPlan]] = [[] for _ in ranges]
+    unquantized = [0] * len(ranges)
+    for layer in plan.layers:
+        for stage in _stages_of(layer.prefix + ".", checkpoint, ranges):
+            layers[stage].append(layer)
+    for info in _loaded_as_stored(checkpoint, plan):
+        for stage in _stages_of(info.name, checkpoint, ranges):
+            unquantized[stage] += _rank_bytes(info, plan.tp_size, act_dtype)
+    found = []
+    for stage, (start, stop) in enumerate(ranges):
+        per_token = None if per_layer is None else per_layer * (stop - start)
+        needed = None
+        if per_token is not None and length is not None:
+            needed = per_token * length * demand.max_num_seqs
+        found.append(
+            Capacity(
+                stage=stage,
+                weights=sum(layer.weight_bytes for layer in layers[stage]),
+                metadata=sum(layer.metadata_bytes for layer in layers[stage]),
+                unquantized=unquantized[stage],
+                workspace=max(map(workspace_bytes, layers[stage]), default=0),
+                activations=_activations(
+                    checkpoint, layers[stage], demand, stage == len(ranges) - 1
+                ),
+                max_model_len=length,
+                sequences=demand.max_num_seqs,
+                kv_bytes_per_token=per_token,
+                kv_cache=needed,
+                memory=memory,
+                budget=None if memory is None else int(memory * demand.gpu_memory_utilization),
+            )
+        )
+    return max(found, key=lambda each: each.fixed + (each.kv_cache or 0))
+
+
+def stage_ranges(blocks: int, stages: int) -> list[tuple[int, int]]:
+    """First block and one past the last of each pipeline stage, as vLLM's `get_pp_indices` cuts.
+
+    What does not divide goes one block each to the stages before the last, the later ones first.
+    """
+    sizes = [blocks // stages] * stages
+    for index in range(blocks % stages):
+        sizes[-2 - index] += 1
+    ends = [sum(sizes[: index + 1]) for index in range(stages)]
+    return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def block_count(checkpoint: Checkpoint) -> int:
+    """Blocks of the decoder: by the config, else by the highest number in a tensor's name."""
+    numbers = (int(match.group(1)) for name in checkpoint.tensors if (match := _BLOCK.search(name)))
+    return checkpoint.number("num_hidden_layers") or 1 + max(numbers, default=0)
+
+
+def kv_bytes_per_layer(
+    checkpoint: Checkpoint, tp_size: int, kv_cache_dtype: str, act_dtype: DType
+) -> int | None:
+    """Bytes that one token takes in one layer's KV cache on one rank; None if not to be known.
+
+    A sliding window counts like full attention here, so that the result is never too small.
+    """
+    size = KV_DTYPE_BYTES[kv_cache_dtype] or act_dtype.itemsize
+    if rank := checkpoint.number("kv_lora_rank"):
+        # Multi-head latent attention: one latent for all heads, on every rank
+        return (rank + (checkpoint.number("qk_rope_head_dim") or 0)) * size
+    heads, hidden = checkpoint.number("num_attention_heads"), checkpoint.number("hidden_size")
+    kv_heads = checkpoint.number("num_key_value_heads") or heads
+    head_dim = checkpoint.number("head_dim") or (heads and hidden and hidden // heads)
+    if not kv_heads or not head_dim:
+        return None
+    return 2 * max(1, kv_heads // tp_size) * head_dim * size
+
+
+def workspace_bytes(plan: LayerPlan) -> int:
+    """The largest of what a call can need beside its output: the slice of a sliced prefill, or the
+    partial sums of split K, fp32, at the most tokens for which the launch holds."""
+    return max(
+        plan.declared.workspace_bytes if plan.declared else 0,
+        _split_bytes(plan.decode, max(DECODE_TOKENS, _DECODE_LIMIT), plan.n),
+        _split_bytes(plan.prefill, PREFILL_TOKENS, plan.n),
+    )
+
+
+def _split_bytes(launch: Launch, tokens: int, n: int) -> int:
+    splits = launch.tile.split_k if launch.tile else 1
+    return 4 * splits * tokens * n if splits > 1 else 0
+
+
+def _loaded_as_stored(checkpoint: Checkpoint, plan: ModelPlan) -> list[TensorInfo]:
+    """All but the stored tensors of quantized layers."""
+    packed = {
+        f"{fmt.module}.{stored.name}"
+        for layer in plan.layers
+        for fmt in layer.formats
+        for stored in fmt.tensors
+    }
+    return [info for name, info in checkpoint.tensors.items() if name not in packed]
+
+
+def _stages_of(
+    name: str, checkpoint: Checkpoint, ranges: Sequence[tuple[int, int]]
+) -> tuple[int, ...]:
+    """The pipeline stages that hold a tensor; what lies outside of the decoder is on the first."""
+    last = len(ranges) - 1
+    parts = set(name.split("."))
+    tied = is_tied(checkpoint)
+    if parts & INPUT_EMBEDDINGS:
+        return (0, last) if tied and last else (0,)
+    if parts & LM_HEADS:
+        return () if tied else (last,)
+    if match := _BLOCK.search(name):
+        index = int(match.group(1))
+        return (next((i for i, (_, stop) in enumerate(ranges) if index < stop), last),)
+    return (last,) if parts & _FINAL_NORMS else (0,)
+
+
+def _rank_bytes(info: TensorInfo, tp_size: int, act_dtype: DType) -> int:
+    """A tensor's bytes on one rank, cut as vLLM cuts layers of that name."""
+    elements, sizes = prod(info.shape), info.shape
+    module, _, suffix = info.name.rpartition(".")
+    if set(module.split(".")) & (INPUT_EMBEDDINGS | LM_HEADS) and sizes:
+        elements = -(-round_up(sizes[0], VOCAB_PADDING) // tp_size) * prod(sizes[1:])
+    elif len(sizes) == 2 or (suffix == "bias" and len(sizes) == 1):
+        axis = {ParallelStyle.COLUMN: 0, ParallelStyle.ROW: 1}.get(style_of(module))
+        if axis is not None and axis < len(sizes) and sizes[axis] % tp_size == 0:
+            elements //= tp_size
+    return elements * act_dtype.itemsize if info.dtype in _FLOATS else info.nbytes
+
+
+def _activations(
+    checkpoint: Checkpoint, layers: Sequence[LayerPlan], demand: Demand, last: bool
+) -> int:
+    """An estimate: the widest layer's input and output beside the residual, and fp32 logits.
+
+    An lm_head runs for one token of each sequence.
+    """
+    hidden = checkpoint.number("hidden_size") or 0
+    inner = (layer for layer in layers if not is_head(layer.prefix))
+    widest = max((layer.n for layer in inner), default=0)
+    logits = 2 * 4 * demand.max_num_seqs * (checkpoint.number("vocab_size") or 0) if last else 0
+    return 2 * MAX_BATCHED_TOKENS * (2 * hidden + widest + widest // 2) + logits

@@ -1,0 +1,1 @@
+"""Evidence that the plan is what runs: numbers of kernels and of a profile."""

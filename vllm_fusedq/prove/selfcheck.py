@@ -1,0 +1,170 @@
+"""Checks every layer of a checkpoint on this machine: packing bit by bit, kernel against reference.
+
+For each layer the checkpoint's tensors are decoded once more and compared with what the resident
+weight unpacks to; then random activations are multiplied by the fused kernel and, in float64 and
+plain PyTorch, by the decoded weight. No vLLM is needed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from fusedq_kernels import op, reference
+from fusedq_kernels.embedding import embedding
+from fusedq_kernels.layouts import packing
+from fusedq_kernels.types import GatherName, Layout, LogicalWeight, PackedWeight
+from vllm_fusedq.checkpoint.read import Checkpoint
+from vllm_fusedq.formats import decode, stored_slices
+from vllm_fusedq.formats.layer import LayerFormat, Region
+from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.plan.layer import LayerPlan, Target
+from vllm_fusedq.plan.shards import PartShard
+
+# Few, some and many tokens: decode and prefill run other tiles.
+TOKENS = (1, 17, 96)
+# Rows decoded at a time: bounds the float64 copy of the weight.
+ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCheck:
+    """What was found for one layer.
+
+    `wrong_values` counts codes, scales and zero points that the resident weight holds wrongly, and
+    values of an embedding that are looked up wrongly. `max_error` and `rms_error` are of the worst
+    of several numbers of tokens, relative to the root-mean-square of the reference; `limit` is what
+    rounding alone can explain of `max_error`.
+    """
+
+    plan: LayerPlan
+    wrong_values: int
+    max_error: float
+    rms_error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.wrong_values == 0 and self.max_error <= self.limit
+
+
+def check_layer(
+    checkpoint: Checkpoint, plan: LayerPlan, target: Target, device: torch.device
+) -> LayerCheck:
+    """Load one layer of `plan` (a single rank's) onto `device` and check it.
+
+    Raises:
+        WeightLoadError: a tensor holds values that cannot be right.
+    """
+    loader = LayerLoader.create(plan, target.act_dtype, device)
+    stored = dict(_stored(checkpoint, plan))
+    for (part, name), tensor in stored.items():
+        loader.add(name, tensor, part.shard_id)
+    loader.check_complete()
+    resident = packing.unpack(loader.packed)
+    generator = torch.Generator().manual_seed(0)
+    multiplied = TOKENS if plan.shard.multiplied else ()
+    xs = [
+        torch.randn(m, plan.k, generator=generator).to(device, target.act_dtype.torch)
+        for m in multiplied
+    ]
+    found = [op.matmul(x, loader.packed, None, plan.kernel).double() for x in xs]
+    wrong, expected, start = 0, [[] for _ in xs], 0
+    for weight in _decoded(plan, stored, device):
+        stop = start + weight.codes.shape[0]
+        wrong += _differences(resident, weight, start, stop)
+        if plan.gather is not None:
+            wrong += _wrong_rows(loader.packed, weight, start, plan.gather, target.act_dtype.torch)
+        for answers, x in zip(expected, xs, strict=True):
+            answers.append(reference.matmul(x, weight))
+        start = stop
+    errors = [
+        _errors(y[:, :start], torch.cat(answers, dim=1))
+        for y, answers in zip(found, expected, strict=True)
+    ]
+    return LayerCheck(
+        plan,
+        wrong,
+        max((worst for worst, _ in errors), default=0.0),
+        max((rms for _, rms in errors), default=0.0),
+        _limit(target.act_dtype.torch),
+    )
+
+
+def _stored(
+    checkpoint: Checkpoint, plan: LayerPlan
+) -> Iterator[tuple[tuple[PartShard, str], torch.Tensor]]:
+    for part, fmt in zip(plan.shard.parts, plan.formats, strict=True):
+        for stored in fmt.tensors:
+            name = f"{part.module}.{stored.name}"
+            with safe_open(Path(checkpoint.path) / checkpoint.tensors[name].file, "pt") as file:
+                yield (part, stored.name), file.get_tensor(name)
+
+
+def _decoded(
+    plan: LayerPlan, stored: dict[tuple[PartShard, str], torch.Tensor], device: torch.device
+) -> Iterator[LogicalWeight]:
+    """The layer's logical rows from the checkpoint, some at a time."""
+    for part, fmt in zip(plan.shard.parts, plan.formats, strict=True):
+        whole = part.region
+        for first in range(whole.n_start, whole.n_stop, ROWS):
+            last = min(first + ROWS, whole.n_stop)
+            region = replace(whole, n_start=first, n_stop=last)
+            yield decode(_cut(fmt, part, stored, region, device), fmt, region)
+
+
+def _cut(
+    fmt: LayerFormat,
+    part: PartShard,
+    stored: dict[tuple[PartShard, str], torch.Tensor],
+    region: Region,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    grids = {each: fmt.grid(each, stored[part, each.name]) for each in fmt.tensors}
+    return {
+        each.name: grid[stored_slices(each, region, fmt.spec.group_size)].to(device)
+        for each, grid in grids.items()
+    }
+
+
+def _differences(resident: LogicalWeight, weight: LogicalWeight, start: int, stop: int) -> int:
+    wrong = int((resident.codes[start:stop] != weight.codes).sum())
+    # The CPU operator keeps scales in the dtype of the activations
+    scales = weight.scales.to(resident.scales.dtype)
+    wrong += int((resident.scales[start:stop] != scales).sum())
+    if weight.zeros is not None:
+        wrong += int((resident.zeros[start:stop] != weight.zeros).sum())
+    if weight.perm is not None:
+        wrong += int((resident.perm != weight.perm).sum())
+    return wrong
+
+
+def _wrong_rows(
+    packed: PackedWeight,
+    weight: LogicalWeight,
+    start: int,
+    gather: GatherName,
+    act_dtype: torch.dtype,
+) -> int:
+    """Values of rows from `start` on that are not the decoded ones, rounded once."""
+    ids = torch.arange(start, start + weight.codes.shape[0], device=weight.codes.device)
+    # The CPU operator's layout keeps scales in the dtype of the activations
+    kept = act_dtype if packed.layout is Layout.CPU_WNA16 else weight.scales.dtype
+    rows = reference.dequantize(replace(weight, scales=weight.scales.to(kept)), act_dtype)
+    if weight.perm is not None:
+        rows = torch.empty_like(rows).index_copy_(1, weight.perm.long(), rows)
+    return int((embedding(ids, packed, gather, act_dtype) != rows.to(act_dtype)).sum())
+
+
+def _errors(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """Worst and root-mean-square error; a value that is not finite is infinitely wrong."""
+    scale = expected.square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    error = (found - expected).abs().div(scale).nan_to_num(nan=torch.inf)
+    return error.max().item(), error.square().mean().sqrt().item()
+
+
+def _limit(act_dtype: torch.dtype) -> float:
+    """Outputs within 6 RMS, rounded once; roundings of weights and scales add up at random."""
+    return 8 * torch.finfo(act_dtype).eps

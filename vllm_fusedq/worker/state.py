@@ -1,0 +1,140 @@
+"""What one worker process runs and what it took to get there: the log, the file, the RPC answer."""
+
+import logging
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_fusedq.formats import settle
+from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.plan.layer import LayerPlan, Target
+from vllm_fusedq.settings import Settings
+from vllm_fusedq.worker.warmup import LoadedLayer, WarmUp, warm_up
+
+logger = logging.getLogger("vllm.fusedq")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRank:
+    """Which worker of an engine this is."""
+
+    tensor: int = 0
+    tensor_size: int = 1
+    pipeline: int = 0
+    pipeline_size: int = 1
+    data: int = 0
+
+    @property
+    def reports(self) -> bool:
+        """Whether this worker speaks for its pipeline stage; the other ranks hold the same."""
+        return self.tensor == 0 and self.data == 0
+
+    def report_file(self, path: Path, draft: bool = False) -> Path:
+        """Where a report goes: the first stage's to `path`, the others' and a draft's beside it."""
+        if draft:
+            path = path.with_suffix(f".draft{path.suffix}")
+        return path.with_suffix(f".stage{self.pipeline}{path.suffix}") if self.pipeline else path
+
+
+@dataclass(slots=True)
+class WorkerState:
+    """What one worker process knows of a model: its target, its layers as they are created and
+    loaded.
+
+    `message_file` is where a refusal is left for the API process. `plans` are those of the layers
+    that were created, `loaders` those of the layers that are loaded. `load_seconds` is the time
+    from `started` to the last loaded layer without the time spent on repacking; it covers reading
+    the files and building the model. Bytes are this rank's.
+    """
+
+    target: Target
+    settings: Settings
+    message_file: str | None = None
+    model: str = ""
+    rank: WorkerRank = field(default_factory=WorkerRank)
+    max_tokens: int = 1
+    draft: bool = False
+    vllm_version: str = ""
+    unquantized: tuple[str, ...] = ()
+    plans: list[LayerPlan] = field(default_factory=list)
+    loaders: list[LayerLoader] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    load_seconds: float = 0.0
+    warmed: WarmUp = field(default_factory=lambda: WarmUp(0.0, 0))
+    _with_bias: list[bool] = field(default_factory=list)
+
+    def layer_loaded(self, loader: LayerLoader, has_bias: bool) -> None:
+        """Take note of a finished layer; after the last one, run every launch once and report.
+
+        Layers of multi-token prediction are created after that: then there is a second last one.
+
+        Raises:
+            WeightLoadError: the layers contradict each other about how they were stored.
+        """
+        if any(known is loader for known in self.loaders):
+            return  # A weight update: nothing new to compile or to tell
+        self.loaders.append(loader)
+        self._with_bias.append(has_bias)
+        if len(self.loaders) < len(self.plans):
+            return
+        note = settle({name: one for each in self.loaders for name, one in each.findings.items()})
+        self.load_seconds = time.perf_counter() - self.started - self.pack_seconds
+        layers = (
+            LoadedLayer(each.packed, each.plan.kernel, bias, each.plan.gather)
+            for each, bias in zip(self.loaders, self._with_bias, strict=True)
+        )
+        self.warmed = warm_up(layers, self.target, self.max_tokens)
+        if self.rank.reports:
+            self._report(note)
+
+    @property
+    def pack_seconds(self) -> float:
+        return sum(loader.pack_seconds for loader in self.loaders)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(loader.stored_bytes for loader in self.loaders)
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(size for loader in self.loaders for _, size in loader.plan.resident)
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document of `docs/schemas/plan.v1.json`."""
+        from vllm_fusedq.report.document import counts_json, device_json, document, layers_json
+
+        return document(
+            "plan",
+            vllm_version=self.vllm_version,
+            model=self.model,
+            rank=asdict(self.rank),
+            device=device_json(self.target.device, None),
+            dtype=self.target.act_dtype.value,
+            layers=layers_json(self.plans),
+            unquantized=list(self.unquantized),
+            counts=counts_json(self.plans, self.unquantized),
+            loading={"seconds": self.load_seconds, "bytes": self.stored_bytes},
+            repacking={"seconds": self.pack_seconds, "bytes": self.resident_bytes},
+            warm_up=asdict(self.warmed),
+        )
+
+    def _report(self, note: str) -> None:
+        """The folded plan at INFO, what loading took, and the file that the settings name."""
+        # Tables cost every vLLM process 30 ms of import; only one engine prints one.
+        from vllm_fusedq.report.document import write_document
+        from vllm_fusedq.report.table import log_plan
+
+        if note:
+            logger.warning(note)
+        log_plan(self.plans, self.unquantized)
+        logger.info(
+            "fusedq loading: %.2f s, %.1f MB read; repacking: %.2f s, %.1f MB resident; "
+            "warm-up: %.2f s, %d launches",
+            *(self.load_seconds, self.stored_bytes / 1e6),
+            *(self.pack_seconds, self.resident_bytes / 1e6),
+            *(self.warmed.seconds, self.warmed.launches),
+        )
+        if self.settings.report is not None:
+            path = self.rank.report_file(Path(self.settings.report), self.draft)
+            write_document(path, self.document())
