@@ -3,9 +3,12 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
 GUARD = 256
 # Launches then go through the JIT, to a GPU that is named and never reached.
@@ -45,6 +48,23 @@ def compiling(compiler_env) -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def ordered_dot(monkeypatch):
+    """The interpreter adds the products of a dot in one order for tiles of any shape.
+
+    As a GPU's tensor cores do; a BLAS has another order for another shape, on some CPUs.
+    """
+
+    def matmul(a, b, dtype=None):
+        total = np.zeros((a.shape[0], b.shape[1]), dtype or np.result_type(a, b))
+        for k in range(a.shape[1]):
+            total += a[:, k, None] * b[k]
+        return total
+
+    numpy = vars(np) | {"matmul": matmul}
+    monkeypatch.setattr(interpreter, "np", SimpleNamespace(**numpy))
 
 
 @pytest.fixture

@@ -171,21 +171,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="write the cells of the table to this file too")
     args = parser.parse_args(argv)
     rows = _rows(args)
-    slices = [] if args.tile or args.batch_invariant else _slice_rows(args)
+    sliced = [] if args.tile or args.batch_invariant else _slice_rows(args)
     if args.csv:
-        write_csv(args.csv, rows, slices)
+        write_csv(args.csv, rows, sliced)
     if args.json:
-        found = {"fused": rows, "slices": slices}
+        found = {"fused": rows, "slices": sliced}
         lists = {name: [row.as_json() for row in each] for name, each in found.items()}
         print(json.dumps({"triton": triton.__version__, **lists}, indent=1))
     else:
         print(f"triton {triton.__version__}\n{format_table(rows, _COLUMNS)}")
-        if slices:
-            print(f"slices\n{format_table(slices, slices.COLUMNS)}")
-    return 1 if any(row.problems for row in (*rows, *slices)) else 0
+        if sliced:
+            print(f"slices\n{format_table(sliced, slices.COLUMNS)}")
+    return 1 if any(row.problems for row in (*rows, *sliced)) else 0
 
 
-def write_csv(path: Path, rows: Iterable[AuditRow], slices: Iterable[slices.SliceRow]) -> None:
+def write_csv(path: Path, rows: Iterable[AuditRow], sliced: Iterable[slices.SliceRow]) -> None:
     """One line per compiled kernel, under the headings of both tables."""
     version = triton.__version__
     cells = [
@@ -196,7 +196,7 @@ def write_csv(path: Path, rows: Iterable[AuditRow], slices: Iterable[slices.Slic
     cells += [
         {"triton": version, "kernel": "sliced-cublas"}
         | {name: cell(row) for name, cell in slices.COLUMNS.items()}
-        for row in slices
+        for row in sliced
     ]
     names = dict.fromkeys(name for each in cells for name in each)
     with path.open("w", newline="") as file:

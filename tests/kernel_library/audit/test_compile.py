@@ -280,7 +280,7 @@ def test_every_problem_of_a_slice_is_found(changes, problems):
 def test_the_batch_invariant_tile_is_audited_on_every_kind_of_tensor_core(compiling):
     """Also where it is one of the tiles for few tokens as well."""
     script = (
-        "import json, torch; from fusedq_kernels import audit; "
+        "import json, torch; from fusedq_kernels.audit import command; "
         "from fusedq_kernels.choose.device import device_by_name; "
         "from fusedq_kernels.types import WeightType; "
         "found = [command._tiles(device_by_name(name), WeightType.NF4, 128, True) "
@@ -303,7 +303,7 @@ def test_both_kinds_of_rows_go_to_one_csv(tmp_path):
 
 def test_a_problem_fails_the_command(compiler_env):
     script = (
-        "import sys; from fusedq_kernels import audit, audit_row; rows._MAX_REGISTERS = 16; "
+        "import sys; from fusedq_kernels.audit import command, rows; rows._MAX_REGISTERS = 16; "
         "sys.exit(command.main(sys.argv[1:]))"
     )
     arguments = ("--tile", "8x64", "--weight-type", "uint4b8", "--act-dtype", "bf16")

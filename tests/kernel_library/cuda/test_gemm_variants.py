@@ -109,6 +109,7 @@ def test_segments_add_up_to_the_bits_of_a_split(group_size, parts):
         (WeightType.UINT8B128, PER_CHANNEL, HALF),
     ],
 )
+@pytest.mark.usefixtures("ordered_dot")
 def test_batch_invariant_rows_do_not_depend_on_the_batch(weight_type, group_size, act_dtype):
     spec = QuantSpec(weight_type, group_size, HALF)
     problem = testing.make_problem(130, 72, 1152, spec, act_dtype=act_dtype, has_bias=True)

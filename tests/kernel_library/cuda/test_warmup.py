@@ -67,10 +67,10 @@ real = heuristics.reachable_launches
 warmup.reachable_launches = lambda *a, **o: real(*a, **o, table_for=lambda device: table)
 slices.SLICE_BYTES = 2 * k * 1000
 found = {}
-for sliced in (False, True):
+for allowed in (False, True):
     asked.clear()
-    warmup.warm_up(packed, h200, act, 700, with_bias=(False, True), sliced_prefill=sliced)
-    found[sliced] = set(asked)
+    warmup.warm_up(packed, h200, act, 700, with_bias=(False, True), sliced_prefill=allowed)
+    found[allowed] = set(asked)
 known = found[True]
 assert len(known - found[False]) == 1
 launch = types.Launch(types.KernelName.SLICED_CUBLAS, None, "test")
