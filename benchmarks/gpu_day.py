@@ -84,9 +84,9 @@ STEPS: dict[str, Step] = {
     "bits": Step("bit-equality of tiles, accumulation", (Command("experiments.py 3 6"),)),
     "right": Step("every kernel against float64", (Command("kernels_correct.py --jobs 8"),)),
     "bound": Step("what limits decoding: HBM, L2", (Command("experiments.py 1 4"),)),
-    "tail": Step("split-K, dependent launch", (Command("experiments.py 5 8"),)),
-    "prefill": Step("prefill tiles, exact prefill", (Command("experiments.py 2 9"),)),
-    "types": Step("NF4, 8 bits, fp16, zero points", (Command("experiments.py 7 10"),)),
+    "tail": Step("split-K", (Command("experiments.py 5"),)),
+    "prefill": Step("prefill tiles, exact prefill", (Command("experiments.py 2 8"),)),
+    "types": Step("NF4, 8 bits, fp16, zero points", (Command("experiments.py 7 9"),)),
     "tune": Step("rows for what is served most", (Command(f"tune.py {_TUNED}"),)),
     "tune-types": Step(
         "rows for other weight types", (Command(f"tune.py --shapes llama-3-8b {_TYPES}"),)

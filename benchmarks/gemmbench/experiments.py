@@ -151,18 +151,6 @@ EXPERIMENTS: dict[int, Experiment] = {
         names=("fusedq", "bitsandbytes", "without-dequant", "dequant-twice", "cublas"),
     ),
     8: Experiment(
-        "Does programmatic dependent launch shorten small layers?",
-        "1 to 2 us less per call for weights up to 16 MB, prefetching included; nothing for larger",
-        "less than 0.3 us, or slower: leave it off",
-        (Case((_KV, _O, _QKV, _UP), (1, 8, 16)),),
-        (
-            Variant("plain"),
-            Variant("pdl", change=(("pdl", True),)),
-            Variant("pdl + prefetch", change=(("pdl", True), ("prefetch", True))),
-        ),
-        ("cublas",),
-    ),
-    9: Experiment(
         "What does exact prefill cost at 128 tokens?",
         "fp32 group scales 10 to 25 % slower than scaled weights",
         "5 % or less: no scaled weights up to 128 tokens",
@@ -173,7 +161,7 @@ EXPERIMENTS: dict[int, Experiment] = {
         ),
         ("fusedq", "cublas"),
     ),
-    10: Experiment(
+    9: Experiment(
         "Do 8 bits, fp16 and zero points keep to the same bounds?",
         "pct_twin as in experiment 1 for all of them; uint4 within 5 % of uint4b8; 8 bits per "
         "channel 1.8 times cuBLAS",

@@ -162,7 +162,7 @@ class Variant:
 
 def describe(tile: TileConfig) -> str:
     """ "16x128 split 4 warps 4 stages 4", and what else is on."""
-    options = [name for name in ("scale_weights", "pdl", "prefetch") if getattr(tile, name)]
+    options = ["scale_weights"] if tile.scale_weights else []
     shape = f"{tile.block_m}x{tile.block_n} split {tile.split_k}"
     return " ".join([shape, f"warps {tile.num_warps} stages {tile.num_stages}", *options])
 

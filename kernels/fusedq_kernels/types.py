@@ -207,9 +207,7 @@ class TileConfig:
     `split_k` programs share the K of a tile; with `segments` one program adds as many parts of K,
     each summed for itself, to the same bits. With `scale_weights` a group's scale multiplies its
     weights, rounded to 16 bits, instead of the fp32 partial product. With `x_descriptor` tiles of x
-    come by the tensor memory accelerator (sm_90 and newer). With `pdl` the launch overlaps the end
-    of its predecessor (programmatic dependent launch, sm_90 and newer), and with `prefetch` it
-    brings the first blocks of the weight to L2 meanwhile. With `scale_steps` a per-channel scale
+    come by the tensor memory accelerator (sm_90 and newer). With `scale_steps` a per-channel scale
     multiplies the sums of each step, like a group's, instead of the total.
     """
 
@@ -221,8 +219,6 @@ class TileConfig:
     segments: int = 1
     scale_weights: bool = False
     x_descriptor: bool = False
-    pdl: bool = False
-    prefetch: bool = False
     scale_steps: bool = False
 
 

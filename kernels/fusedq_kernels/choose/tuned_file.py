@@ -202,8 +202,6 @@ def _check_tile(row: TunedRow, device: str, where: str) -> None:
     if row.tile.split_k > 1 and tiles * NEAREST_FACTOR > MAX_TILES:
         limit = MAX_TILES // NEAREST_FACTOR
         raise ValueError(f"{where}: split_k of {tiles} output tiles, at most {limit} can be split")
-    if row.tile.pdl and device_by_name(device).capability < (9, 0):
-        raise ValueError(f"{where}: pdl needs sm_90 or newer")
     if row.tile.x_descriptor and (row.step < 16 or device_by_name(device).capability < (9, 0)):
         raise ValueError(f"{where}: x_descriptor needs sm_90 or newer and groups of whole 16 rows")
 

@@ -63,9 +63,6 @@ def kernel_constants(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "NUM_STAGES": tile.num_stages,
-        # The interpreter runs one launch after the other and no inline assembly.
-        "PDL": tile.pdl and not INTERPRETED,
-        "PREFETCH": tile.prefetch,
     }
 
 
@@ -83,13 +80,11 @@ def weight_constants(spec: QuantSpec, groups: GroupGeometry) -> dict[str, object
 
 def launch_options(tile: TileConfig) -> dict[str, object]:
     """The options that a launch hands to the compiler; shared by the launcher and the audit."""
-    options = {
+    return {
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         "enable_fp_fusion": FP_FUSION,
     }
-    # Only NVIDIA's compiler knows this one, and a launch with an unknown option fails.
-    return options | {"launch_pdl": True} if tile.pdl else options
 
 
 def fused_gemm(
@@ -175,8 +170,6 @@ def _checked_tile(packed: PackedWeight, launch: Launch) -> TileConfig:
     step = group_geometry(packed.k, packed.spec.group_size, packed.phase).step
     if tile.x_descriptor and step < _MIN_DESCRIPTOR_STEP:
         raise ValueError(f"x_descriptor needs groups of whole 16 rows, got steps of {step}")
-    if tile.prefetch and not tile.pdl:
-        raise ValueError("prefetch fills the wait of pdl, which this tile does not have")
     if min(tile.split_k, tile.segments) != 1:
         found = f"split_k {tile.split_k} and segments {tile.segments}"
         raise ValueError(f"split_k or segments must be 1 and none below, got {found}")

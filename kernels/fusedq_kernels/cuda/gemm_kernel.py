@@ -16,11 +16,6 @@ precede thread 0's atomic add, whose release at GPU scope covers them (release i
 PTX); the add that finds the tile complete acquires every earlier one, a barrier passes that on to
 its block, and `.cg` loads read the sums from L2. Floating-point atomics, which add in any order,
 are not used.
-
-Programmatic dependent launch (sm_90 and newer). With PDL the kernel may start while its predecessor
-in the stream still runs: whatever that one may write (x, the counters) or still read (y, the
-partial sums) is touched behind `griddepcontrol.wait` alone. The weight depends on nobody, so with
-PREFETCH its first blocks come to L2 meanwhile.
 """
 
 # Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
@@ -28,7 +23,6 @@ PREFETCH its first blocks come to L2 meanwhile.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, group_of, of_step, scale_of
 from fusedq_kernels.cuda.hooks import named_for_hooks
@@ -66,19 +60,6 @@ def scaled(weight, scale, NARROW_SCALE: tl.constexpr, INTERPRET: tl.constexpr):
         return weight * scale[:, None].to(weight.dtype)
     else:
         return to_output(weight.to(tl.float32) * scale[:, None], weight.dtype, INTERPRET)
-
-
-@triton.jit
-def _prefetch_l2(ptrs):
-    """Ask for the 128 bytes at each pointer; nothing waits for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [ptrs.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 # One binary for any number of tokens, position of groups and bias, wherever it starts.
@@ -120,8 +101,6 @@ def fused_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-    PREFETCH: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """One `[BLOCK_M, BLOCK_N]` tile of y over one split of K, or over SEGMENTS of them in order.
@@ -153,15 +132,6 @@ def fused_gemm_kernel(
     qweight_ptrs = qweight_ptr + offs_n[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     scales_ptrs = scales_ptr + offs_n
     stride_block = n_padded.to(tl.int64) * WORDS
-    if PDL:
-        if PREFETCH:
-            # The rows of a tile are one run of bytes in each K block: 32 words to a cache line.
-            lines = pid_n * (BLOCK_N * WORDS) + 32 * tl.arange(0, BLOCK_N * WORDS // 32)
-            for stage in tl.static_range(NUM_STAGES):
-                # A short split prefetches a neighbour's block; beyond the weight lies nothing.
-                block = tl.minimum(pid_k * blocks_per_part + stage, num_blocks - 1)
-                _prefetch_l2(qweight_ptr + block * stride_block + lines)
-        gdc_wait()
     if STEPS_PER_GROUP == 0:
         metadata = tl.load(scales_ptrs)
     mask = mask_m[None, :] & (offs_n < N)[:, None]
@@ -203,8 +173,6 @@ def fused_gemm_kernel(
         else:
             total += acc
 
-    if PDL:
-        gdc_launch_dependents()
     if SPLIT_K > 1:
         split_size = M.to(tl.int64) * N
         tl.store(partial_ptr + pid_k * split_size + offs_y, total, mask=mask)

@@ -150,24 +150,6 @@ kernel = command.compile_gemm(
 print(json.dumps(kernel.asm["amdgcn"]))
 """
 
-PDL_SCRIPT = """
-import json, re, torch
-from triton.backends.compiler import GPUTarget
-from fusedq_kernels.audit import command
-from fusedq_kernels.types import QuantSpec, TileConfig, WeightType
-
-spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
-found = []
-for pdl, prefetch in ((False, False), (True, False), (True, True)):
-    tile = TileConfig(8, 64, 4, 4, 4, pdl=pdl, prefetch=prefetch)
-    kernel = command.compile_gemm(GPUTarget("cuda", 90, 32), tile, spec, torch.bfloat16)
-    marks = r"griddepcontrol\\.\\w+|prefetch\\.global\\.L2|cp\\.async\\.cg|atom\\."
-    order = re.findall(marks, kernel.asm["ptx"])
-    first = list(dict.fromkeys(order))
-    found.append([first, order.count("prefetch.global.L2"), kernel.metadata.launch_pdl])
-print(json.dumps(found))
-"""
-
 
 @pytest.fixture(scope="module")
 def rows_of():
@@ -320,17 +302,6 @@ def test_a_problem_fails_the_command(compiler_env):
 
 def test_one_audited_binary_serves_every_size(compiling):
     compiling(LAUNCH_SCRIPT, driver=True)
-
-
-def test_a_dependent_launch_waits_before_it_reads_and_lets_go_before_it_counts(compiling):
-    """What a predecessor may still write, x and the counters, is behind the wait."""
-    plain, waiting, prefetching = json.loads(compiling(PDL_SCRIPT))
-    load, count = "cp.async.cg", "atom."
-    wait, let_go = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
-    assert plain == [[load, count], 0, False]
-    assert waiting == [[wait, load, let_go, count], 0, True]
-    # One prefetch for each pipeline stage, none of which waits
-    assert prefetching == [["prefetch.global.L2", wait, load, let_go, count], 4, True]
 
 
 @pytest.mark.parametrize("weight_type", ["uint4", "uint8b128"])

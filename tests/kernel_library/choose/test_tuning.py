@@ -217,13 +217,12 @@ def test_a_tile_is_all_or_nothing(tmp_path):
         read(tmp_path, table_of(cells))
 
 
-@pytest.mark.parametrize("option", ["x_descriptor", "pdl"])
-def test_an_option_of_hopper_needs_its_device(tmp_path, option):
-    rows = [row | {option: True} for row in ROWS]
-    assert getattr(read(tmp_path, table_of(*rows))[0].rows[0].tile, option)
+def test_the_tensor_memory_accelerator_needs_its_device(tmp_path):
+    rows = [row | {"x_descriptor": True} for row in ROWS]
+    assert read(tmp_path, table_of(*rows))[0].rows[0].tile.x_descriptor
     path = tmp_path / "a100.json"
     path.write_text(json.dumps({"device": "a100", "tables": [table_of(*rows)]}))
-    with pytest.raises(ValueError, match=rf"a100.json.*row 1: {option} needs sm_90"):
+    with pytest.raises(ValueError, match=r"a100.json.*row 1: x_descriptor needs sm_90"):
         tuning.read(path)
 
 

@@ -79,18 +79,6 @@ def test_a_tensor_descriptor_loads_the_same_tokens(group_size, phase):
     assert torch.equal(y, expected)
 
 
-def test_a_prefetch_needs_a_wait_to_fill():
-    problem = testing.make_problem(5, 72, 272, QuantSpec(WeightType.UINT4, 128, HALF))
-    packed = pack(problem.logical, HALF)
-    expected = run(problem.x, packed, None, launch(split_k=2))
-    chosen = launch(split_k=2, pdl=True, prefetch=True)
-    assert torch.equal(run(problem.x, packed, None, chosen), expected)
-    with pytest.raises(
-        ValueError, match="prefetch fills the wait of pdl, which this tile does not"
-    ):
-        run(problem.x, packed, None, launch(prefetch=True))
-
-
 @pytest.mark.parametrize(("group_size", "parts"), [(16, 5), (64, 2), (64, 9), (PER_CHANNEL, 3)])
 def test_segments_add_up_to_the_bits_of_a_split(group_size, parts):
     spec = QuantSpec(WeightType.UINT4, group_size, HALF)
