@@ -43,7 +43,7 @@ _COMPARED = (
 )
 _TYPES = "--weight-type uint4 --weight-type uint8b128 --weight-type nf4"
 # Scripts without --seconds and --dry-run; modules (-m) have neither.
-_UNLIMITED = ("plots.py", "random_checkpoint.py", "stock_table.py")
+_UNLIMITED = ("plots.py", "random_checkpoint.py")
 _WORK = Path(tempfile.gettempdir()) / "fusedq-gpu-day"
 
 app = typer.Typer(add_completion=False)
@@ -128,13 +128,7 @@ STEPS: dict[str, Step] = {
             ),
         ),
     ),
-    "plots": Step(
-        "the figures, and the table of where stock vLLM is faster",
-        (
-            Command("plots.py benchmarks/results/h200"),
-            Command("stock_table.py benchmarks/results/h200"),
-        ),
-    ),
+    "plots": Step("the figures", (Command("plots.py benchmarks/results/h200"),)),
 }
 
 

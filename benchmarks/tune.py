@@ -30,7 +30,6 @@ if not torch.cuda.is_available():
 from fusedq_kernels import launchers
 from fusedq_kernels.choose import tuning
 from fusedq_kernels.choose.device import KNOWN_DEVICES
-from fusedq_kernels.roofline import rates_for
 from fusedq_kernels.types import (
     GemmShape,
     KernelName,
@@ -44,6 +43,7 @@ from gemmbench import candidates, shapes, weights
 from gemmbench.comparison import weight_types
 from gemmbench.own import device_spec
 from gemmbench.results import Problem, ResultFile, Row, commit, environment, results_folder
+from gemmbench.roofline import rates_for
 from gemmbench.timing import copies_for, measure
 
 KERNEL = KernelName.TRITON_GEMM

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 from fusedq_kernels.choose import tuning
 from fusedq_kernels.choose.heuristics import select, tiles_for
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, group_geometry, round_up, whole_splits
-from fusedq_kernels.roofline import Rates, roofline
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,
@@ -16,6 +15,7 @@ from fusedq_kernels.types import (
     TileConfig,
     WeightType,
 )
+from gemmbench.roofline import Rates, roofline
 
 # Rows are measured at the largest number of tokens that they serve.
 DECODE_BUCKETS = (8, 16, 32, 64)

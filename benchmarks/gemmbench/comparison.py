@@ -9,7 +9,6 @@ import torch
 
 from fusedq_kernels.choose.heuristics import select
 from fusedq_kernels.dtype import DType
-from fusedq_kernels.roofline import rates_for, roofline
 from fusedq_kernels.types import (
     GemmShape,
     Launch,
@@ -22,6 +21,7 @@ from gemmbench.contender import Contender, Prepared, Unavailable
 from gemmbench.libraries import LIBRARIES
 from gemmbench.own import OWN, device_spec
 from gemmbench.results import Problem, Row
+from gemmbench.roofline import rates_for, roofline
 from gemmbench.timing import Timing, copies_for, measure
 from gemmbench.triton_kernels import load_only
 from gemmbench.vllm_linear import VLLM

@@ -12,10 +12,10 @@ import tune
 from fusedq_kernels.choose import tuning
 from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.choose.heuristics import select
-from fusedq_kernels.roofline import rates_for
 from fusedq_kernels.types import GemmShape, KernelName, QuantSpec, TileConfig, WeightType
 from gemmbench import candidates
 from gemmbench.results import ResultFile
+from gemmbench.roofline import rates_for
 
 H200 = device_by_name("h200")
 RATES = rates_for(H200)

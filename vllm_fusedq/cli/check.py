@@ -45,7 +45,6 @@ class Result:
     plan: "ModelPlan"
     problems: tuple[Problem, ...]
     warnings: tuple["Warned", ...]
-    notes: tuple["Warned", ...]
     capacity: "Capacity"
     strict: bool
 
@@ -200,7 +199,7 @@ def _result(
     memory: int | None,
     strict: bool,
 ) -> Result:
-    from vllm_fusedq.plan.advice import memory_problem, notes_for, warnings_for
+    from vllm_fusedq.plan.advice import memory_problem, warnings_for
     from vllm_fusedq.plan.capacity import block_count, capacity_of
     from vllm_fusedq.plan.model import survey_model
 
@@ -215,8 +214,7 @@ def _result(
     problems = survey.problems
     if not problems and (too_large := memory_problem(checkpoint, capacity)):
         problems = (too_large,)
-    notes = tuple(notes_for(survey.plan, target))
-    return Result(survey.plan, problems, warnings, notes, capacity, strict)
+    return Result(survey.plan, problems, warnings, capacity, strict)
 
 
 def _refuse(error: FusedQError, as_json: dict[str, Any] | None) -> None:
@@ -249,8 +247,6 @@ def _print_results(results: list[Result], device: "DeviceSpec", demand: "Demand"
         word = "refused (--strict)" if result.strict else "warning"
         for warned in result.warnings:
             out.print(f"{word}: {warned.layer}: {warned.message}", markup=False, highlight=False)
-        for note in result.notes:
-            out.print(f"note: {note.layer}: {note.message}", markup=False, highlight=False)
         if result.problems:
             _print_refusal(str(PreflightError(result.problems)))
 
@@ -268,6 +264,6 @@ def _result_json(result: Result, demand: "Demand") -> dict[str, Any]:
         "counts": counts_json(plan.layers, plan.unquantized),
         "problems": problems_json(result.problems),
         "warnings": [asdict(warned) for warned in result.warnings],
-        "notes": [asdict(note) for note in result.notes],
+        "notes": [],
         "capacity": None if result.problems else capacity_json(result.capacity),
     }

@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fusedq_kernels.choose import stock
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import KernelName
 from vllm_fusedq.checkpoint.read import Checkpoint
@@ -12,7 +11,7 @@ from vllm_fusedq.errors import Problem
 from vllm_fusedq.formats import format_for
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.plan.capacity import Capacity
-from vllm_fusedq.plan.layer import LayerPlan, Target
+from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.plan.model import ModelPlan, fold_problems
 
 SLOW_KERNELS = {
@@ -47,28 +46,6 @@ def warnings_for(
         if layer.rows > layer.k:
             found[_of_order(layer, fmt)].append(layer.prefix)
     return _folded(found) + _of_memory(checkpoint, capacity)
-
-
-def notes_for(plan: ModelPlan, target: Target) -> list[Warned]:
-    """Layers for which a kernel of stock vLLM was measured faster on this very device."""
-    table = stock.table_for(target.device)
-    if table is None:
-        return []
-    found: dict[str, list[str]] = defaultdict(list)
-    for layer in plan.layers:
-        if _stock_runs(layer):
-            rows = table.find(layer.n, layer.k, layer.spec, target.act_dtype)
-            if faster := stock.describe(rows):
-                found[f"stock vLLM was measured faster on {table.device}: {faster}"].append(
-                    layer.prefix
-                )
-    return _folded(found)
-
-
-def _stock_runs(layer: LayerPlan) -> bool:
-    """Whether stock has the same weight: no wider, not reordered, not begun inside a group."""
-    stored = {fmt.bits or layer.spec.weight_type.bits for fmt in layer.formats}
-    return not layer.ordered and not layer.phase and stored == {layer.spec.weight_type.bits}
 
 
 def memory_problem(checkpoint: Checkpoint, capacity: Capacity) -> Problem | None:

@@ -149,13 +149,13 @@ def current_gpu() -> tuple[DeviceSpec, int] | None:
     return current_device(gpu, False), torch.cuda.get_device_properties(gpu).total_memory
 
 
-def driver_words(driver_name: str) -> list[str]:
+def _driver_words(driver_name: str) -> list[str]:
     """The words of the name that a driver reports; among them may be one of `KNOWN_DEVICES`."""
     return re.sub(r"[^a-z0-9]+", " ", driver_name.lower()).replace("rtx ", "rtx").split()
 
 
 def _device_name(driver_name: str, spec: DeviceSpec) -> str:
-    words = driver_words(driver_name)
+    words = _driver_words(driver_name)
     for word in words:
         known = KNOWN_DEVICES.get(word)
         if known is not None and replace(known, name="") == spec:
