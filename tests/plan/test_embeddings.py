@@ -256,7 +256,7 @@ def test_the_trace_proves_a_lookup(
     def judged(call) -> tuple[str, ...]:
         with profile(record_shapes=True, profile_memory=True) as found, record(EMBEDDING, True):
             call()
-        return judge(plan, packed, found.events(), 1, HALF, CPU, lookup=True).problems
+        return judge(plan, packed, found.events(), 1, Target(CPU, HALF), lookup=True).problems
 
     assert judged(lambda: embedding(ids, packed, plan.gather, HALF)) == ()
     (missing, unseen) = judged(lambda: None)

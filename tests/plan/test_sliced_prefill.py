@@ -92,7 +92,7 @@ def trace(path: Path, call: Callable[..., object]) -> LayerTrace:
         record(plan.prefix),
     ):
         call(x, loader.packed)
-    return judge(plan, loader.packed, found.events(), TOKENS, torch.float16, TARGET.device)
+    return judge(plan, loader.packed, found.events(), TOKENS, TARGET)
 
 
 def sliced(x: torch.Tensor, packed: object) -> torch.Tensor:

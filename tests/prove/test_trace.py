@@ -25,6 +25,7 @@ from vllm_fusedq.prove.trace import MARK, LayerTrace, judge, record
 TOKENS = 4
 DEVICE = cpu_device(fused_op=True)
 DTYPE = torch.bfloat16
+TARGET = Target(DEVICE, DTYPE)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def loader(tmp_path_factory: pytest.TempPathFactory) -> LayerLoader:
     """A layer of 1024 x 1536: 3 MB unpacked, many times what four tokens need."""
     path = tmp_path_factory.mktemp("trace")
     write_checkpoint(path, "awq", hidden=1536, intermediate=1024, group_size=128)
-    plans = plan_model(read_checkpoint(path), Target(DEVICE, DTYPE)).layers
+    plans = plan_model(read_checkpoint(path), TARGET).layers
     plan = next(plan for plan in plans if plan.prefix.endswith("down_proj"))
     loader = LayerLoader.create(plan, DTYPE, torch.device("cpu"))
     with safe_open(path / "model.safetensors", "pt") as file:
@@ -50,7 +51,7 @@ def trace(loader: LayerLoader, call: Callable[[torch.Tensor], object]) -> LayerT
         record(loader.plan.prefix),
     ):
         call(x)
-    return judge(loader.plan, loader.packed, found.events(), TOKENS, DTYPE, DEVICE)
+    return judge(loader.plan, loader.packed, found.events(), TOKENS, TARGET)
 
 
 def fused(loader: LayerLoader, x: torch.Tensor) -> torch.Tensor:
@@ -97,11 +98,13 @@ def test_what_is_not_fused_is_seen(
 
 
 def test_a_layer_that_never_ran_is_seen(loader: LayerLoader) -> None:
-    found = judge(loader.plan, loader.packed, [], TOKENS, DTYPE, DEVICE)
+    found = judge(loader.plan, loader.packed, [], TOKENS, TARGET)
     assert found.problems == ("the layer never ran",)
 
 
-def gpu_event(name: str, *children: Any, kernels: tuple[str, ...] = ()) -> SimpleNamespace:
+def gpu_event(
+    name: str, *children: Any, kernels: tuple[str, ...] = (), allocated: int = 0
+) -> SimpleNamespace:
     """An event as the profiler gives it of a GPU."""
     return SimpleNamespace(
         name=name,
@@ -109,7 +112,7 @@ def gpu_event(name: str, *children: Any, kernels: tuple[str, ...] = ()) -> Simpl
         kernels=[SimpleNamespace(name=kernel) for kernel in kernels],
         input_shapes=[],
         self_cpu_memory_usage=0,
-        self_device_memory_usage=0,
+        self_device_memory_usage=allocated,
     )
 
 
@@ -126,5 +129,22 @@ def test_only_the_fused_kernel_is_evidence_on_a_gpu(
     plan = replace(loader.plan, kernel=KernelName.TRITON_GEMM)
     operator = gpu_event("fusedq::matmul_out", kernels=(kernel,))
     call = gpu_event(MARK + plan.prefix, operator)
-    found = judge(plan, loader.packed, [call], TOKENS, DTYPE, device_by_name("h200"))
+    found = judge(plan, loader.packed, [call], TOKENS, Target(device_by_name("h200"), DTYPE))
     assert found.problems == problems
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_the_budget_is_that_of_the_launch_that_runs(
+    loader: LayerLoader, batch_invariant: bool
+) -> None:
+    """By hand for 256 tokens: K in 4 parts is 4 x 256 x 1536 fp32 partial sums, twice the unpacked
+    weight. Batch-invariant launches keep them in registers and have no such excuse."""
+    plan = replace(loader.plan, kernel=KernelName.TRITON_GEMM)
+    kernels = (gemm_kernel.fused_gemm_kernel.__name__,)
+    unpacked = gpu_event("aten::empty", allocated=2 * 1536 * 1024)
+    call = gpu_event(MARK + plan.prefix, gpu_event("fusedq::matmul_out", unpacked, kernels=kernels))
+    target = Target(device_by_name("h200"), DTYPE, batch_invariant=batch_invariant)
+    found = judge(plan, loader.packed, [call], 256, target)
+    assert bool(found.problems) == batch_invariant
+    parts = 0 if batch_invariant else 4 * 256 * 1536 * 4
+    assert found.allowed - (1 << 16) == max(parts, 2 * 256 * 1536)

@@ -84,10 +84,7 @@ def _judge_layer(layer: torch.nn.Module, served: list[Any]) -> list[LayerTrace]:
             shape, dtype = ((tokens,), torch.int64) if lookup else ((tokens, plan.k), act_dtype)
             x = torch.zeros(shape, dtype=dtype, device=packed.qweight.device)
             sized.append((tokens, _profiled(lambda call=call, x=x: call(layer, x))))
-        traces += [
-            judge(plan, packed, events, tokens, act_dtype, target.device, lookup)
-            for tokens, events in sized
-        ]
+        traces += [judge(plan, packed, events, tokens, target, lookup) for tokens, events in sized]
     return traces
 
 

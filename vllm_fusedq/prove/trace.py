@@ -16,14 +16,13 @@ from fusedq_kernels.cpu.kernels import STRIPE_BYTES
 from fusedq_kernels.embedding import STRIPE_VALUES
 from fusedq_kernels.geometry import BLOCK_K
 from fusedq_kernels.types import (
-    DeviceSpec,
     GatherName,
     GemmShape,
     KernelName,
     Launch,
     PackedWeight,
 )
-from vllm_fusedq.plan.layer import LayerPlan
+from vllm_fusedq.plan.layer import LayerPlan, Target
 
 MARK, LOOKUP_MARK = "fusedq layer ", "fusedq lookup in "
 OPERATOR, LOOKUP_OPERATOR = "fusedq::matmul", "fusedq::embedding"
@@ -73,8 +72,7 @@ def judge(
     packed: PackedWeight,
     events: Sequence[Any],
     tokens: int,
-    act_dtype: torch.dtype,
-    device: DeviceSpec,
+    target: Target,
     lookup: bool = False,
 ) -> LayerTrace:
     """Judge one layer.
@@ -84,10 +82,12 @@ def judge(
         packed: the resident weight.
         events: `profile(record_shapes=True, profile_memory=True).events()`.
         tokens: the most tokens of a call. Calls with fewer have to reach the same kernel.
+        target: what the layer was planned for.
         lookup: whether the lookups in an embedding are judged instead of products with it.
     """
     mark, operator = (LOOKUP_MARK, LOOKUP_OPERATOR) if lookup else (MARK, OPERATOR)
-    kernel = plan.gather if lookup else _launch_at(plan, tokens, device).kernel
+    act_dtype = target.act_dtype.torch
+    kernel = plan.gather if lookup else _launch_at(plan, tokens, target).kernel
     evidence = _EVIDENCE[kernel]
     calls = [event for event in events if event.name == mark + plan.prefix]
     problems = []
@@ -96,7 +96,7 @@ def judge(
     if lookup:
         allowed = lookup_bytes(plan, tokens, act_dtype)
     else:
-        allowed = allowed_bytes(plan, packed, tokens, act_dtype, device)
+        allowed = allowed_bytes(plan, packed, tokens, target)
     resident = [
         list(t.shape) for t in (packed.qweight, packed.scales, packed.zeros) if t is not None
     ]
@@ -126,17 +126,15 @@ def judge(
     )
 
 
-def allowed_bytes(
-    plan: LayerPlan, packed: PackedWeight, tokens: int, act_dtype: torch.dtype, device: DeviceSpec
-) -> int:
+def allowed_bytes(plan: LayerPlan, packed: PackedWeight, tokens: int, target: Target) -> int:
     """The largest single allocation that a call of `tokens` tokens may need."""
     columns = max(packed.scales.shape[1], plan.n)
     rows = max(plan.k, plan.rows) + 256
-    largest = tokens * max(columns, rows) * act_dtype.itemsize
+    largest = tokens * max(columns, rows) * target.act_dtype.itemsize
     if plan.kernel is KernelName.CPU_STRIPED:
         # fp32 activations, and a stripe of decoded weights
         largest = max(2 * largest, 2 * STRIPE_BYTES)
-    launch = _launch_at(plan, tokens, device)
+    launch = _launch_at(plan, tokens, target)
     if launch.tile is not None and launch.tile.split_k > 1:
         largest = max(largest, launch.tile.split_k * tokens * columns * 4)
     if plan.declared is not None and launch.kernel in DECLARED_KERNELS:
@@ -144,12 +142,16 @@ def allowed_bytes(
     return largest + _SLACK_BYTES
 
 
-def _launch_at(plan: LayerPlan, tokens: int, device: DeviceSpec) -> Launch:
+def _launch_at(plan: LayerPlan, tokens: int, target: Target) -> Launch:
     """What the plan lets so many tokens run."""
-    if plan.kernel is not KernelName.TRITON_GEMM or device.kind == "cpu":
+    if plan.kernel is not KernelName.TRITON_GEMM or target.device.kind == "cpu":
         return plan.decode
     shape = GemmShape(tokens, plan.n, plan.rows)
-    return select(shape, plan.spec, device, sliced_prefill=plan.declared is not None)
+    return select(
+        *(shape, plan.spec, target.device),
+        batch_invariant=target.batch_invariant,
+        sliced_prefill=target.sliced_prefill,
+    )
 
 
 def lookup_bytes(plan: LayerPlan, tokens: int, act_dtype: torch.dtype) -> int:
