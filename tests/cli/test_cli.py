@@ -131,7 +131,8 @@ def test_devices_by_architecture_get_the_engines_verdict(tmp_path: Path) -> None
     assert document(str(tmp_path), "--device", "H200")["device"]["name"] == "h200"
     result = fusedq("check", str(tmp_path), "--device", "sm_75")
     assert result.exit_code == 1
-    assert "found sm_75 of compute capability 7.5; supported: 8.0 and newer" in result.stderr
+    assert "1 problem in" in result.stderr
+    assert "device sm_75: found sm_75 of compute capability 7.5; supported: 8.0" in result.stderr
     (newer,) = document(str(tmp_path), "--device", "sm_103")["results"]
     assert newer["verdict"] == "fused"
 

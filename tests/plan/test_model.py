@@ -82,9 +82,10 @@ def test_batch_invariant_mode_is_planned_or_refused(tmp_path: Path) -> None:
     assert all(launch.source.endswith("batch-invariant") for launch in launches)
     with pytest.raises(PreflightError) as error:
         plan_model(checkpoint, dataclasses.replace(CPU, batch_invariant=True))
-    assert len(error.value.problems) == len(plan.layers)
-    problem = error.value.problems[0]
-    assert problem.found == "kernel cpu-wna16 in vLLM's batch-invariant mode"
+    (problem,) = error.value.problems
+    assert problem.layer == "device cpu"
+    kernels = "(cpu-wna16, cpu-striped)"
+    assert problem.found == f"kernels without vLLM's batch-invariant mode {kernels}"
     assert problem.supported == "triton-gemm"
     assert problem.fix == "unset VLLM_BATCH_INVARIANT, or serve on a GPU"
 
@@ -146,17 +147,34 @@ def test_parts_of_one_fused_layer_must_share_their_scheme(tmp_path: Path) -> Non
     assert problem.fix.endswith('or with all of them excluded by "-:regex" in dynamic')
 
 
-def test_old_gpus_and_other_dtypes_are_refused(tmp_path: Path) -> None:
-    from dataclasses import replace as with_fields
+V100 = dataclasses.replace(device_by_name("a100"), name="v100", capability=(7, 0))
 
-    write_checkpoint(tmp_path, "awq")
-    old = with_fields(device_by_name("a100"), name="v100", capability=(7, 0))
-    assert (
-        "v100 of compute capability 7.0"
-        in problems_of(tmp_path, Target(old, torch.float16))[0].found
-    )
-    fp32 = problems_of(tmp_path, Target(device_by_name("a100"), torch.float32))[0]
-    assert (fp32.found, fp32.supported) == ("activations in float32", "float16, bfloat16")
+
+@pytest.mark.parametrize(
+    ("target", "found", "supported"),
+    [
+        (Target(V100, torch.float16), "v100 of compute capability 7.0", "8.0 and newer"),
+        (Target(V100, torch.float32), "activations in float32", "float16, bfloat16"),
+    ],
+)
+def test_what_no_layer_can_run_on_is_one_problem(
+    tmp_path: Path, target: Target, found: str, supported: str
+) -> None:
+    """At every size, beside what is wrong with a layer itself, and from a single layer too."""
+    missing = "model.layers.0.mlp.up_proj.scales"
+    write_checkpoint(tmp_path / "good", layers=2)
+    write_checkpoint(tmp_path / "bad", layers=2, edits=[drop(missing)])
+    for tp_size in (1, 2):
+        problems = problems_of(tmp_path / "good", target, tp_size)
+        assert {problem.layer for problem in problems} == {"device v100"}
+        assert (problems[0].found, problems[0].supported) == (found, supported)
+        assert len(problems) == 1 + (target.act_dtype.value == "float32")
+    assert problems_of(tmp_path / "bad", target)[-1].layer == missing.removesuffix(".scales")
+    layer = plan_model(read_checkpoint(tmp_path / "good"), H200).layers[0]
+    formats = {fmt.module: fmt for fmt in layer.formats}
+    with pytest.raises(PreflightError) as error:
+        plan_layer(layer.shard, formats, target)
+    assert error.value.problems == problems
 
 
 def test_equal_problems_fold_over_layers() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fusedq_kernels.choose import heuristics
-from fusedq_kernels.choose.refusals import unsupported_reasons
+from fusedq_kernels.choose.refusals import device_reasons, unsupported_reasons
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.layouts.resident import PERM_DTYPE, ResidentTensor, resident_tensors
 from fusedq_kernels.types import (
@@ -128,6 +128,8 @@ def plan_layer(
         PreflightError: every reason why no fused kernel can run this shard.
     """
     layer_formats = _of_one_scheme(shard, formats)
+    if problems := target_problems(target):
+        raise PreflightError(problems)
     first, region = layer_formats[0], shard.parts[0].region
     if first.ordered:
         rows, spec, phase = resident_rows(first, region), resident_spec(first, region), 0
@@ -144,7 +146,6 @@ def plan_layer(
     decode, prefill = choice.launches
     if shard.multiplied:
         _check_insisted(shard, spec, target.insisted)
-        _check_invariant(shard, decode.kernel, target)
     resident = choice.resident
     if first.ordered:
         resident = (*resident, ("perm", ResidentTensor((rows,), PERM_DTYPE).nbytes))
@@ -164,6 +165,26 @@ def plan_layer(
     )
 
 
+@functools.lru_cache(maxsize=16)
+def target_problems(target: Target) -> tuple[Problem, ...]:
+    """What stands against every layer alike: the device, the activations' dtype, vLLM's mode."""
+    device = f"device {target.device.name}"
+    reasons = device_reasons(target.device, target.act_dtype)
+    problems = [Problem(device, *reason) for reason in reasons]
+    kernels = heuristics.kernels_for(target.device)
+    if target.batch_invariant and not any(map(heuristics.is_batch_invariant, kernels)):
+        invariant = (each.value for each in KernelName if heuristics.is_batch_invariant(each))
+        here = ", ".join(each.value for each in kernels)
+        problem = Problem(
+            layer=device,
+            found=f"kernels without vLLM's batch-invariant mode ({here})",
+            supported=", ".join(invariant),
+            fix="unset VLLM_BATCH_INVARIANT, or serve on a GPU",
+        )
+        problems.append(problem)
+    return tuple(problems)
+
+
 class _Choice(NamedTuple):
     reasons: tuple[Reason, ...]
     launches: tuple[Launch, ...] = ()
@@ -181,7 +202,7 @@ def _choose(
     With `gather` rows are looked up and never multiplied.
     """
     (n, rows), device, act_dtype = size, target.device, target.act_dtype
-    if reasons := unsupported_reasons(n, rows, spec, phase, device, act_dtype, gather):
+    if reasons := unsupported_reasons(n, rows, spec, phase, device, gather):
         return _Choice(reasons)
     declared = None
     if gather:
@@ -212,18 +233,6 @@ def _check_insisted(shard: LayerShard, spec: QuantSpec, kernel: KernelName | Non
         found=f"{spec.weight_type.value} weights for kernel {kernel.value}",
         supported=", ".join(types),
         fix='choose another "kernel" in additional-config "fusedq", or leave it out',
-    )
-
-
-def _check_invariant(shard: LayerShard, kernel: KernelName, target: Target) -> None:
-    if not target.batch_invariant or heuristics.is_batch_invariant(kernel):
-        return
-    supported = ", ".join(each.value for each in KernelName if heuristics.is_batch_invariant(each))
-    raise PreflightError.single(
-        layer=shard.prefix,
-        found=f"kernel {kernel.value} in vLLM's batch-invariant mode",
-        supported=supported,
-        fix="unset VLLM_BATCH_INVARIANT, or serve on a GPU",
     )
 
 

@@ -14,7 +14,7 @@ from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.formats.shared.vocabulary import is_input_embedding, is_lm_head, is_tied
 from vllm_fusedq.names import FUSED_LAYERS, fold, natural, unnumbered, vllm_layer
-from vllm_fusedq.plan.layer import LayerPlan, Target, plan_layer
+from vllm_fusedq.plan.layer import LayerPlan, Target, plan_layer, target_problems
 from vllm_fusedq.plan.shards import (
     LayerShard,
     UnevenSplit,
@@ -61,6 +61,9 @@ def survey_model(
     """
     fmt = format_for(checkpoint)
     layers, unquantized, problems = _read_layers(checkpoint, fmt)
+    if nowhere := target_problems(target):
+        nothing = ModelPlan(tp_size, (), tuple(unquantized))
+        return Survey(nothing, tuple(fold_problems([*nowhere, *problems])))
     if problems:
         # What is left of a fused layer whose other part is refused is no layer
         refused = {vllm_layer(problem.layer)[0] for problem in problems}

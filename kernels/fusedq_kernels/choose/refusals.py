@@ -26,23 +26,34 @@ _RESHARD = "choose another tensor-parallel size, or leave this layer unquantized
 _REGROUP = "choose another tensor-parallel size, or quantize the model with another group size"
 
 
+def device_reasons(device: DeviceSpec, act_dtype: DType | torch.dtype) -> tuple[Reason, ...]:
+    """Every reason why this device runs no layer at all, with activations of this dtype."""
+    reasons = []
+    if DType.of(act_dtype) not in ACT_DTYPES:
+        found, fix = f"activations in {DType.of(act_dtype)}", "run in one of these (--dtype)"
+        reasons.append(Reason(found, ", ".join(ACT_DTYPES), fix))
+    if device.kind == "cuda" and device.capability < _MIN_CAPABILITY:
+        capability, needed = ("{}.{}".format(*c) for c in (device.capability, _MIN_CAPABILITY))
+        board = f"{device.name} of compute capability {capability}"
+        reasons.append(Reason(board, f"{needed} and newer", "use a newer GPU, or a CPU"))
+    return tuple(reasons)
+
+
 def unsupported_reasons(
     n: int,
     k: int,
     spec: QuantSpec,
     phase: int,
     device: DeviceSpec,
-    act_dtype: DType | torch.dtype,
     gather: GatherName | None = None,
 ) -> tuple[Reason, ...]:
-    """Every reason why this device cannot run this layer fused; empty if it can.
+    """Every reason of its own why a layer cannot run fused on a device that runs others.
 
     Args:
         n, k: out_features and in_features that one rank holds.
         spec: the layer's scheme.
         phase: position of the rank's first input feature within its group.
-        device: where it would run.
-        act_dtype: dtype of the activations.
+        device: where it would run; without `device_reasons`.
         gather: where rows are looked up and never multiplied, by what.
 
     Raises:
@@ -54,13 +65,6 @@ def unsupported_reasons(
         reasons.append(Reason(f"{n} out_features per rank", "multiples of 8", _RESHARD))
     if k % 16 and gather is None:
         reasons.append(Reason(f"{k} in_features per rank", "multiples of 16", _RESHARD))
-    if DType.of(act_dtype) not in ACT_DTYPES:
-        found, fix = f"activations in {DType.of(act_dtype)}", "run in one of these (--dtype)"
-        reasons.append(Reason(found, ", ".join(ACT_DTYPES), fix))
-    if device.kind == "cuda" and device.capability < _MIN_CAPABILITY:
-        capability, needed = ("{}.{}".format(*c) for c in (device.capability, _MIN_CAPABILITY))
-        board = f"{device.name} of compute capability {capability}"
-        reasons.append(Reason(board, f"{needed} and newer", "use a newer GPU, or a CPU"))
     reasons += _scale_reasons(spec, kernel)
     reasons += _group_reasons(k, spec, phase, kernel)
     return tuple(reasons)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
-from fusedq_kernels.choose.refusals import unsupported_reasons
+from fusedq_kernels.choose.refusals import device_reasons, unsupported_reasons
 from fusedq_kernels.types import DeviceSpec, QuantSpec, WeightType
 
 H200 = device_by_name("h200")
@@ -22,7 +22,8 @@ REQUANTIZE = "quantize the model again with scales"
 
 
 def reasons(n=4096, k=4096, spec=SPEC, phase=0, device=H200, act_dtype=torch.bfloat16):
-    return unsupported_reasons(n, k, spec, phase, device, act_dtype)
+    own = unsupported_reasons(n, k, spec, phase, device)
+    return device_reasons(device, act_dtype) + own
 
 
 @pytest.mark.parametrize("device", [*KNOWN_DEVICES.values(), CPU, CPU_AMX], ids=lambda d: d.name)
