@@ -39,7 +39,9 @@ _TL_DTYPES = {
 _MIN_DESCRIPTOR_STEP = 16
 # Fixed here because Triton's default is about to change and would change the last bit of results.
 FP_FUSION = True
-
+# 16 MiB of 16-bit tokens of 4096 features. On an H200 8192 tokens took 8 % less time in groups of
+# this many, and 2048 as long as without.
+GROUP_TOKENS = 2048
 
 INTERPRETED = not isinstance(fused_gemm_kernel, triton.runtime.JITFunction)
 
@@ -123,7 +125,7 @@ def fused_gemm(
 
     groups = group_geometry(k, packed.spec.group_size, packed.phase)
     num_blocks, n_padded, _ = packed.qweight.shape
-    grid = (triton.cdiv(m, tile.block_m), n_padded // tile.block_n, tile.split_k)
+    grid = launch_grid(m, n_padded, tile)
     partial = arrivals = None
     if tile.split_k > 1:
         _check_tiles(grid[0] * grid[1], tile)
@@ -155,6 +157,20 @@ def fused_gemm(
         **launch_options(tile),
     )
     return y
+
+
+def launch_grid(m: int, n_padded: int, tile: TileConfig) -> tuple[int, int, int]:
+    """Programs along tokens, outputs, and splits of K or groups of token tiles.
+
+    A GPU starts programs with the first axis fastest: an output tile's weight is read by all of its
+    token tiles at once. Beyond GROUP_TOKENS tokens x no longer stays in L2 until the next output
+    tile, so groups of token tiles, as equal as they come, walk over all outputs in turn.
+    """
+    tiles_m, tiles_n = triton.cdiv(m, tile.block_m), n_padded // tile.block_n
+    if tile.split_k > 1:
+        return tiles_m, tiles_n, tile.split_k
+    groups = triton.cdiv(tiles_m, max(1, GROUP_TOKENS // tile.block_m))
+    return triton.cdiv(tiles_m, groups), tiles_n, groups
 
 
 def _checked_tile(packed: PackedWeight, launch: Launch) -> TileConfig:

@@ -62,6 +62,15 @@ def scaled(weight, scale, NARROW_SCALE: tl.constexpr, INTERPRET: tl.constexpr):
         return to_output(weight.to(tl.float32) * scale[:, None], weight.dtype, INTERPRET)
 
 
+@triton.jit
+def tile_of(SPLIT_K: tl.constexpr):
+    """Token tile, output tile and split of this program in the grid of `gemm.launch_grid`."""
+    if SPLIT_K > 1:
+        return tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    else:
+        return tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), tl.program_id(1), 0
+
+
 # One binary for any number of tokens, position of groups and bias, wherever it starts.
 @named_for_hooks
 @triton.jit(
@@ -105,8 +114,8 @@ def fused_gemm_kernel(
 ):
     """One `[BLOCK_M, BLOCK_N]` tile of y over one split of K, or over SEGMENTS of them in order.
 
-    Grid `(cdiv(M, BLOCK_M), n_padded // BLOCK_N, SPLIT_K)`. `first_step` is the group phase in
-    units of STEP; STEPS_PER_GROUP is 0 when one group spans all of K. With SPLIT_K above 1,
+    Grid: `gemm.launch_grid`. `first_step` is the group phase in units of STEP; STEPS_PER_GROUP is 0
+    when one group spans all of K. With SPLIT_K above 1,
     `partial_ptr` is fp32 `[SPLIT_K, M, N]` and `arrivals_ptr` int32, zero, one per tile. SPLIT_K or
     SEGMENTS is 1; both cut K every `blocks_per_part` blocks and add the parts in the same order.
     With X_DESCRIPTOR, `x_ptr` is a tensor descriptor of x in blocks of `[BLOCK_M, STEP]`, which the
@@ -120,9 +129,11 @@ def fused_gemm_kernel(
     PARTS: tl.constexpr = ROWS // STEP
     SCALE_LAST: tl.constexpr = STEPS_PER_GROUP == 0 and not SCALE_STEPS
     SUMS_IN_FLIGHT: tl.constexpr = 8 if BLOCK_M * BLOCK_N <= 2048 else 1
-    pid_m = tl.program_id(0)
-    pid_n = tl.program_id(1)
-    pid_k = tl.program_id(2)
+    pid_m, pid_n, pid_k = tile_of(SPLIT_K)
+    if SPLIT_K == 1:
+        # The last group of token tiles may be one short: a loop of no blocks, not a branch around
+        # it, which costs the compiler registers.
+        num_blocks = tl.where(pid_m * BLOCK_M < M, num_blocks, 0)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, ROWS)
