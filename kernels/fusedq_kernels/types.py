@@ -9,6 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from fusedq_kernels.dtype import DType
+from fusedq_kernels.encodings import FP4_VALUES, NF4_VALUES, STORED, Codebook, Codes
 
 if TYPE_CHECKING:
     import torch
@@ -17,69 +18,51 @@ if TYPE_CHECKING:
 class WeightType(Enum):
     """How a stored code becomes a value, under the field's names (vLLM `scalar_types`).
 
-    `uint4` and `uint8` are unsigned codes with an explicit zero point per group, `uint4b8` and
-    `uint8b128` unsigned codes with the constant zero points 8 and 128: a signed integer is stored
-    as the code that lies its zero point higher. The codes of `nf4` and `fp4` number the entries of
-    a codebook and have no zero point.
+    `value` is the name, `encoding` what it means. `uint4` and `uint8` are unsigned codes with an
+    explicit zero point per group, `uint4b8` and `uint8b128` unsigned codes with the constant zero
+    points 8 and 128: a signed integer is stored as the code that lies its zero point higher. The
+    codes of `nf4` and `fp4` number the entries of a codebook and have no zero point.
     """
 
-    UINT4 = "uint4"
-    UINT4B8 = "uint4b8"
-    UINT8 = "uint8"
-    UINT8B128 = "uint8b128"
-    NF4 = "nf4"
-    FP4 = "fp4"
+    UINT4 = "uint4", Codes(4, zero=STORED)
+    UINT4B8 = "uint4b8", Codes(4, zero=8)
+    UINT8 = "uint8", Codes(8, zero=STORED)
+    UINT8B128 = "uint8b128", Codes(8, zero=128)
+    NF4 = "nf4", Codebook(4, NF4_VALUES)
+    FP4 = "fp4", Codebook(4, FP4_VALUES)
+
+    encoding: Codes | Codebook
+
+    def __new__(cls, name: str, encoding: Codes | Codebook) -> "WeightType":
+        member = object.__new__(cls)
+        member._value_ = name
+        member.encoding = encoding
+        return member
 
     @property
     def bits(self) -> int:
-        return _WEIGHT_TYPE_BITS[self]
+        return self.encoding.bits
 
     @property
     def bias(self) -> int | None:
-        """Constant zero point of an integer type, or None where each group stores its own."""
-        return _WEIGHT_TYPE_BIAS[self]
+        """The constant zero point of integers, or None where there is none."""
+        match self.encoding:
+            case Codes(zero=int(zero)):
+                return zero
+        return None
 
     @property
     def codebook(self) -> tuple[float, ...] | None:
-        """The value of each code before scaling, or None for an integer type."""
-        return _CODEBOOKS.get(self)
+        """The value of each code before scaling, or None where no table says it."""
+        match self.encoding:
+            case Codebook(values=values):
+                return values
+        return None
 
     @property
     def has_zero_points(self) -> bool:
         """Whether each group stores a zero point."""
-        return self.bias is None and self.codebook is None
-
-
-_WEIGHT_TYPE_BITS = {
-    WeightType.UINT4: 4,
-    WeightType.UINT4B8: 4,
-    WeightType.UINT8: 8,
-    WeightType.UINT8B128: 8,
-    WeightType.NF4: 4,
-    WeightType.FP4: 4,
-}
-_WEIGHT_TYPE_BIAS = {
-    WeightType.UINT4: None,
-    WeightType.UINT4B8: 8,
-    WeightType.UINT8: None,
-    WeightType.UINT8B128: 128,
-    WeightType.NF4: None,
-    WeightType.FP4: None,
-}
-# bitsandbytes `functional.get_4bit_type`. It divides its fp4 table by 12; here the scale is to be
-# divided, so that every entry is exact in 16 bits.
-_CODEBOOKS = {
-    WeightType.NF4: (
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ),
-    WeightType.FP4: (
-        *(0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0),
-        *(0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0),
-    ),
-}
+        return isinstance(self.encoding, Codes) and self.encoding.zero is STORED
 
 
 class Layout(Enum):
