@@ -5,7 +5,7 @@ the decoder, the counters that split-K counts in.
 """
 
 # Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
-# ruff: noqa: RET505, SIM300
+# ruff: noqa: SIM300
 
 import functools
 from collections.abc import Callable, Iterator
@@ -19,8 +19,9 @@ import triton.language as tl
 from fusedq_kernels.choose.heuristics import select
 from fusedq_kernels.cuda import gemm
 from fusedq_kernels.cuda.arrivals import MAX_TILES
-from fusedq_kernels.cuda.decode import DECODERS, code_pairs
-from fusedq_kernels.cuda.planes import halves, join_four, planes_by_asm
+from fusedq_kernels.cuda.decode import DECODERS
+from fusedq_kernels.cuda.integers import code_pairs, portable_integers
+from fusedq_kernels.cuda.planes import halves
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, round_up, whole_splits
 from fusedq_kernels.types import (
     GemmShape,
@@ -35,28 +36,14 @@ from gemmbench.own import device_spec
 from gemmbench.weights import packed_bytes, packed_for_gpu
 
 _KERNEL = KernelName.TRITON_GEMM
-_DECODE_UINT4B8 = DECODERS[WeightType.UINT4B8]
 _BF16_BITS = tl.constexpr(0x43004300)
 # Far from the number of splits: no program is ever the last one.
 _NEVER = -(1 << 30)
 _REDUCE_BLOCK = 1024
 
-# Each 32-bit word holds four pairs of codes: OR into 128 + code, less 136, two codes at a time.
-_ASM = tl.constexpr(
-    "{ .reg .b32 a, b, c, d, one, offset;"
-    " shr.u32 b, $4, 4; shr.u32 c, $4, 8; shr.u32 d, $4, 12;"
-    " lop3.b32 a, $4, 0x000F000F, 0x43004300, 0xEA;"
-    " lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;"
-    " lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;"
-    " lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;"
-    " mov.b32 one, 0x3F803F80; mov.b32 offset, 0xC308C308;"
-    " fma.rn.bf16x2 $0, a, one, offset; fma.rn.bf16x2 $1, b, one, offset;"
-    " fma.rn.bf16x2 $2, c, one, offset; fma.rn.bf16x2 $3, d, one, offset; }"
-)
-
 
 @triton.jit
-def _uint4b8_asm(
+def _uint4b8_portable(
     words,
     metadata,
     SUB: tl.constexpr,
@@ -64,12 +51,9 @@ def _uint4b8_asm(
     DTYPE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """`code - 8` by inline assembly; for whole blocks of 128 in bf16, else as shipped."""
-    if INTERPRET or STEP != 128 or DTYPE != tl.bfloat16:
-        return _DECODE_UINT4B8(words, metadata, SUB, STEP, DTYPE, INTERPRET)
-    else:
-        a, b, c, d = planes_by_asm(words, _ASM)
-        return halves(join_four(a, b, c, d), DTYPE)
+    """`code - 8` as Triton compiles it, without assembly."""
+    zero = tl.full((1,), 8, tl.int32)
+    return portable_integers(words, zero, SUB, STEP, DTYPE, INTERPRET, 4)
 
 
 @triton.jit
@@ -83,10 +67,10 @@ def _uint4b8_raw(
 ):
     """`code + 128`, the magic number left in, in bf16."""
     tl.static_assert(DTYPE == tl.bfloat16)
-    return halves(code_pairs(words, SUB, STEP) | _BF16_BITS, DTYPE)
+    return halves(code_pairs(words, SUB, STEP, 4) | _BF16_BITS, DTYPE)
 
 
-ASM = {WeightType.UINT4B8: _uint4b8_asm}
+PORTABLE = {WeightType.UINT4B8: _uint4b8_portable}
 RAW_MAGIC = {WeightType.UINT4B8: _uint4b8_raw}
 
 

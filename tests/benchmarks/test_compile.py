@@ -55,15 +55,16 @@ compiled(
     {{"SPLITS": 4, "BLOCK": 1024}},
     4,
 )
-tiles = [each for each in EXPERIMENTS[1].variants if each.name in ("16x128 warps 4 stages 4 asm",)]
+portable = "16x128 warps 4 stages 4 portable"
+tiles = [each for each in EXPERIMENTS[1].variants if each.name == portable]
 (line,) = compiled_rows(tiles)
 assert line.endswith("wgmma: fine"), line
-with variants.decoding(variants.ASM):
-    spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
-    ptx = command.compile_gemm(
-        GPUTarget("cuda", 90, 32), tiles[0].tile, spec, torch.bfloat16
-    ).asm["ptx"]
-assert "fma.rn.bf16x2" in ptx
+spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
+loops = []
+for decoders in (variants.PORTABLE, {{}}):
+    with variants.decoding(decoders):
+        loops.append(audit.audit_tile("sm_90", tiles[0].tile, spec, torch.bfloat16))
+assert loops[0].alu > loops[1].alu, loops
 """
 
 

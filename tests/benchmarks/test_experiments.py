@@ -1,9 +1,7 @@
 """Each experiment's dry run, and that the variants are what they say."""
 
-import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -71,27 +69,6 @@ def test_the_accumulation_error_is_seen_below_the_rounding_of_y(tmp_path: Path) 
     assert len(errors) == 6
     assert 0 < min(errors.values()) <= max(errors.values()) < 5e-7
     assert raw > 3 * max(errors.values())
-
-
-def test_the_assembly_decodes_every_code() -> None:
-    """Its constants, in exact arithmetic: (code OR 128.0) * 1 - 136 is code - 8."""
-    text = str(variants._ASM.value)
-    masks = set(re.findall(r"0x000F000F, (0x\w+), 0xEA", text))
-    assert masks == {"0x43004300"}
-    assert int("11101010", 2) == 0xEA  # (a & b) | c, one bit of each of the eight inputs
-    one, offset = (int(re.search(rf"mov.b32 {n}, (0x\w+)", text)[1], 16) for n in ("one", "offset"))
-
-    def bf16(bits: np.ndarray) -> np.ndarray:
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-
-    codes = np.arange(16, dtype=np.uint32)
-    for half in (0, 16):
-        constants = [np.array([(word >> half) & 0xFFFF]) for word in (one, offset)]
-        value = bf16(codes | 0x4300) * bf16(constants[0]) + bf16(constants[1])
-        assert (value == codes.astype(np.float32) - 8).all()
-    assert re.findall(r"shr\.u32 (\w), \$4, (\d+)", text) == [("b", "4"), ("c", "8"), ("d", "12")]
-    outputs = re.findall(r"fma\.rn\.bf16x2 \$(\d), (\w), one, offset", text)
-    assert outputs == [("0", "a"), ("1", "b"), ("2", "c"), ("3", "d")]
 
 
 def test_sums_left_alone_leave_the_counters_alone() -> None:

@@ -27,17 +27,41 @@ def join_four(first, second, third, fourth):
     return tl.reshape(planes, (first.shape[0], 4 * first.shape[1]))
 
 
-@triton.jit
-def planes_by_asm(words, ASM: tl.constexpr):
-    """The four planes that PTX makes of the words, `$0` to `$3` of `$4`.
+@triton.language.core.builtin
+def has_ptx(_semantic=None):
+    """Whether the compiler targets NVIDIA GPUs, ahead of time too; not for the interpreter."""
+    return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
 
-    It reads `$4` for the last time before it writes the first plane. Calls on the same words are
+
+@triton.constexpr_function
+def _constraints(outputs, inputs):
+    return ",".join(["=r"] * outputs + ["r"] * inputs)
+
+
+@triton.jit
+def two_planes_by_asm(operands, ASM: tl.constexpr):
+    """Like `four_planes_by_asm`, `$0` and `$1` of `$2` on."""
+    return tl.inline_asm_elementwise(
+        ASM,
+        _constraints(2, len(operands)),
+        operands,
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def four_planes_by_asm(operands, ASM: tl.constexpr):
+    """The four planes that PTX makes of int32 operands that broadcast: `$0` to `$3` of `$4` on.
+
+    It reads them for the last time before it writes the first plane. Calls on the same operands are
     emitted once.
     """
     return tl.inline_asm_elementwise(
         ASM,
-        "=r,=r,=r,=r,r",
-        [words],
+        _constraints(4, len(operands)),
+        operands,
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
         is_pure=True,
         pack=1,
@@ -53,6 +77,42 @@ def part_of_two(plane, INDEX: tl.constexpr):
         return first
     else:
         return second
+
+
+@triton.jit
+def _of_four(first, second, third, fourth, INDEX: tl.constexpr):
+    if INDEX < 2:
+        return first if INDEX == 0 else second
+    else:
+        return third if INDEX == 2 else fourth
+
+
+@triton.jit
+def columns_of_four(first, second, third, fourth, SUB: tl.constexpr, STEP: tl.constexpr):
+    """Words of columns `[SUB * STEP, SUB * STEP + STEP)` of four planes of 32 columns."""
+    if STEP == 16:
+        return part_of_two(_of_four(first, second, third, fourth, SUB // 2), SUB % 2)
+    elif STEP == 32:
+        return _of_four(first, second, third, fourth, SUB)
+    elif STEP == 64:
+        return join_two(first, second) if SUB == 0 else join_two(third, fourth)
+    else:
+        return join_four(first, second, third, fourth)
+
+
+@triton.jit
+def columns_of_two(first, second, SUB: tl.constexpr, STEP: tl.constexpr):
+    """Like `columns_of_four`, of two planes of 64 columns."""
+    if STEP == 128:
+        return join_two(first, second)
+    else:
+        plane = first if SUB * STEP < 64 else second
+        if STEP == 64:
+            return plane
+        elif STEP == 32:
+            return part_of_two(plane, SUB % 2)
+        else:
+            return part_of_two(part_of_two(plane, SUB // 2 % 2), SUB % 2)
 
 
 @triton.jit
