@@ -7,7 +7,8 @@ look like.
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -30,6 +31,13 @@ _ALIGNED = [["tt.divisibility", gemm.ALIGNMENT]]
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 _BRANCH_TARGET = re.compile(r"0x([0-9a-f]+)")
+# Of what our kernels are made of. ALU works at half the rate of FMA; what is in neither has another
+# pipe: tensor cores, memory, branches, the uniform datapath.
+_PIPES = {
+    "alu": "LOP3 SHF PRMT IADD3 VIADD LEA ISETP PLOP3 SEL IMNMX VIMNMX FSETP FSEL FMNMX MOV SGXT",
+    "fma": "FFMA FMUL FADD HFMA2 HMUL2 HADD2 IMAD",
+}
+_PIPE_OF = {name: pipe for pipe, names in _PIPES.items() for name in names.split()}
 _MMA_SASS = ("HGMMA", "HMMA", "UTCHMMA")
 
 
@@ -127,6 +135,12 @@ def disassemble(
 def opcode(text: str) -> str:
     """The instruction with its modifiers, without predicate and operands."""
     return _PREDICATE.sub("", text).split()[0]
+
+
+def count_by_pipe(texts: Iterable[str]) -> dict[str, int]:
+    """How many of the instructions the ALU and FMA pipes run, by field of `AuditRow`."""
+    pipes = Counter(_PIPE_OF.get(opcode(text).split(".")[0]) for text in texts)
+    return {pipe: pipes[pipe] for pipe in _PIPES}
 
 
 def main_loop(instructions: list[tuple[int, str]]) -> list[str]:

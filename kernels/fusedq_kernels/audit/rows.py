@@ -95,14 +95,17 @@ VERDICT_COLUMNS: Columns = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditRow(CompiledRow):
     """`tmem` is columns of tensor memory (sm_100). The counts from `loop_instructions` on, and
-    `local`, are SASS instructions of one thread in one K block of the main loop: `sts` stores to
-    shared memory, `ldg` loads from global memory that were not made asynchronous.
+    `local`, are SASS instructions of one thread in one K block of the main loop: `alu` and `fma`
+    those of these two pipes, `sts` stores to shared memory, `ldg` loads from global memory that
+    were not made asynchronous.
     """
 
     tile: TileConfig
     tmem: int
     mma: str
     loop_instructions: int
+    alu: int
+    fma: int
     sts: int
     ldg: int
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 import pytest
 
 from fusedq_kernels.audit import command, rows, slices
+from fusedq_kernels.audit.compile import count_by_pipe
 from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.choose.heuristics import tiles_for
 from fusedq_kernels.types import TileConfig, WeightType
@@ -198,7 +199,7 @@ GOOD = rows.AuditRow(
     **VARIANT,
     **{"registers": 128, "stack": 0, "smem": 42496, "local": 0},
     **{"tile": TileConfig(16, 128, 1, 4, 4), "tmem": 0, "mma": "wgmma"},
-    **{"loop_instructions": 339, "sts": 0, "ldg": 0},
+    **{"loop_instructions": 339, "alu": 110, "fma": 180, "sts": 0, "ldg": 0},
 )
 
 
@@ -227,6 +228,18 @@ GOOD = rows.AuditRow(
 )
 def test_every_problem_is_found(changes, problems):
     assert replace(GOOD, **changes).problems == problems
+
+
+def test_instructions_are_counted_by_their_pipe():
+    loop = [
+        "LOP3.LUT R1, R2, 0xf000f, R3, 0xea",
+        "@!P0 SHF.R.U32.HI R1, RZ, 0x8, R2",
+        "HFMA2.BF16_V2 R1, R2, R3, R4",
+        "@UP0 UIADD3 UR4, UR5, 0x1, URZ",
+        "@P1 HGMMA.64x8x16.F32.BF16 R8, R4, gdesc[UR4], R8, gsb0",
+        "IMAD.MOV.U32 R1, RZ, RZ, R2",
+    ]
+    assert count_by_pipe(loop) == {"alu": 2, "fma": 2}
 
 
 def test_a_slice_is_dequantized_16_bytes_at_a_time(compiling):
@@ -278,6 +291,7 @@ def test_both_kinds_of_rows_go_to_one_csv(tmp_path):
     with (tmp_path / "audit.csv").open(newline="") as file:
         good, bad, dequantizing = csv.DictReader(file)
     assert (good["kernel"], good["tile"], good["problems"]) == ("triton-gemm", "16x128", "none")
+    assert [good[pipe] for pipe in ("ALU", "FMA", "rest")] == ["110", "180", "49"]
     assert bad["problems"] == "stores to shared memory, loads that are waited for"
     assert (dequantizing["kernel"], dequantizing["tile"]) == ("sliced-cublas", "")
     assert (dequantizing["wide STG"], dequantizing["instr/w"]) == ("8", "8.25")
