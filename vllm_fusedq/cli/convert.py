@@ -21,7 +21,7 @@ def convert(
 
     The result is served like any other checkpoint and gives bit-identical results.
 
-    A run that was killed continues where it stopped.
+    A run that was killed leaves OUT.partial, which never loads; the next run begins again.
     """
     from vllm_fusedq.load.convert import convert as run
 
@@ -41,11 +41,11 @@ def convert(
             bar.update(tasks[what], completed=done)
 
         done = run(model, out, round(max_file_gb * 1e9), show)
-    resumed = f", {done.resumed_files} files from an earlier run" if done.resumed_files else ""
-    if done.note:
-        err.print(done.note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    removed = f"begun again: {out}.partial held files of a killed run" if done.began_again else ""
+    for note in filter(None, (removed, done.note)):
+        err.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     with writing():
         print(
             f"{out}: {done.layers} layers converted, {done.source_bytes / 1e6:.1f} MB became "
-            f"{done.bytes / 1e6:.1f} MB{resumed}"
+            f"{done.bytes / 1e6:.1f} MB"
         )

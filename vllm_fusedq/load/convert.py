@@ -1,14 +1,14 @@
 """Rewrites a quantized checkpoint in the layout that stays resident (`formats/fusedq.py`).
 
-Everything goes into the folder `OUT.partial`: each weight file under another name until it is
-whole, config.json last. Only the finished folder is renamed to OUT, so a killed run leaves nothing
-that loads, and the next run continues behind the last whole file.
+Everything goes into the folder `OUT.partial`, config.json last, and only the finished folder is
+renamed to OUT: a killed run leaves nothing that loads, and the next one begins again.
 """
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,8 @@ from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.formats.fusedq import LAYOUT_VERSION, PERM, QWEIGHT, SCALES, ZEROS, FusedQFormat
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.formats.shared.vocabulary import is_input_embedding
-from vllm_fusedq.load.convert_journal import (
-    JOURNAL,
-    LOCK,
-    Progress,
-    begin,
-    claimed,
-    reading,
-    sync,
-    write_json,
-    writing,
-)
 from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.load.partial import claimed, publish, reading, writing
 from vllm_fusedq.plan.layer import LayerPlan, Target, plan_layer
 from vllm_fusedq.plan.model import quantized_layers
 from vllm_fusedq.plan.shards import LayerShard, ParallelStyle, PartShard
@@ -55,10 +45,13 @@ PARTIAL = ".partial"
 # The striped CPU kernel reads the same layouts as the Triton kernels and refuses the fewest shapes.
 TARGET = Target(cpu_device(fused_op=False), DType.FLOAT16)
 
+Progress = Callable[[str, int, int], object]
+"""Called with what is going on, the bytes of the source done and those in all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What a conversion did; `resumed_files` were left whole by a killed run.
+    """What a conversion did; `began_again` where it removed what a killed run had left.
 
     `note` says where the values prove another convention than the config names, else it is empty.
     """
@@ -66,7 +59,7 @@ class Converted:
     layers: int
     source_bytes: int
     bytes: int
-    resumed_files: int
+    began_again: bool
     note: str
 
 
@@ -92,7 +85,7 @@ def convert(
         max_file_bytes: of the source, after which a new weight file begins; bounds the memory too.
 
     Raises:
-        CheckpointError: `out` exists, or `out`.partial was begun from something else.
+        CheckpointError: `out` exists, or an `out`.partial that no conversion made.
         OutputError: no room, no permission, or another process converts into `out`.
         UnsupportedCheckpoint, PreflightError: the checkpoint cannot be served, or is converted.
         WeightLoadError: a tensor holds values that cannot be right.
@@ -104,27 +97,17 @@ def convert(
     if out.exists():
         raise CheckpointError(f"{out}: exists; remove it, or convert into another folder")
     items = _items(checkpoint, fmt)
-    batches = _batches(items, max_file_bytes)
-    partial = out.with_name(out.name + PARTIAL)
-    with claimed(partial):
-        hashes = begin(checkpoint, partial, max_file_bytes, progress)
-        findings, resumed = _write_weights(checkpoint, batches, partial, progress)
-        note = settle(findings)
+    with claimed(out.with_name(out.name + PARTIAL)) as (partial, began_again):
+        hashes = _hash_files(checkpoint, progress)
+        note = _write_weights(checkpoint, _batches(items, max_file_bytes), partial, progress)
         _copy_other_files(source, partial)
-        config = _config(checkpoint, fmt, items, hashes)
-        with writing(partial):
-            for pattern in (JOURNAL, LOCK, "*.findings", "*.writing"):
-                for leftover in partial.glob(pattern):
-                    leftover.unlink()
-            write_json(partial / CONFIG_FILE, config)
-            sync(partial)
-            partial.rename(out)
-            sync(out.parent)
+        _write_json(partial / CONFIG_FILE, _config(checkpoint, fmt, items, hashes))
+        publish(partial, out)
     return Converted(
         layers=sum(item.plan is not None for item in items),
         source_bytes=sum(item.nbytes for item in items),
         bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
-        resumed_files=resumed,
+        began_again=began_again,
         note=note,
     )
 
@@ -173,45 +156,49 @@ def _batches(items: list[_Item], max_file_bytes: int) -> list[list[_Item]]:
     return batches
 
 
+def _hash_files(checkpoint: Checkpoint, progress: Progress) -> dict[str, str]:
+    """The SHA-256 of config.json and of every weight file of the source."""
+    root, hashes, done = Path(checkpoint.path), {}, 0
+    names = [CONFIG_FILE, *sorted({info.file for info in checkpoint.tensors.values()})]
+    sizes = {name: (root / name).stat().st_size for name in names}
+    for name in names:
+        with reading(root / name), (root / name).open("rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        done += sizes[name]
+        progress("hashing", done, sum(sizes.values()))
+    return hashes
+
+
 def _write_weights(
     checkpoint: Checkpoint, batches: list[list[_Item]], partial: Path, progress: Progress
-) -> tuple[dict[str, Finding], int]:
-    """Write the weight files and, where there are several, their index.
+) -> str:
+    """Write the weight files and, where there are several, their index; returns `Converted.note`.
 
-    Returns what the values prove, by module, and how many files were there already.
+    Raises:
+        WeightLoadError: values that cannot be right, or layers that contradict each other.
     """
-    count = len(batches)
-    total, done, resumed = sum(item.nbytes for batch in batches for item in batch), 0, 0
+    count, done = len(batches), 0
+    total = sum(item.nbytes for batch in batches for item in batch)
     weight_map: dict[str, str] = {}
     findings: dict[str, Finding] = {}
     for number, batch in enumerate(batches, 1):
-        path = partial / (
-            "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-        )
-        proof = path.with_suffix(".findings")
-        if path.exists():
-            # Both were renamed when they were whole, this one last
-            resumed += 1
-            done += sum(item.nbytes for item in batch)
-        else:
-            tensors: dict[str, torch.Tensor] = {}
-            proven: dict[str, Finding] = {}
-            for item in batch:
-                tensors |= _converted(checkpoint, item, proven)
-                done += item.nbytes
-                progress("converting", done, total)
-            with writing(partial):
-                write_json(proof, {name: asdict(finding) for name, finding in proven.items()})
-                unfinished = path.with_suffix(".writing")
-                save_file(tensors, unfinished, metadata={"format": "pt"})
-                sync(unfinished)
-                unfinished.rename(path)
-        findings |= {n: Finding(**found) for n, found in json.loads(proof.read_text()).items()}
-        weight_map |= dict.fromkeys(read_header(path), path.name)
-    if count > 1:
+        name = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+        tensors: dict[str, torch.Tensor] = {}
+        for item in batch:
+            tensors |= _converted(checkpoint, item, findings)
+            done += item.nbytes
+            progress("converting", done, total)
         with writing(partial):
-            write_json(partial / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
-    return findings, resumed
+            save_file(tensors, partial / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(read_header(partial / name), name)
+    if count > 1:
+        _write_json(partial / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
+    return settle(findings)
+
+
+def _write_json(path: Path, value: object) -> None:
+    with writing(path):
+        path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def _converted(
