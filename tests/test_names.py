@@ -54,6 +54,21 @@ def test_a_draft_s_names_in_the_checkpoint(extra: str, prefix: str, stored: str)
             {f"language_model.{module}": module for module in QKV},
             QKV,
         ),
+        # A part of the name that vLLM's layer has not, by itself and in a fused layer
+        ("tower.0.q_proj", ["tower.0.q_proj.linear"], {}, ("tower.0.q_proj.linear",)),
+        ("tower.0.q_proj.linear", ["tower.0.q_proj.linear"], {}, ("tower.0.q_proj.linear",)),
+        (
+            "tower.qkv_proj",
+            [f"tower.{part}_proj.linear" for part in "qkv"],
+            {},
+            tuple(f"tower.{part}_proj.linear" for part in "qkv"),
+        ),
+        (
+            "tower.q_proj",
+            ["model.tower.q_proj.linear"],
+            {"tower.q_proj.linear": "model.tower.q_proj.linear"},
+            ("model.tower.q_proj.linear",),
+        ),
         (
             "language_model.lm_head",
             ["lm_head"],

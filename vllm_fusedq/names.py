@@ -14,6 +14,9 @@ DRAFT_PREFIX = "draft_model."
 # Lists of extra blocks that vLLM numbers as if they followed those of the model (MiMo, ERNIE).
 MTP_BLOCKS = ("mtp_layers", "mtp_block")
 
+# Below the names of layers that a wrapper clamps (Gemma 4's vision and audio towers)
+WRAPPED_LINEAR = ".linear"
+
 _FUSED_NAMES = {name: (fused, sid) for fused, parts in FUSED_LAYERS.items() for name, sid in parts}
 _LAYER = re.compile(r"(.*\.|)layers\.(\d+)(\..+)")
 _INDEX = re.compile(r"\.(\d+)\.")
@@ -40,17 +43,27 @@ def stored_modules(
         renamed: vLLM's module names -> the checkpoint's, where a model renames its modules.
         stacked: vLLM's packed_modules_mapping.
     """
-    found: tuple[str, ...] = ()
-    for name in (prefix, stored_prefix(prefix, modules)):
-        own = renamed.get(name, name)
-        parent, _, last = name.rpartition(".")
-        parts = [f"{parent}.{part}" if parent else part for part in stacked.get(last, ())]
-        found = tuple(renamed.get(part, part) for part in parts)
-        if own in modules or not any(module in modules for module in found):
-            found = (own,)
+    names = (prefix, stored_prefix(prefix, modules))
+    for name in (*names, *(f"{name}{WRAPPED_LINEAR}" for name in names)):
+        found = _stacked(name, modules, renamed, stacked)
         if any(module in modules for module in found):
-            break
-    return found
+            return found
+    return _stacked(names[-1], modules, renamed, stacked)
+
+
+def _stacked(
+    name: str,
+    modules: Collection[str],
+    renamed: Mapping[str, str],
+    stacked: Mapping[str, Sequence[str]],
+) -> tuple[str, ...]:
+    """The modules under `name` itself, or under those of what it stacks that the checkpoint has."""
+    own = renamed.get(name, name)
+    inner = WRAPPED_LINEAR if name.endswith(WRAPPED_LINEAR) else ""
+    parent, _, last = name.removesuffix(inner).rpartition(".")
+    parts = [f"{parent}.{part}{inner}" if parent else part for part in stacked.get(last, ())]
+    found = tuple(renamed.get(part, part) for part in parts)
+    return (own,) if own in modules or not any(part in modules for part in found) else found
 
 
 def stored_prefix(prefix: str, modules: Collection[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints import Tensors, write_checkpoint
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from published import FORMATS, QUANTIZED_HEADS, Model, write_headers
 from vllm_configs import current_config
@@ -161,6 +162,43 @@ def test_a_layer_that_vllm_replicates_is_whole_on_every_rank(
     (plan,) = config.worker.plans
     assert (plan.n, plan.k) == (model.intermediate, model.hidden)
     assert plan.shard.style is ParallelStyle.REPLICATED
+
+
+def test_names_on_disk_that_end_in_linear(
+    tmp_path: Path, rank_of: Callable[[int, int], None]
+) -> None:
+    """Gemma 4 wraps the linears of its towers: `q_proj.linear`, also in the list of plain ones."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.models.transformers.utils import recursive_replace_linear
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    attention = "vision_tower.encoder.layers.0.self_attn"
+    packed, plain = f"{attention}.q_proj.linear", f"{attention}.k_proj.linear"
+
+    def edit(tensors: Tensors) -> None:
+        module = "model.layers.0.mlp.down_proj."
+        for name in [name for name in tensors if name.startswith(module)]:
+            tensors[name.replace(module, f"{packed}.")] = tensors[name].clone()
+        tensors[f"{plain}.weight"] = torch.zeros(64, 96).half()
+
+    write_checkpoint(tmp_path, "ct-sym", config={"ignore": ["lm_head", plain]}, edits=[edit])
+    checkpoint = read_checkpoint(tmp_path)
+    target = Target(DEVICES["cpu"], torch.bfloat16)
+    planned = plan_model(checkpoint, target, 2, ranks=[1])
+    assert plain in planned.unquantized
+    config = config_for(checkpoint, target)
+    rank_of(1, 2)
+    tower = torch.nn.Module()
+    for name in ("q_proj", "k_proj"):
+        wrapper = torch.nn.Module()
+        wrapper.linear = torch.nn.Linear(96, 64, bias=False, device="meta")
+        tower.add_module(name, wrapper)
+    with building(), set_default_torch_dtype(torch.bfloat16):
+        recursive_replace_linear(tower, config, prefix=attention)
+    assert isinstance(tower.k_proj.linear.quant_method, UnquantizedLinearMethod)
+    (plan,) = config.worker.plans
+    assert plan in planned.layers
+    assert (plan.prefix, plan.n, plan.k) == (packed, 64, 96)
 
 
 def test_one_layer_of_four_parts_in_two_modules(

@@ -67,7 +67,8 @@ class LayerShard:
 ROW_PARALLEL_MODULES = frozenset(
     {"o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "wo", "w2", "fc2"}
 )
-REPLICATED_MODULES = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "gate", "router"})
+# "linear" is that of a wrapped layer in Gemma 4's towers
+REPLICATED_MODULES = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "gate", "router", "linear"})
 # vLLM's DEFAULT_VOCAB_PADDING_SIZE: a vocabulary is padded to a multiple of it before it is cut.
 VOCAB_PADDING = 64
 QKV_SHARD_IDS = tuple(shard_id for _, shard_id in FUSED_LAYERS["qkv_proj"])
