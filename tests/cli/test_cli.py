@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 from typer.testing import CliRunner, Result
 
-from checkpoints import drop, make_plain, write_checkpoint
+from checkpoints import drop, make_plain, write_checkpoint, write_json
 from hub_server import Hub, serving_hub
 from published import MODELS, write_headers
 from tiny_models import CHECKPOINTS, asset
@@ -201,6 +201,23 @@ def test_strict_refuses_what_is_otherwise_a_warning(tmp_path: Path) -> None:
     assert f"refused (--strict): {text}" in strict.output
     (warned,) = document(str(tmp_path), "--dtype", "float16")["results"][0]["warnings"]
     assert warned["layer"] == module
+
+
+def test_a_kv_cache_that_is_counted_too_large_is_noted_and_not_refused(tmp_path: Path) -> None:
+    """8 x 131072 tokens do not fit 24 GB where every layer keeps them all."""
+    write_headers(tmp_path, MODELS["Llama-3.1-8B"])
+    arguments = (str(tmp_path), "--device", "rtx4090", "--max-num-seqs", "8")
+    assert fusedq("check", *arguments, "--strict").exit_code == 1
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", config | {"sliding_window": 4096})
+    done = fusedq("check", *arguments, "--strict")
+    assert done.exit_code == 0, done.output
+    (result,) = document(*arguments)["results"]
+    assert result["warnings"] == []
+    assert [note["message"] for note in result["notes"]] == [
+        "the KV cache counts every token in every layer; not modelled, so no reason to refuse: "
+        "sliding_window 4096"
+    ]
 
 
 def test_json_has_every_number_of_the_table(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class Result:
     plan: "ModelPlan"
     problems: tuple[Problem, ...]
     warnings: tuple["Warned", ...]
+    notes: tuple["Warned", ...]
     capacity: "Capacity"
     strict: bool
 
@@ -199,7 +200,7 @@ def _result(
     memory: int | None,
     strict: bool,
 ) -> Result:
-    from vllm_fusedq.plan.advice import memory_problem, warnings_for
+    from vllm_fusedq.plan.advice import memory_problem, notes_for, warnings_for
     from vllm_fusedq.plan.capacity import block_count, capacity_of
     from vllm_fusedq.plan.model import survey_model
 
@@ -214,7 +215,8 @@ def _result(
     problems = survey.problems
     if not problems and (too_large := memory_problem(checkpoint, capacity)):
         problems = (too_large,)
-    return Result(survey.plan, problems, warnings, capacity, strict)
+    notes = tuple(notes_for(checkpoint, capacity))
+    return Result(survey.plan, problems, warnings, notes, capacity, strict)
 
 
 def _refuse(error: FusedQError, as_json: dict[str, Any] | None) -> None:
@@ -249,6 +251,8 @@ def _print_results(results: list[Result], device: "DeviceSpec", demand: "Demand"
             out.print(f"{word}: {warned.layer}: {warned.message}", markup=False, highlight=False)
         if result.problems:
             _print_refusal(str(PreflightError(result.problems)))
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        out.print(f"note: {note.layer}: {note.message}", markup=False, highlight=False)
 
 
 def _result_json(result: Result, demand: "Demand") -> dict[str, Any]:
@@ -264,6 +268,6 @@ def _result_json(result: Result, demand: "Demand") -> dict[str, Any]:
         "counts": counts_json(plan.layers, plan.unquantized),
         "problems": problems_json(result.problems),
         "warnings": [asdict(warned) for warned in result.warnings],
-        "notes": [],
+        "notes": [asdict(note) for note in result.notes],
         "capacity": None if result.problems else capacity_json(result.capacity),
     }

@@ -10,6 +10,7 @@ from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.errors import Problem
 from vllm_fusedq.formats import format_for
 from vllm_fusedq.formats.base import CheckpointFormat
+from vllm_fusedq.plan.attention import partial_attention
 from vllm_fusedq.plan.capacity import Capacity
 from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.plan.model import ModelPlan, fold_problems
@@ -48,6 +49,16 @@ def warnings_for(
     return _folded(found) + _of_memory(checkpoint, capacity)
 
 
+def notes_for(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
+    """What is good to know and nothing to refuse: what was not counted."""
+    found = []
+    if partial := partial_attention(checkpoint, capacity.max_model_len):
+        missing = f"not modelled, so no reason to refuse: {', '.join(partial)}"
+        message = f"the KV cache counts every token in every layer; {missing}"
+        found.append(Warned(checkpoint.path, message))
+    return found
+
+
 def memory_problem(checkpoint: Checkpoint, capacity: Capacity) -> Problem | None:
     """The refusal where weights alone are larger than the memory that the server may use."""
     held = capacity.weights + capacity.metadata + capacity.unquantized
@@ -80,6 +91,8 @@ def _folded(found: Mapping[str, Sequence[str]]) -> list[Warned]:
 def _of_memory(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
     if capacity.remains is None or capacity.remains >= 0 or memory_problem(checkpoint, capacity):
         return []
+    if partial_attention(checkpoint, capacity.max_model_len):
+        return []  # What is counted too much is no reason to refuse
     fits = f"the KV cache holds {capacity.kv_tokens} tokens"
     asked = f"{capacity.sequences} x {capacity.max_model_len}"
     advice = "lower --max-model-len or --max-num-seqs, or use more ranks"

@@ -16,6 +16,7 @@ from fusedq_kernels.types import Launch
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.formats.shared.vocabulary import INPUT_EMBEDDINGS, LM_HEADS, is_head, is_tied
+from vllm_fusedq.plan.attention import kv_heads
 from vllm_fusedq.plan.layer import DECODE_TOKENS, PREFILL_TOKENS, LayerPlan
 from vllm_fusedq.plan.model import ModelPlan
 from vllm_fusedq.plan.shards import VOCAB_PADDING, ParallelStyle, style_of
@@ -166,18 +167,18 @@ def kv_bytes_per_layer(
 ) -> int | None:
     """Bytes that one token takes in one layer's KV cache on one rank; None if not to be known.
 
-    A sliding window counts like full attention here, so that the result is never too small.
+    Every kind of attention counts like full attention here (see `attention.partial_attention`).
     """
     size = KV_DTYPE_BYTES[kv_cache_dtype] or act_dtype.itemsize
     if rank := checkpoint.number("kv_lora_rank"):
         # Multi-head latent attention: one latent for all heads, on every rank
         return (rank + (checkpoint.number("qk_rope_head_dim") or 0)) * size
     heads, hidden = checkpoint.number("num_attention_heads"), checkpoint.number("hidden_size")
-    kv_heads = checkpoint.number("num_key_value_heads") or heads
     head_dim = checkpoint.number("head_dim") or (heads and hidden and hidden // heads)
-    if not kv_heads or not head_dim:
+    stored = kv_heads(checkpoint)
+    if not stored or not head_dim:
         return None
-    return 2 * max(1, kv_heads // tp_size) * head_dim * size
+    return 2 * max(1, stored // tp_size) * head_dim * size
 
 
 def workspace_bytes(plan: LayerPlan) -> int:

@@ -14,6 +14,7 @@ from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.formats.shared.vocabulary import is_input_embedding, is_lm_head, is_tied
 from vllm_fusedq.names import FUSED_LAYERS, fold, natural, unnumbered, vllm_layer
+from vllm_fusedq.plan.attention import kv_heads
 from vllm_fusedq.plan.layer import LayerPlan, Target, plan_layer, target_problems
 from vllm_fusedq.plan.shards import (
     LayerShard,
@@ -139,7 +140,7 @@ def _shards(
 ) -> tuple[list[LayerShard], list[Problem]]:
     """vLLM's layers from the checkpoint's modules: siblings fused, each part cut for the rank."""
     # vLLM replicates them where ranks outnumber them
-    kv_heads = checkpoint.number("num_key_value_heads", "num_attention_heads")
+    heads = kv_heads(checkpoint)
     groups: dict[str, list[tuple[str, str | int | None]]] = defaultdict(list)
     for module in layers:
         prefix, shard_id = vllm_layer(module)
@@ -157,7 +158,7 @@ def _shards(
                 continue
             parts = tuple(
                 shard_module(
-                    module, sid, layers[module].n, layers[module].k, style, tp, rank, kv_heads
+                    module, sid, layers[module].n, layers[module].k, style, tp, rank, heads
                 )
                 for module, sid in _in_fused_order(members)
             )
