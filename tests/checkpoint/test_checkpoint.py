@@ -99,9 +99,42 @@ def test_split_files_without_an_index(model: Path) -> None:
     assert "lm_head.weight" in read_checkpoint(model).tensors
 
 
-def test_consolidated_files_are_ignored_next_to_model_files(model: Path) -> None:
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["whole", "indexed"])
+def test_an_adapter_beside_the_model_is_no_part_of_it(model: Path, indexed: bool) -> None:
+    before = read_checkpoint(model).tensors
+    if indexed:
+        split(model)
+    save_file({"base_model.model.model.norm.lora_A.weight": torch.zeros(4, 64)}, model / ADAPTER)
+    checkpoint = read_checkpoint(model)
+    assert checkpoint.tensors.keys() == before.keys()
+    assert checkpoint.unread == (ADAPTER,)
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_alone_is_no_model(model: Path, with_config: bool) -> None:
+    (model / "model.safetensors").rename(model / ADAPTER)
+    if not with_config:
+        (model / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"a LoRA adapter .*name the model that it was made"):
+        read_checkpoint(model)
+
+
+def test_consolidated_files_beside_an_index_are_not_read(model: Path) -> None:
     save_file(load_file(model / "model.safetensors"), model / "consolidated.safetensors")
-    assert {info.file for info in read_checkpoint(model).tensors.values()} == {"model.safetensors"}
+    weight_map = split(model)
+    checkpoint = read_checkpoint(model)
+    assert {info.file for info in checkpoint.tensors.values()} == set(weight_map.values())
+    assert checkpoint.unread == ("consolidated.safetensors",)
+
+
+def test_consolidated_files_without_an_index_are_refused(model: Path) -> None:
+    save_file(load_file(model / "model.safetensors"), model / "consolidated.safetensors")
+    message = r"found consolidated.safetensors beside model.safetensors and no .*move what is not"
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(model)
 
 
 def test_consolidated_files_count_alone(model: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from checkpoints import drop, make_plain, write_checkpoint, write_json
@@ -217,6 +219,28 @@ def test_a_kv_cache_that_is_counted_too_large_is_noted_and_not_refused(tmp_path:
     assert [note["message"] for note in result["notes"]] == [
         "the KV cache counts every token in every layer; not modelled, so no reason to refuse: "
         "sliding_window 4096"
+    ]
+
+
+def test_files_beside_the_model_are_named_once(tmp_path: Path) -> None:
+    write_headers(tmp_path, MODELS["Qwen2.5-0.5B"])
+    before = document(str(tmp_path), "--device", "h200", "-tp", "1,2")["results"]
+    lora = {"base_model.model.model.norm.lora_A.weight": torch.zeros(4, 64)}
+    for name in ("adapter_model.safetensors", "old.safetensors"):
+        save_file(lora, tmp_path / name)
+    results = document(str(tmp_path), "--device", "h200", "-tp", "1,2")["results"]
+    message = "not read, as no part of the model: adapter_model.safetensors, old.safetensors"
+    for found, expected in zip(results, before, strict=True):
+        assert found.pop("notes") == [{"layer": str(tmp_path), "message": message}]
+        expected.pop("notes")
+        assert found == expected
+    printed = fusedq("check", str(tmp_path), "--device", "h200", "-tp", "1,2").output
+    assert printed.count("adapter_model.safetensors") == 1
+    save_file(lora, tmp_path / "consolidated.safetensors")
+    (result,) = document(str(tmp_path), "--device", "h200")["results"]
+    assert [each["message"] for each in result["warnings"]] == [
+        "vLLM loads consolidated.safetensors in place of the model, unless with --load-format "
+        "safetensors"
     ]
 
 

@@ -28,7 +28,7 @@ def write_adapter(path: Path, truths: dict[str, Truth]) -> dict[str, torch.Tenso
         tensors[f"base_model.model.{module}.lora_A.weight"] = a
         tensors[f"base_model.model.{module}.lora_B.weight"] = b
         added[module] = ALPHA / RANK * b.float() @ a.float()
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     save_file(tensors, path / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA}
     targets = sorted({module.rpartition(".")[2] for module in truths})
@@ -37,8 +37,11 @@ def write_adapter(path: Path, truths: dict[str, Truth]) -> dict[str, torch.Tenso
     return added
 
 
-def test_an_adapter_adds_its_product(tmp_path: Path) -> None:
-    model, adapter = tmp_path / "model", tmp_path / "adapter"
+@pytest.mark.parametrize("beside", [False, True], ids=["apart", "beside-the-model"])
+def test_an_adapter_adds_its_product(tmp_path: Path, beside: bool) -> None:
+    """Also from the model's own directory, where vLLM alone reads it as weights of the model."""
+    model = tmp_path / "model"
+    adapter = model if beside else tmp_path / "adapter"
     head, edit = quantized_head("gptq-sym", SIZES["hidden"])
     config = config_with_head("gptq-sym")
     edits = [random_tables, edit]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from checkpoints import (
     add,
@@ -175,6 +176,15 @@ def config_of_another_model(path: Path) -> None:
     write_json(path / "config.json", {**config, "intermediate_size": 128})
 
 
+def other_format_beside(path: Path) -> None:
+    """vLLM would load consolidated.safetensors alone, although the index names the other file."""
+    write_checkpoint(path, "awq")
+    tensors = load_file(path / "model.safetensors")
+    save_file(tensors, path / "consolidated.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    write_json(path / "model.safetensors.index.json", index)
+
+
 # Name -> (how to make it, arguments of `vllm serve`, what the last words must say).
 BY_WORKER: dict[str, tuple[Maker, list[str], str]] = {
     "NaN scale": (
@@ -201,6 +211,11 @@ BY_WORKER: dict[str, tuple[Maker, list[str], str]] = {
         config_of_another_model,
         [],
         "[96, 64] (out_features x in_features) in the checkpoint; supported: [128, 64]",
+    ),
+    "files of another format": (
+        other_format_beside,
+        [],
+        "found consolidated.safetensors beside the model, which vLLM loads in its place",
     ),
     "unknown setting": (
         edited("awq"),

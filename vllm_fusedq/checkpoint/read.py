@@ -20,6 +20,10 @@ INDEX_FILE = "model.safetensors.index.json"
 # Where config.json may hold the quantization section, and other files that may.
 QUANT_SECTIONS = ("quantization_config", "compression_config")
 QUANT_CONFIG_FILES = ("quantize_config.json", "quant_config.json")
+# PEFT's name for a LoRA adapter, and what begins the names of its tensors
+ADAPTER_FILE, ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model."
+# Mistral's name for its own format: where vLLM finds such a file it loads no other, unless told to
+OTHER_FORMAT = "consolidated"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # How many names deep a tensor may lie below another one that it belongs to
 NESTED_NAMES = 2
@@ -33,7 +37,8 @@ class Checkpoint:
     `quant_config` is the quantization section and `quant_source` where it was found: a key of
     config.json ("quantization_config", "compression_config") or a file's name. `tensors` maps full
     tensor names to what the headers say of them, `metadata` those that hold no weights to their
-    bytes: at most `MAX_METADATA_BYTES` single bytes that belong to another tensor.
+    bytes: at most `MAX_METADATA_BYTES` single bytes that belong to another tensor. `unread` are the
+    safetensors files beside the model's weights.
     """
 
     path: str
@@ -42,6 +47,7 @@ class Checkpoint:
     quant_source: str
     tensors: dict[str, TensorInfo]
     metadata: dict[str, bytes] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     def number(self, *keys: str) -> int | None:
         """The first of the model config's sizes that is given, as a positive integer."""
@@ -98,7 +104,9 @@ def read_checkpoint(
     source, quant_config = _quant_config(files, names, config)
     weight_map = _weight_map(files, names) if INDEX_FILE in names else {}
     tensors: dict[str, TensorInfo] = {}
-    for header in files.headers(_weight_files(files, names, weight_map)):
+    stored = _safetensors_files(names)
+    weights = _weight_files(files, names, stored, weight_map)
+    for header in files.headers(weights):
         for name, info in header.items():
             if name in tensors:
                 raise CheckpointError(
@@ -108,10 +116,19 @@ def read_checkpoint(
             tensors[name] = info
     _check_index(files, weight_map, tensors)
     metadata = _metadata(files, tensors)
-    return Checkpoint(files.name, config, quant_config, source, tensors, metadata)
+    unread = tuple(name for name in stored if name not in weights)
+    return Checkpoint(files.name, config, quant_config, source, tensors, metadata, unread)
+
+
+_ADAPTER_ALONE = (
+    f"a LoRA adapter ({ADAPTER_FILE}) and no weights of a model; name the model that it was made "
+    "for, and the adapter with `--enable-lora --lora-modules`"
+)
 
 
 def _no_config(names: Sequence[str]) -> str:
+    if ADAPTER_FILE in names:
+        return _ADAPTER_ALONE
     if any(name.endswith(".gguf") for name in names):
         return f"no {CONFIG_FILE}, but GGUF files, which are not supported; serve another format"
     return f"no {CONFIG_FILE} there: not a checkpoint; name the directory that holds it"
@@ -141,17 +158,31 @@ def _quant_config(
     )
 
 
+def _safetensors_files(names: Sequence[str]) -> list[str]:
+    return sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+
+
 def _weight_files(
-    files: CheckpointFiles, names: Sequence[str], weight_map: Mapping[str, str]
+    files: CheckpointFiles,
+    names: Sequence[str],
+    stored: Sequence[str],
+    weight_map: Mapping[str, str],
 ) -> list[str]:
+    """Those of the `stored` files that vLLM loads the model from."""
     if weight_map:
         return sorted(set(weight_map.values()))
-    found = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
-    if any(name.startswith("model") for name in found):
-        # Mistral repositories hold the same weights a second time, under other names
-        found = [name for name in found if not name.startswith("consolidated")]
+    found = [name for name in stored if name != ADAPTER_FILE]
+    others = [name for name in found if name.startswith(OTHER_FORMAT)]
+    if others and len(others) < len(found):
+        raise CheckpointError(
+            f"{files.name}: found {others[0]} beside {next(n for n in found if n not in others)} "
+            f"and no {INDEX_FILE}: vLLM would load the former, or both; move what is not to be "
+            "served out of the directory"
+        )
     if found:
         return found
+    if ADAPTER_FILE in stored:
+        raise CheckpointError(f"{files.name}: {_ADAPTER_ALONE}")
     pickled = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
     if pickled:
         raise CheckpointError(

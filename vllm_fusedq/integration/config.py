@@ -4,6 +4,7 @@ Every vLLM process imports this module, also those that serve something else: wh
 imported where it is used.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,8 @@ from vllm_fusedq.errors import UnsupportedCheckpoint
 if TYPE_CHECKING:
     from vllm_fusedq.formats.base import CheckpointFormat
     from vllm_fusedq.worker.state import WorkerState
+
+logger = logging.getLogger("vllm.fusedq")
 
 
 class FusedQConfig(QuantizationConfig):
@@ -68,10 +71,13 @@ class FusedQConfig(QuantizationConfig):
     def get_cache_scale_mapper(self) -> Any:
         """Rename the checkpoint tensors that no torch parameter can be named after.
 
+        And drop those of a LoRA adapter beside the model, which vLLM reads where there is no index.
         This hook is older than `get_checkpoint_weight_mapper`, and every vLLM that is supported
         applies it in the same place, to all tensors.
         """
         from vllm.model_executor.models.utils import WeightsMapper
+
+        from vllm_fusedq.checkpoint.read import ADAPTER_FILE, ADAPTER_PREFIX
 
         if self.worker is not None:
             from vllm_fusedq.integration.embedding import check_all_created
@@ -81,7 +87,10 @@ class FusedQConfig(QuantizationConfig):
                 check_all_created(self.worker, self.format)
         dotted = [name for name in self.format.markers if name != parameter_name(name)]
         renamed = {f".{name}": f".{parameter_name(name)}" for name in dotted}
-        return super().get_cache_scale_mapper() | WeightsMapper(orig_to_new_suffix=renamed)
+        unread = self.format.checkpoint.unread
+        dropped = {ADAPTER_PREFIX: None} if ADAPTER_FILE in unread else {}
+        own = WeightsMapper(orig_to_new_suffix=renamed, orig_to_new_prefix=dropped)
+        return super().get_cache_scale_mapper() | own
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None, **_: Any
@@ -95,6 +104,7 @@ class FusedQConfig(QuantizationConfig):
         from vllm_fusedq.formats import format_for
         from vllm_fusedq.integration.devices import announced_device
         from vllm_fusedq.integration.last_words import name_message_file
+        from vllm_fusedq.plan.advice import unread_files
         from vllm_fusedq.plan.layer import Target
         from vllm_fusedq.plan.model import plan_model
 
@@ -105,7 +115,10 @@ class FusedQConfig(QuantizationConfig):
                 "loading; supported: layers as the checkpoint stores them; leave it out"
             )
         self.format = format_for(read_checkpoint(model_name, revision))
-        plan_model(self.format.checkpoint, Target(announced_device(), torch.bfloat16))
+        target = Target(announced_device(), torch.bfloat16)
+        plan_model(self.format.checkpoint, target)
+        for said in unread_files(self.format.checkpoint):
+            logger.warning("%s: %s", said.layer, said.message)
         self.message_file = name_message_file()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

@@ -14,6 +14,8 @@ from vllm.distributed import (
 
 from fusedq_kernels.choose.heuristics import kernels_for
 from fusedq_kernels.types import KernelName
+from vllm_fusedq.checkpoint.read import INDEX_FILE, OTHER_FORMAT, Checkpoint
+from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.integration.devices import worker_device
 from vllm_fusedq.integration.draft import check_draft, is_draft
 from vllm_fusedq.integration.worker_methods import install_worker_methods
@@ -32,12 +34,15 @@ def start_worker(config: "FusedQConfig") -> WorkerState:
     """Plan the whole model at this process's rank and size, before any layer exists.
 
     Raises:
-        UnsupportedCheckpoint: a draft model beside it would not run fused.
+        UnsupportedCheckpoint: a draft model beside it would not run fused, or vLLM would load other
+            files than those that were planned.
         PreflightError: what the tensor-parallel size or the device makes unsupported.
         SettingsError: unknown or wrong settings.
     """
     vllm_config = get_current_vllm_config()
     check_draft(vllm_config.speculative_config)
+    checkpoint = config.format.checkpoint
+    _check_load_format(checkpoint, vllm_config.load_config.load_format)
     settings = parse_settings(vllm_config.additional_config.get("fusedq", {}))
     device = settings.device(worker_device())
     striped = kernels_for(device)[0] is KernelName.CPU_STRIPED
@@ -52,7 +57,7 @@ def start_worker(config: "FusedQConfig") -> WorkerState:
         sliced_prefill=settings.sliced_prefill,
     )
     install_worker_methods()
-    checkpoint, rank = config.format.checkpoint, _worker_rank(vllm_config)
+    rank = _worker_rank(vllm_config)
     plan = plan_model(checkpoint, target, rank.tensor_size)
     return WorkerState(
         *(target, settings, config.message_file),
@@ -63,6 +68,16 @@ def start_worker(config: "FusedQConfig") -> WorkerState:
         vllm_version=VLLM_VERSION,
         unquantized=plan.unquantized,
     )
+
+
+def _check_load_format(checkpoint: Checkpoint, load_format: str) -> None:
+    others = [name for name in checkpoint.unread if name.startswith(OTHER_FORMAT)]
+    if others and load_format == "auto":
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.path}: found {others[0]} beside the model, which vLLM loads in its place "
+            f"by --load-format auto; supported: the files of {INDEX_FILE}; serve with "
+            "--load-format safetensors"
+        )
 
 
 def _worker_rank(vllm_config: VllmConfig) -> WorkerRank:

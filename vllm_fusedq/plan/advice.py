@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import KernelName
-from vllm_fusedq.checkpoint.read import Checkpoint
+from vllm_fusedq.checkpoint.read import OTHER_FORMAT, Checkpoint
 from vllm_fusedq.errors import Problem
 from vllm_fusedq.formats import format_for
 from vllm_fusedq.formats.base import CheckpointFormat
@@ -46,17 +46,33 @@ def warnings_for(
             found[f"{rounded}, as cpu-wna16 demands"].append(layer.prefix)
         if layer.rows > layer.k:
             found[_of_order(layer, fmt)].append(layer.prefix)
-    return _folded(found) + _of_memory(checkpoint, capacity)
+    return _folded(found) + _of_files(checkpoint) + _of_memory(checkpoint, capacity)
 
 
 def notes_for(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
-    """What is good to know and nothing to refuse: what was not counted."""
-    found = []
+    """What is good to know and nothing to refuse: what was not read and not counted."""
+    found = unread_files(checkpoint)
     if partial := partial_attention(checkpoint, capacity.max_model_len):
         missing = f"not modelled, so no reason to refuse: {', '.join(partial)}"
         message = f"the KV cache counts every token in every layer; {missing}"
         found.append(Warned(checkpoint.path, message))
     return found
+
+
+def unread_files(checkpoint: Checkpoint) -> list[Warned]:
+    """Files that no weight of the model is in, all at once."""
+    files = [name for name in checkpoint.unread if not name.startswith(OTHER_FORMAT)]
+    if not files:
+        return []
+    return [Warned(checkpoint.path, f"not read, as no part of the model: {', '.join(files)}")]
+
+
+def _of_files(checkpoint: Checkpoint) -> list[Warned]:
+    files = [name for name in checkpoint.unread if name.startswith(OTHER_FORMAT)]
+    if not files:
+        return []
+    message = f"vLLM loads {files[0]} in place of the model, unless with --load-format safetensors"
+    return [Warned(checkpoint.path, message)]
 
 
 def memory_problem(checkpoint: Checkpoint, capacity: Capacity) -> Problem | None:
