@@ -102,6 +102,14 @@ IN_API_PROCESS: dict[str, tuple[Maker, str]] = {
     "g_idx": (edited("ct-sym", add(f"{DOWN}.weight_g_idx", torch.zeros(96).int())), "weight_g_idx"),
     "experts": (edited("awq", rename(f"{BLOCK}.mlp", f"{BLOCK}.mlp.experts.0")), "MoE experts"),
     "lm_head": (edited("awq", rename(DOWN, "lm_head")), "lm_head"),
+    "lm_head against the config": (
+        edited("ct-sym", rename(DOWN, "lm_head")),
+        "lm_head: found packed tensors (weight_packed, weight_scale, weight_shape) although",
+    ),
+    "plain lm_head": (
+        edited("ct-sym", ignore=[]),
+        "lm_head: found an unquantized weight F16 [32, 64] although the config says",
+    ),
     "embedding": (edited("awq", rename(DOWN, "model.embed_tokens")), "embed"),
     "no scales": (edited("awq", drop(f"{DOWN}.scales")), f"{DOWN}: found no tensor scales"),
     "no zeros": (edited("awq", drop(f"{DOWN}.qzeros")), f"{DOWN}: found no tensor qzeros"),

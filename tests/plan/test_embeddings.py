@@ -8,7 +8,15 @@ import torch
 from safetensors.torch import load_file
 from torch.profiler import profile
 
-from checkpoints import ORDERED_BUILDS, Tensors, Truth, rename, write_checkpoint, write_json
+from checkpoints import (
+    ORDERED_BUILDS,
+    Tensors,
+    Truth,
+    make_plain,
+    rename,
+    write_checkpoint,
+    write_json,
+)
 from embeddings import EMBEDDING, VOCABULARY, write_with_embedding
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.embedding import embedding
@@ -153,9 +161,22 @@ def test_an_embedding_against_the_config_is_refused(tmp_path: Path, change: str)
         section["config_groups"]["group_1"]["targets"] = ["re:.*nothing$"]
     write_json(tmp_path / "config.json", config)
     message = (
-        r"model.embed_tokens: found a quantized embedding or lm_head \(weight_packed, .*\); "
-        r"supported: quantized linear layers, and an lm_head or \(compressed-tensors\) an input "
-        "embedding where the config says so; quantize again without embed_tokens"
+        r"model.embed_tokens: found packed tensors \(weight_packed, .*\) although the config "
+        "leaves this module unquantized; supported: config and tensors that agree; correct "
+        "targets and ignore in the config"
+    )
+    with pytest.raises(PreflightError, match=message):
+        plan_of(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_plain_embedding_that_the_config_calls_quantized_is_refused(
+    tmp_path: Path, tied: bool
+) -> None:
+    write_with_embedding(tmp_path, tied=tied, edits=(make_plain(EMBEDDING, VOCABULARY, 64),))
+    message = (
+        r"model.embed_tokens: found an unquantized weight F16 \[32, 64\] although the config says "
+        "that this module is quantized; .*; exclude it by targets and ignore if it is meant to stay"
     )
     with pytest.raises(PreflightError, match=message):
         plan_of(tmp_path)

@@ -12,7 +12,7 @@ from fusedq_kernels.layouts.packing import unpack
 from fusedq_kernels.reference import dequantize
 from heads import VOCABULARY, config_with_head, quantized_head
 from vllm_fusedq.checkpoint.read import read_checkpoint
-from vllm_fusedq.errors import PreflightError
+from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
@@ -95,12 +95,54 @@ def test_a_tied_lm_head_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "config"), [("gptq-sym", {"lm_head": False}), ("ct-sym", {"ignore": ["lm_head"]})]
+    ("build", "config", "setting"),
+    [
+        ("gptq-sym", {"lm_head": False}, "the entry lm_head"),
+        ("gptq-sym", {"lm_head": True, "dynamic": {"-:lm_head": {}}}, "the entry lm_head"),
+        ("ct-sym", {"ignore": ["lm_head"]}, "targets and ignore"),
+    ],
 )
-def test_an_lm_head_against_the_config_is_refused(
-    tmp_path: Path, build: str, config: dict[str, object]
+def test_a_quantized_lm_head_that_the_config_excludes_is_refused(
+    tmp_path: Path, build: str, config: dict[str, object], setting: str
 ) -> None:
     _, edit = quantized_head(build, HIDDEN)
     write_checkpoint(tmp_path, build, hidden=HIDDEN, edits=[edit], config=config)
-    with pytest.raises(PreflightError, match="lm_head: found a quantized embedding or lm_head"):
-        plan_model(read_checkpoint(tmp_path), Target(DEVICES["cpu"], torch.float16))
+    (problem,) = problems_of(tmp_path)
+    assert problem.layer == "lm_head"
+    assert problem.found.startswith("packed tensors (")
+    assert problem.found.endswith(") although the config leaves this module unquantized")
+    assert problem.supported == "config and tensors that agree"
+    assert problem.fix == f"correct {setting} in the config"
+
+
+@pytest.mark.parametrize(
+    ("build", "setting"), [("gptq-sym", "the entry lm_head"), ("ct-sym", "targets and ignore")]
+)
+def test_a_plain_lm_head_that_the_config_calls_quantized_is_refused(
+    tmp_path: Path, build: str, setting: str
+) -> None:
+    write_checkpoint(tmp_path, build, hidden=HIDDEN, config=config_with_head(build))
+    (problem,) = problems_of(tmp_path)
+    assert problem.layer == "lm_head"
+    assert problem.found == (
+        f"an unquantized weight F16 [{VOCABULARY}, {HIDDEN}] although the config says that this "
+        "module is quantized"
+    )
+    assert problem.supported == "config and tensors that agree"
+    assert problem.fix == f"exclude it by {setting} if it is meant to stay unquantized"
+
+
+@pytest.mark.parametrize("build", ["gptq-sym", "ct-sym"])
+def test_a_tied_model_has_no_lm_head_to_call_quantized(tmp_path: Path, build: str) -> None:
+    """Llama's config may say so of a file that stores the embeddings a second time as lm_head."""
+    write_checkpoint(tmp_path, build, hidden=HIDDEN, config=config_with_head(build))
+    config = read_checkpoint(tmp_path).config
+    write_json(tmp_path / "config.json", {**config, "tie_word_embeddings": True})
+    plan = plan_model(read_checkpoint(tmp_path), Target(DEVICES["cpu"], torch.float16))
+    assert "lm_head" in plan.unquantized
+
+
+def problems_of(path: Path) -> tuple[Problem, ...]:
+    with pytest.raises(PreflightError) as error:
+        plan_model(read_checkpoint(path), Target(DEVICES["cpu"], torch.float16))
+    return error.value.problems

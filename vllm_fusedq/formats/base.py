@@ -19,6 +19,11 @@ from vllm_fusedq.errors import PreflightError, UnsupportedCheckpoint
 from vllm_fusedq.formats.headers import describe_layer
 from vllm_fusedq.formats.layer import LayerFormat, Region, Scheme
 from vllm_fusedq.formats.shared.findings import Finding
+from vllm_fusedq.formats.shared.refusals import (
+    check_plain,
+    packed_though_excluded,
+    tied_though_quantized,
+)
 from vllm_fusedq.formats.shared.rows import Support
 from vllm_fusedq.formats.shared.vocabulary import is_head, is_input_embedding, is_lm_head, is_tied
 
@@ -49,6 +54,10 @@ class CheckpointFormat(ABC):
     """What users are told of the method, a row for each kind of checkpoint."""
     exclusion: ClassVar[str]
     """What in the config excludes modules, for messages."""
+    head_setting: ClassVar[str] = ""
+    """What in the config says that an lm_head is quantized; empty where nothing can."""
+    embedding_setting: ClassVar[str] = ""
+    """What in the config says that an input embedding is quantized; empty where nothing can."""
     grouping: ClassVar[str] = "group_size"
     """What sets the group size where such models are quantized, for messages."""
     without_order: ClassVar[str] = "without activation reordering"
@@ -152,9 +161,9 @@ class CheckpointFormat(ABC):
         found = []
         for module, stored in self.checkpoint.modules().items():
             weight = stored.get("weight")
-            linear = weight is not None and len(weight.shape) == 2 and not is_head(module)
+            matrix = weight is not None and len(weight.shape) == 2
             damaged = weight is None and self.leftovers & stored.keys()
-            if module in self.packed or ((linear or damaged) and self.claims(module)):
+            if module in self.packed or ((matrix or damaged) and self.claims_any(module)):
                 found.append(module)
         return found
 
@@ -179,17 +188,19 @@ class CheckpointFormat(ABC):
         if not self.claims(module):
             if not packed:
                 return None
-            raise PreflightError.single(
-                module,
-                f"packed tensors ({', '.join(packed)}) although the config leaves this "
-                "module unquantized",
-                "config and tensors that agree",
-                f"correct {self.exclusion} in the config",
-            )
+            raise packed_though_excluded(module, packed, self.exclusion)
         if not packed:
-            self._refuse_plain(module, stored)
+            check_plain(module, stored, self.exclusion)
             return None
         return describe_layer(self.name, module, stored, self.scheme(module))
+
+    def claims_any(self, module: str) -> bool:
+        """Whether the config says that a linear module, lm_head or embedding is quantized."""
+        if is_lm_head(module):
+            return self.claims_head(module)
+        if is_input_embedding(module):
+            return self.claims_embedding(module)
+        return not is_head(module) and self.claims(module)
 
     def refusal(self, found: str, supported: str, fix: str = USE_VLLM) -> UnsupportedCheckpoint:
         return UnsupportedCheckpoint(
@@ -247,43 +258,23 @@ class CheckpointFormat(ABC):
         self, module: str, stored: Mapping[str, TensorInfo], packed: list[str]
     ) -> LayerFormat | None:
         """`spec_for` an lm_head or an embedding."""
+        lm_head, claimed = is_lm_head(module), self.claims_any(module)
+        setting = self.head_setting if lm_head else self.embedding_setting
         if not packed:
+            # A tied model has no lm_head, whatever its config says of it
+            if claimed and module in self.modules() and not (lm_head and is_tied(self.checkpoint)):
+                check_plain(module, stored, setting)
             return None
-        if is_lm_head(module) and self.claims_head(module):
-            self._refuse_tied(module)
-        elif not (is_input_embedding(module) and self.claims_embedding(module)):
-            raise PreflightError.single(
-                module,
-                f"a quantized embedding or lm_head ({', '.join(packed)})",
-                "quantized linear layers, and an lm_head or (compressed-tensors) an input "
-                "embedding where the config says so",
-                f"quantize again without {module.rpartition('.')[2]}, or {USE_VLLM}",
-            )
-        return describe_layer(self.name, module, stored, self.scheme(module))
-
-    def _refuse_tied(self, module: str) -> None:
-        """vLLM uses the embeddings as lm_head where they are tied, whatever else is stored."""
-        if is_tied(self.checkpoint):
-            raise PreflightError.single(
-                module,
-                "a quantized lm_head although tie_word_embeddings is true in config.json",
-                "a quantized lm_head of its own",
-                "set tie_word_embeddings to false in config.json if the lm_head was trained or "
-                "quantized apart",
-            )
-
-    def _refuse_plain(self, module: str, stored: Mapping[str, TensorInfo]) -> None:
-        weight = stored.get("weight")
-        if weight is not None and len(weight.shape) != 2:
-            return  # no linear layer
-        found = (
-            f"an unquantized weight {weight.dtype} {list(weight.shape)}"
-            if weight is not None
-            else f"no packed tensors (found: {', '.join(sorted(stored)) or 'none'})"
-        )
+        if claimed:
+            if lm_head and is_tied(self.checkpoint):
+                raise tied_though_quantized(module)
+            return describe_layer(self.name, module, stored, self.scheme(module))
+        if setting and (lm_head or is_input_embedding(module)):
+            raise packed_though_excluded(module, packed, setting)
         raise PreflightError.single(
             module,
-            f"{found} although the config says that this module is quantized",
-            "config and tensors that agree",
-            f"exclude it by {self.exclusion} if it is meant to stay unquantized",
+            f"a quantized embedding or lm_head ({', '.join(packed)})",
+            "quantized linear layers, and an lm_head or (compressed-tensors) an input "
+            "embedding where the config says so",
+            f"quantize again without {module.rpartition('.')[2]}, or {USE_VLLM}",
         )

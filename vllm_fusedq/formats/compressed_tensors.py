@@ -78,6 +78,7 @@ class CompressedTensorsFormat(CheckpointFormat):
         ),
     )
     exclusion = "ignore"
+    head_setting = embedding_setting = "targets and ignore"
     grouping = "the group_size in the weights of llm-compressor's config_groups"
     without_order = "actorder static in llm-compressor's GPTQModifier"
 

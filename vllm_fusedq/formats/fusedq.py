@@ -63,7 +63,7 @@ class FusedQFormat(CheckpointFormat):
             groups="as the original",
         ),
     )
-    exclusion = "modules"
+    exclusion = head_setting = embedding_setting = "modules"
 
     def check_config(self) -> None:
         version = self.config.get("layout_version")

@@ -60,6 +60,7 @@ class GptqFormat(CheckpointFormat):
         ),
     )
     exclusion = '"-:regex" in dynamic'
+    head_setting = "the entry lm_head"
     grouping = "the group_size of GPTQModel's QuantizeConfig"
     without_order = "desc_act false in GPTQModel's QuantizeConfig"
 
