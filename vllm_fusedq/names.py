@@ -14,6 +14,9 @@ DRAFT_PREFIX = "draft_model."
 # Lists of extra blocks that vLLM numbers as if they followed those of the model (MiMo, ERNIE).
 MTP_BLOCKS = ("mtp_layers", "mtp_block")
 
+# What tools put before the names of one and the same model: those that vLLM's models map
+_PREFIX_PARTS = frozenset({"model", "language_model", "text_model", "thinker", "vlm", "llm"})
+
 # Below the names of layers that a wrapper clamps (Gemma 4's vision and audio towers)
 WRAPPED_LINEAR = ".linear"
 
@@ -84,6 +87,27 @@ def stored_prefix(prefix: str, modules: Collection[str]) -> str:
     lists = {name.removeprefix(before).partition(".")[0] for name in modules}
     extra = [name for name in MTP_BLOCKS if name in lists]
     return f"{before}{extra[0]}.{behind}{rest}" if behind >= 0 and extra else prefix
+
+
+def without_prefix(name: str) -> str:
+    """A module's name without its prefix: `layers.0.mlp` of `model.language_model.layers.0.mlp`."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part not in _PREFIX_PARTS), len(parts) - 1)
+    return ".".join(parts[first:])
+
+
+def with_other_prefix(module: str, listed: Mapping[str, str]) -> str | None:
+    """The listed name that is `module` or what it lies in, but for the prefix.
+
+    Args:
+        module: like "model.layers.1.mlp.down_proj".
+        listed: names by what `without_prefix` leaves, like "layers.1.mlp" for "model.layers.1.mlp".
+    """
+    parts = without_prefix(module).split(".")
+    outer = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    name = next((listed[each] for each in outer if each in listed), None)
+    # With the same prefix a name means what the tools match, no more
+    return None if name is None or f"{module}.".startswith(f"{name}.") else name
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -82,9 +82,10 @@ class AwqFormat(CheckpointFormat):
 
     def claims(self, module: str) -> bool:
         # AutoAWQ converts the linears of the decoder blocks, but for names that contain a given one
-        return self.block_of(module) in self.quantized_blocks and not any(
-            name in module for name in self.excluded
-        )
+        return self.block_of(module) in self.quantized_blocks and not self.excludes(module)
+
+    def lists(self, module: str) -> bool:
+        return any(name in module for name in self.excluded)
 
     def scheme(self, module: str) -> Scheme:
         stored = self.checkpoint.modules()[module]

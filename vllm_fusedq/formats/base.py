@@ -26,11 +26,15 @@ from vllm_fusedq.formats.shared.refusals import (
 )
 from vllm_fusedq.formats.shared.rows import Support
 from vllm_fusedq.formats.shared.vocabulary import is_head, is_input_embedding, is_lm_head, is_tied
+from vllm_fusedq.names import with_other_prefix, without_prefix
 
 if TYPE_CHECKING:
     import torch
 
 USE_VLLM = "drop `--quantization fusedq` to use vLLM's own support, if it has any"
+
+# Of a weight that was never quantized
+PLAIN_DTYPES = ("BF16", "F16", "F32")
 
 _EXPERTS = re.compile(r"(?:^|.*?\.)experts(?=\.|$)")
 _BLOCK = re.compile(r"(.*?)\.\d+(?=\.|$)")
@@ -66,6 +70,7 @@ class CheckpointFormat(ABC):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.quant_config
+        self.excluded: list[str] = []
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
@@ -92,6 +97,10 @@ class CheckpointFormat(ABC):
     @abstractmethod
     def claims(self, module: str) -> bool:
         """Whether the config says that this linear module is quantized."""
+
+    def lists(self, module: str) -> bool:
+        """Whether the config excludes this name, matched as the method's tools do."""
+        return False
 
     def claims_head(self, module: str) -> bool:
         """Whether the config says that this lm_head is quantized; few methods can."""
@@ -202,6 +211,21 @@ class CheckpointFormat(ABC):
             return self.claims_embedding(module)
         return not is_head(module) and self.claims(module)
 
+    def excludes(self, module: str) -> bool:
+        """Whether the config leaves a module unquantized, by its name or with another prefix."""
+        return self.lists(module) or self.listed_as(module) is not None
+
+    def listed_as(self, module: str) -> str | None:
+        """The name with another prefix by which the config excludes a module that is stored whole.
+
+        Tools moved language models below others: a list may begin its names as the file does not.
+        """
+        weight = self.checkpoint.modules().get(module, {}).get("weight")
+        plain = weight is not None and weight.dtype in PLAIN_DTYPES
+        whole = plain or module in self.packed
+        name = with_other_prefix(module, self._unprefixed) if whole else None
+        return None if name is None or self.lists(module) else name
+
     def refusal(self, found: str, supported: str, fix: str = USE_VLLM) -> UnsupportedCheckpoint:
         return UnsupportedCheckpoint(
             f"{self.checkpoint.path}: found {found}; supported by {self.name}: {supported}; {fix}"
@@ -249,6 +273,11 @@ class CheckpointFormat(ABC):
     def quantized_blocks(self) -> frozenset[str]:
         """The lists of repeated blocks of which at least one module is packed."""
         return frozenset(block for m in self.packed if (block := self.block_of(m)) is not None)
+
+    @cached_property
+    def _unprefixed(self) -> dict[str, str]:
+        """The names in `excluded` by what they are without their prefix."""
+        return {without_prefix(name): name for name in self.excluded}
 
     @cached_property
     def _expert_folds(self) -> frozenset[str]:

@@ -78,18 +78,20 @@ class BitsAndBytesFormat(CheckpointFormat):
             )
         if not self._is_set("load_in_4bit"):
             raise self.refusal("neither load_in_4bit nor load_in_8bit", "load_in_4bit true")
-        self.skipped = self.check_names("llm_int8_skip_modules")
+        self.excluded = self.check_names("llm_int8_skip_modules")
 
     def claims(self, module: str) -> bool:
         # The tensors say what is quantized; the config only what else was meant to be
         if module in self.packed:
             return True
+        return self.block_of(module) in self.quantized_blocks and not self.excludes(module)
+
+    def lists(self, module: str) -> bool:
         # Names match as transformers has matched them at one time or another
-        skipped = any(
+        return any(
             f"{name}." in f"{module}." or module.endswith(name) or module.startswith(name)
-            for name in self.skipped
+            for name in self.excluded
         )
-        return not skipped and self.block_of(module) in self.quantized_blocks
 
     def scheme(self, module: str) -> Scheme:
         stored = self.checkpoint.modules()[module]

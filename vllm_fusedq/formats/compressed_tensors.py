@@ -87,18 +87,20 @@ class CompressedTensorsFormat(CheckpointFormat):
             section = self.config.get(key)
             if section and section != {"format": "dense"}:
                 raise self.refusal(found, "quantized weights and nothing else")
-        self.ignored = self.check_names("ignore")
+        self.excluded = self.check_names("ignore")
         groups = self.config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise self.refusal(f"config_groups {groups!r:.80}", "at least one group of modules")
         self.groups = [self._read_group(name, group) for name, group in groups.items()]
-        for target in (*self.ignored, *(t for group in self.groups for t in group.targets)):
+        for target in (*self.excluded, *(t for group in self.groups for t in group.targets)):
             if target.startswith("re:"):
                 self.check_regex(target[3:])
 
     def claims(self, module: str) -> bool:
-        ignored = self._matches(module, self.ignored) or _class_of(module) in self.ignored
-        return not ignored and self._group_of(module) is not None
+        return not self.excludes(module) and self._group_of(module) is not None
+
+    def lists(self, module: str) -> bool:
+        return self._matches(module, self.excluded) or _class_of(module) in self.excluded
 
     def claims_head(self, module: str) -> bool:
         return self.claims(module)

@@ -83,10 +83,13 @@ class GptqFormat(CheckpointFormat):
             return False
         if self.included and not any(name in module for name in self.included):
             return False
-        return self._options_of(module) is not None
+        return not self.excludes(module)
+
+    def lists(self, module: str) -> bool:
+        return self._options_of(module) is None
 
     def claims_head(self, module: str) -> bool:
-        return self.config.get("lm_head") is True and self._options_of(module) is not None
+        return self.config.get("lm_head") is True and not self.excludes(module)
 
     def scheme(self, module: str) -> Scheme:
         options = self._options_of(module)

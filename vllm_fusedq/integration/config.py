@@ -104,7 +104,7 @@ class FusedQConfig(QuantizationConfig):
         from vllm_fusedq.formats import format_for
         from vllm_fusedq.integration.devices import announced_device
         from vllm_fusedq.integration.last_words import name_message_file
-        from vllm_fusedq.plan.advice import unread_files
+        from vllm_fusedq.plan.advice import listed_otherwise, unread_files
         from vllm_fusedq.plan.layer import Target
         from vllm_fusedq.plan.model import plan_model
 
@@ -116,8 +116,11 @@ class FusedQConfig(QuantizationConfig):
             )
         self.format = format_for(read_checkpoint(model_name, revision))
         target = Target(announced_device(), torch.bfloat16)
-        plan_model(self.format.checkpoint, target)
-        for said in unread_files(self.format.checkpoint):
+        plan = plan_model(self.format.checkpoint, target)
+        for said in (
+            *listed_otherwise(self.format, plan.unquantized),
+            *unread_files(self.format.checkpoint),
+        ):
             logger.warning("%s: %s", said.layer, said.message)
         self.message_file = name_message_file()
 

@@ -10,6 +10,7 @@ from vllm_fusedq.checkpoint.read import OTHER_FORMAT, Checkpoint
 from vllm_fusedq.errors import Problem
 from vllm_fusedq.formats import format_for
 from vllm_fusedq.formats.base import CheckpointFormat
+from vllm_fusedq.names import fold, unnumbered
 from vllm_fusedq.plan.attention import partial_attention
 from vllm_fusedq.plan.capacity import Capacity
 from vllm_fusedq.plan.layer import LayerPlan
@@ -36,7 +37,7 @@ def warnings_for(
     found: dict[str, list[str]] = defaultdict(list)
     fmt = format_for(checkpoint)
     for module in plan.unquantized:
-        if fmt.block_of(module) in fmt.quantized_blocks:
+        if fmt.block_of(module) in fmt.quantized_blocks and not fmt.listed_as(module):
             found["a linear layer that the checkpoint leaves unquantized"].append(module)
     for layer in plan.layers:
         if layer.kernel in SLOW_KERNELS:
@@ -46,7 +47,8 @@ def warnings_for(
             found[f"{rounded}, as cpu-wna16 demands"].append(layer.prefix)
         if layer.rows > layer.k:
             found[_of_order(layer, fmt)].append(layer.prefix)
-    return _folded(found) + _of_files(checkpoint) + _of_memory(checkpoint, capacity)
+    told = listed_otherwise(fmt, plan.unquantized)
+    return told + _folded(found) + _of_files(checkpoint) + _of_memory(checkpoint, capacity)
 
 
 def notes_for(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
@@ -57,6 +59,20 @@ def notes_for(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
         message = f"the KV cache counts every token in every layer; {missing}"
         found.append(Warned(checkpoint.path, message))
     return found
+
+
+def listed_otherwise(fmt: CheckpointFormat, unquantized: Sequence[str]) -> list[Warned]:
+    """Of the unquantized modules those that the config excludes by names with another prefix."""
+    names = {module: name for module in unquantized if (name := fmt.listed_as(module))}
+    if not names:
+        return []
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for module in names:
+        kinds[unnumbered(module)].append(module)
+    layers = ", ".join(fold(modules) for modules in kinds.values())
+    listed = f"{fmt.exclusion} in the config lists them with another prefix"
+    example = f"{next(iter(names.values()))} for {next(iter(names))}"
+    return [Warned(layers, f"unquantized, as the file proves; {listed}: {example}")]
 
 
 def unread_files(checkpoint: Checkpoint) -> list[Warned]:
