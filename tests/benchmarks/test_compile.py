@@ -63,7 +63,7 @@ spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
 loops = []
 for decoders in (variants.PORTABLE, {{}}):
     with variants.decoding(decoders):
-        loops.append(audit.audit_tile("sm_90", tiles[0].tile, spec, torch.bfloat16))
+        loops.append(command.audit_tile("sm_90", tiles[0].tile, spec, torch.bfloat16))
 assert loops[0].alu > loops[1].alu, loops
 """
 
