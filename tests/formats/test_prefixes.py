@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints import Edit, Tensors, add, make_plain, replace, write_checkpoint
+from checkpoints import (
+    ALL_BUILDS,
+    Edit,
+    Tensors,
+    add,
+    compressed_tensors_config,
+    make_plain,
+    replace,
+    write_checkpoint,
+)
 from fusedq_kernels.choose.device import cpu_device
 from fusedq_kernels.dtype import DType
 from vllm_fusedq.checkpoint.read import Checkpoint, read_checkpoint
@@ -154,3 +163,26 @@ def test_an_lm_head_with_another_prefix(tmp_path: Path, head: str, listed: str) 
     write_checkpoint(tmp_path, "ct-sym", config={"ignore": [listed]}, edits=[edit])
     plan = plan_model(read_checkpoint(tmp_path), CPU)
     assert head in plan.unquantized
+
+
+@pytest.mark.parametrize(("stored", "listed"), PREFIXES)
+def test_targets_with_another_prefix(tmp_path: Path, stored: str, listed: str) -> None:
+    """8 bits for one module, by its name; by its class it would be one of 4."""
+    module = "layers.1.mlp.down_proj"
+    groups = {
+        f"group_{bits}": compressed_tensors_config(32, bits=bits)["config_groups"]["group_0"]
+        for bits in (4, 8)
+    }
+    groups["group_8"]["targets"] = [listed + module]
+    eight = ALL_BUILDS["ct-8bit-sym"]
+
+    def edit(tensors: Tensors) -> None:
+        packed = eight.tensors(eight.truth(64, 96, 32, seed=5))
+        tensors.update({f"model.{module}.{name}": each for name, each in packed.items()})
+
+    config = {"config_groups": groups}
+    write_checkpoint(tmp_path, "ct-sym", layers=2, config=config, edits=[edit, below(stored)])
+    plan = plan_model(read_checkpoint(tmp_path), CPU)
+    widths = {layer.prefix: layer.spec.weight_type.bits for layer in plan.layers}
+    assert widths.pop(stored + module) == 8
+    assert set(widths.values()) == {4}

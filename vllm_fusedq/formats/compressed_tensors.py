@@ -38,6 +38,7 @@ from vllm_fusedq.formats.shared.ordering import sort_rows
 from vllm_fusedq.formats.shared.rows import Support, bit_widths
 from vllm_fusedq.formats.shared.vocabulary import is_input_embedding
 from vllm_fusedq.formats.shared.widening import resident_type, widen
+from vllm_fusedq.names import without_prefix
 
 G_IDX = TensorLayout("weight_g_idx", (Dim("k"),), (DType.INT32, DType.INT64))
 
@@ -186,7 +187,8 @@ class CompressedTensorsFormat(CheckpointFormat):
         if packing == DEFAULT_PACKING and 32 % bits and not self._streams(bits, name):
             packing = PADDED_PACKING
         targets = self.check_names("targets", group)
-        return _Group(targets, packing, bits, symmetric, group_size, ordered)
+        unprefixed = frozenset(without_prefix(name) for name in targets if "." in name)
+        return _Group(targets, unprefixed, packing, bits, symmetric, group_size, ordered)
 
     def _streams(self, bits: int, name: str) -> bool:
         """Whether codes straddle words, by the version of the package that packed them."""
@@ -211,8 +213,9 @@ class CompressedTensorsFormat(CheckpointFormat):
     def _group_of(self, module: str) -> _Group | None:
         """The group that targets a module: a name or regex wins over its class."""
         named = (group for group in self.groups if self._matches(module, group.targets))
+        moved = (group for group in self.groups if without_prefix(module) in group.unprefixed)
         of_class = (group for group in self.groups if _class_of(module) in group.targets)
-        return next(chain(named, of_class), None)
+        return next(chain(named, moved, of_class), None)
 
     def _matches(self, module: str, targets: Iterable[str]) -> bool:
         """By name or regex."""
@@ -230,9 +233,11 @@ def _class_of(module: str) -> str:
 
 
 class _Group(NamedTuple):
-    """`ordered`: weight_g_idx may say anything (activation reordering)."""
+    """`ordered`: weight_g_idx may say anything (activation reordering). `unprefixed` are the names
+    among the targets without their prefix, which may be another one than the file's."""
 
     targets: list[str]
+    unprefixed: frozenset[str]
     packing: str
     bits: int
     symmetric: bool
