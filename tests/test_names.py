@@ -1,5 +1,9 @@
 """vLLM's names of layers and the checkpoint's, and names that are folded."""
 
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 
 from vllm_fusedq.names import (
@@ -10,6 +14,8 @@ from vllm_fusedq.names import (
     stored_prefix,
     unnumbered,
     vllm_layer,
+    with_other_prefix,
+    without_prefix,
 )
 
 BLOCKS = [f"model.layers.{index}.mlp.down_proj" for index in range(12)]
@@ -96,3 +102,30 @@ def test_numbered_names_are_folded_by_their_first_number() -> None:
     assert fold(["lm_head"]) == "lm_head"
     assert sorted(names, key=natural)[-1] == names[-1]
     assert index_ranges([3, 0, 1, 2, 7, 9, 8]) == "0-3,7-9"
+
+
+def test_every_prefix_that_vllm_maps_is_one() -> None:
+    """The language models' entries of its models' own name mappers."""
+    models = Path(find_spec("vllm").origin).parent / "model_executor" / "models"
+    pattern = re.compile(r'"([\w.]+\.)": "(language_model\.(?:model\.)?(?:layers\.|lm_head\.)?)"')
+    mapped = {pair for file in models.rglob("*.py") for pair in pattern.findall(file.read_text())}
+    assert len(mapped) > 10
+    for stored, vllm in mapped:
+        assert without_prefix(f"{stored}0.mlp") == without_prefix(f"{vllm}0.mlp"), stored
+
+
+@pytest.mark.parametrize(
+    ("module", "listed", "found"),
+    [
+        ("model.layers.1.mlp.up_proj", "language_model.model.layers.1.mlp.up_proj", True),
+        ("model.layers.1.mlp.up_proj", "language_model.layers.1.mlp", True),
+        ("model.layers.1.mlp.up_proj", "language_model.model.layers.1.mlp.up", False),
+        ("model.layers.11.mlp.up_proj", "language_model.model.layers.1", False),
+        ("model.layers.1.mlp.up_proj", "model.layers.1.mlp", False),
+        ("vision_tower.layers.1.fc1", "model.layers.1.fc1", False),
+        ("model", "language_model", False),
+    ],
+)
+def test_names_that_differ_in_their_prefix(module: str, listed: str, found: bool) -> None:
+    name = with_other_prefix(module, {without_prefix(listed): listed})
+    assert name == (listed if found else None)

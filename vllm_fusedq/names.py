@@ -15,7 +15,9 @@ DRAFT_PREFIX = "draft_model."
 MTP_BLOCKS = ("mtp_layers", "mtp_block")
 
 # What tools put before the names of one and the same model: those that vLLM's models map
-_PREFIX_PARTS = frozenset({"model", "language_model", "text_model", "thinker", "vlm", "llm"})
+_PREFIX_PARTS = frozenset(
+    {"model", "language_model", "language", "text_model", "thinker", "vlm", "llm"}
+)
 
 # Below the names of layers that a wrapper clamps (Gemma 4's vision and audio towers)
 WRAPPED_LINEAR = ".linear"
