@@ -138,7 +138,8 @@ def plan_layer(
     gather = heuristics.gather_for(target.device) if shard.gathered else None
     choice = _choose((shard.n, rows), spec, phase, target, None if shard.multiplied else gather)
     if choice.reasons:
-        full = " + ".join(f"[{layer.n}, {layer.k}]" for layer in layer_formats)
+        # One module may hold several parts
+        full = " + ".join(f"[{layer.n}, {layer.k}]" for layer in dict.fromkeys(layer_formats))
         where = f"{full} full, [{shard.n}, {shard.k}] per rank at tensor_parallel_size "
         where += str(shard.tp_size)
         layer = f"{shard.prefix} (out_features x in_features {where})"

@@ -16,6 +16,7 @@ from vllm_fusedq.formats.shared.vocabulary import is_input_embedding, is_lm_head
 from vllm_fusedq.names import FUSED_LAYERS, fold, natural, unnumbered, vllm_layer
 from vllm_fusedq.plan.attention import kv_heads
 from vllm_fusedq.plan.layer import LayerPlan, Target, plan_layer, target_problems
+from vllm_fusedq.plan.model_code import head_order, rearranged
 from vllm_fusedq.plan.shards import (
     LayerShard,
     UnevenSplit,
@@ -115,7 +116,11 @@ def _read_layers(
         except PreflightError as error:
             problems += error.problems
             continue
-        if layer is not None:
+        if layer is None:
+            continue
+        if problem := rearranged(checkpoint, module):
+            problems.append(problem)
+        else:
             layers[module] = layer
     unquantized = [
         module
@@ -147,7 +152,8 @@ def _shards(
         groups[prefix].append((module, shard_id))
     shards, problems = [], []
     for prefix, members in groups.items():
-        style = style_of(members[0][0])
+        first = members[0][0]
+        style = style_of(first)
         try:
             if is_lm_head(prefix):
                 shards.append(shard_head(prefix, layers[prefix].n, layers[prefix].k, tp, rank))
@@ -156,12 +162,15 @@ def _shards(
                 sizes = (layers[prefix].n, layers[prefix].k)
                 shards.append(shard_embedding(prefix, *sizes, tp, rank, is_tied(checkpoint)))
                 continue
-            parts = tuple(
-                shard_module(
-                    module, sid, layers[module].n, layers[module].k, style, tp, rank, heads
+            if order := head_order(checkpoint, first, layers[first].n):
+                parts = order.shard(first, layers[first].k, tp, rank)
+            else:
+                parts = tuple(
+                    shard_module(
+                        module, sid, layers[module].n, layers[module].k, style, tp, rank, heads
+                    )
+                    for module, sid in _in_fused_order(members)
                 )
-                for module, sid in _in_fused_order(members)
-            )
         except UnevenSplit as error:
             problem = Problem(
                 layer=prefix,
