@@ -49,7 +49,11 @@ RELIED_UPON = (
     Relied(_BASE, "QuantizeMethodBase", ("def process_weights_after_loading",)),
     Relied(_LINEAR, "LinearMethodBase", ("def create_weights", "def apply")),
     Relied(_LINEAR, "LinearBase", ("tp_size", "tp_rank", "quant_method")),
-    Relied(_LINEAR, "QKVParallelLinear", ("num_kv_head_replicas",)),
+    Relied(
+        _LINEAR,
+        "QKVParallelLinear",
+        ("num_kv_head_replicas", "total_num_heads", "total_num_kv_heads", "head_size"),
+    ),
     Relied(
         _VOCABULARY,
         "VocabParallelEmbedding",

@@ -12,6 +12,7 @@ import torch
 from checkpoints import Tensors, write_checkpoint
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from published import FORMATS, QUANTIZED_HEADS, Model, write_headers
+from random_models import write_random_model
 from vllm_configs import current_config
 from vllm_fusedq.checkpoint.read import Checkpoint, read_checkpoint
 from vllm_fusedq.errors import PreflightError
@@ -227,3 +228,43 @@ def test_one_layer_of_four_parts_in_two_modules(
     assert names == ["gate_proj", "gate_proj", "gate_proj", "up_proj"]
     assert [part.shard_id for part in plan.shard.parts] == [0, 1, 2, 3]
     assert plan.n == model.intermediate
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_rows_in_head_groups_are_planned_alike(
+    tmp_path: Path, rank_of: Callable[[int, int], None], kv_heads: int
+) -> None:
+    """Falcon's three layouts; key and value heads are replicated where ranks outnumber them."""
+    from transformers import FalconConfig
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    heads, hidden = 8, 256
+    config = FalconConfig(
+        vocab_size=64,
+        hidden_size=hidden,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_kv_heads=kv_heads,
+        new_decoder_architecture=kv_heads == 2,
+        multi_query=kv_heads == 1,
+        bias=False,
+    )
+    checkpoint = read_checkpoint(write_random_model(tmp_path, config, "awq").path)
+    target = Target(DEVICES["h200"], torch.bfloat16)
+    vllm_config = config_for(checkpoint, target)
+    module = "transformer.h.0.self_attention.query_key_value"
+    plans = vllm_config.worker.plans
+    with building():
+        for tp in (1, 2, 4):
+            for rank in range(tp):
+                rank_of(rank, tp)
+                QKVParallelLinear(
+                    *(hidden, hidden // heads, heads, kv_heads),
+                    bias=False,
+                    quant_config=vllm_config,
+                    prefix=module,
+                    params_dtype=torch.bfloat16,
+                )
+                here = plan_model(checkpoint, target, tp, ranks=[rank]).layers
+                assert next(plan for plan in here if plan.prefix == module) == plans[-1]
+    assert len(plans) == 7

@@ -138,6 +138,7 @@ class FusedQConfig(QuantizationConfig):
         from vllm_fusedq.integration.last_words import speaking_last
         from vllm_fusedq.integration.linear import FusedQLinearMethod
         from vllm_fusedq.integration.worker import start_worker
+        from vllm_fusedq.plan.model_code import stores_head_groups
 
         if not isinstance(layer, LinearBase | VocabParallelEmbedding):
             return None
@@ -149,7 +150,8 @@ class FusedQConfig(QuantizationConfig):
                 return vocabulary_method(layer, prefix, modules[0], self.worker, self.format)
             formats = {module: self.format.spec_for(module) for module in modules}
         if any(formats.values()):
-            return FusedQLinearMethod(self.worker, prefix, modules, formats)
+            head_groups = stores_head_groups(self.format.checkpoint, modules[0])
+            return FusedQLinearMethod(self.worker, prefix, modules, formats, head_groups)
         return UnquantizedLinearMethod()
 
     def modules_of(self, prefix: str) -> tuple[str, ...]:

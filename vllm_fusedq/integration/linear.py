@@ -18,7 +18,9 @@ from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.integration.config import parameter_name
 from vllm_fusedq.integration.last_words import speaking_last
+from vllm_fusedq.integration.placeholder import Placeholder, WeightLoader, check_layer_class
 from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.plan.head_order import HeadOrder
 from vllm_fusedq.plan.layer import plan_layer
 from vllm_fusedq.plan.shards import QKV_SHARD_IDS, LayerShard, ParallelStyle, partition_parts
 from vllm_fusedq.worker.state import WorkerState
@@ -27,7 +29,10 @@ RESIDENT = ("qweight", "scales", "zeros", "perm")
 
 
 class FusedQLinearMethod(LinearMethodBase):
-    """Runs one linear layer from its packed weight, never from a dequantized one."""
+    """Runs one linear layer from its packed weight, never from a dequantized one.
+
+    With `head_groups` an attention layer's rows are stored in the order of `HeadOrder`.
+    """
 
     def __init__(
         self,
@@ -35,11 +40,13 @@ class FusedQLinearMethod(LinearMethodBase):
         prefix: str,
         modules: tuple[str, ...],
         formats: Mapping[str, LayerFormat | None],
+        head_groups: bool = False,
     ) -> None:
         self.state = state
         self.prefix = prefix
         self.modules = modules
         self.formats = formats
+        self.head_groups = head_groups
         self.traced_call: Callable[..., None] | None = None
 
     def create_weights(
@@ -59,6 +66,7 @@ class FusedQLinearMethod(LinearMethodBase):
         round.
         """
         with speaking_last(self.state.message_file):
+            check_layer_class(layer, self.prefix)
             shard = self.shard_of(
                 layer, input_size_per_partition, output_partition_sizes, input_size
             )
@@ -79,10 +87,10 @@ class FusedQLinearMethod(LinearMethodBase):
         device = torch.get_default_device()
         loader = LayerLoader.create(plan, params_dtype, device)
         for name, dtype in loader.tensor_dtypes.items():
-            placeholder = torch.nn.Parameter(
-                torch.zeros(1, dtype=dtype, device=device), requires_grad=False
+            weight_loader = WeightLoader(
+                loader, name, self.state.message_file, reordered=self.head_groups
             )
-            placeholder.weight_loader = _WeightLoader(loader, name, self.state.message_file)
+            placeholder = Placeholder(dtype, device, weight_loader)
             layer.register_parameter(parameter_name(name), placeholder)
         for name in RESIDENT:
             tensor = getattr(loader.packed, name)
@@ -136,6 +144,10 @@ class FusedQLinearMethod(LinearMethodBase):
             kv_replicas=layer.num_kv_head_replicas if qkv else None,
         )
         self.check_sizes(totals, input_size)
+        if qkv and self.head_groups:
+            kv_heads = layer.total_num_kv_heads
+            order = HeadOrder(kv_heads, layer.total_num_heads // kv_heads, layer.head_size)
+            parts = order.stored_parts(parts)
         return LayerShard(self.prefix, style, layer.tp_size, parts)
 
     def _refuse_attention(self, parts: int) -> None:
@@ -167,29 +179,3 @@ def _style_of(layer: torch.nn.Module) -> ParallelStyle:
     if isinstance(layer, ReplicatedLinear):
         return ParallelStyle.REPLICATED
     return ParallelStyle.ROW if isinstance(layer, RowParallelLinear) else ParallelStyle.COLUMN
-
-
-class _WeightLoader:
-    """vLLM's per-parameter `weight_loader` callable for one checkpoint tensor name."""
-
-    # vLLM's reload tells the loaders that it wrapped from the others by name.
-    __name__ = "fusedq_weight_loader"
-
-    def __init__(self, loader: LayerLoader, name: str, message_file: str | None) -> None:
-        self.loader = loader
-        self.name = name
-        self.message_file = message_file
-
-    def __call__(
-        self,
-        param: torch.nn.Parameter,
-        loaded_weight: torch.Tensor,
-        loaded_shard_id: object = None,
-        **_: Any,
-    ) -> None:
-        if param.is_meta:
-            # A reload's rehearsal, which counts copied elements; the tensor comes a second time
-            param.copy_(param)
-            return
-        with speaking_last(self.message_file):
-            self.loader.add(self.name, loaded_weight, loaded_shard_id)

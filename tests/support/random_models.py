@@ -1,0 +1,94 @@
+"""Tiny random models of transformers whose linear layers are known codes, scales and zeros."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from checkpoints import ALL_BUILDS, write_json
+
+GROUP = 32
+VOCABULARY = 128
+SURE = 0.1
+"""How much likelier a token is than the next, in nats, for rounding not to change the choice."""
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A quantized checkpoint on disk and the same model in transformers, in fp32.
+
+    `layers` counts the quantized modules.
+    """
+
+    path: Path
+    model: torch.nn.Module
+    layers: int
+
+    @torch.no_grad()
+    def sure_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int | None]:
+        """What each prompt goes on with, None where a second token is nearly as likely."""
+        found: list[int | None] = []
+        for prompt in prompts:
+            scores, tokens = self.model(torch.tensor([list(prompt)])).logits[0, -1].topk(2)
+            found.append(int(tokens[0]) if scores[0] - scores[1] > SURE else None)
+        return found
+
+    @torch.no_grad()
+    def logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float | None]]:
+        """For each prompt the log-probability of every token but the first."""
+        found = []
+        for prompt in prompts:
+            tokens = torch.tensor([list(prompt)])
+            scores = self.model(tokens).logits[0, :-1].log_softmax(-1)
+            found.append([None, *scores.gather(1, tokens[0, 1:, None])[:, 0].tolist()])
+        return found
+
+
+def write_random_model(path: Path, config: PreTrainedConfig, build: str) -> RandomModel:
+    """Write a checkpoint of random weights; every linear layer of its blocks is quantized."""
+    made, dtype = ALL_BUILDS[build], torch.float16
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    randomize(model)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and any(map(str.isdigit, name))
+    }
+    left_out = {f"{name}.weight" for name in linears}
+    left_out |= {"lm_head.weight"} if config.tie_word_embeddings else set()
+    quantized: dict[str, torch.Tensor] = {}
+    for seed, (name, module) in enumerate(linears.items()):
+        weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+        n, k = weight.shape
+        truth = made.truth(n, k, GROUP, seed, dtype)
+        weight.copy_(truth.values(0, n, 0, k))
+        quantized |= {f"{name}.{suffix}": t for suffix, t in made.tensors(truth).items()}
+    plain = {
+        name: tensor.to(dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in left_out
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(plain | quantized, path / "model.safetensors", metadata={"format": "pt"})
+    document: dict[str, Any] = config.to_dict() | {
+        "architectures": [type(model).__name__],
+        "torch_dtype": "float16",
+        "quantization_config": made.config(GROUP),
+    }
+    write_json(path / "config.json", document)
+    return RandomModel(path, model, len(linears))
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> None:
+    """Parameters that fp16 holds exactly, large enough for predictions to differ."""
+    for name, parameter in model.named_parameters():
+        noise = torch.randn_like(parameter) / 16
+        is_norm = parameter.ndim == 1 and name.endswith("weight")
+        parameter.copy_((noise + is_norm).half())

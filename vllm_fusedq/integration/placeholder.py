@@ -1,0 +1,121 @@
+"""What vLLM's loading code finds where a checkpoint tensor belongs, and what it must not find.
+
+A layer's own slicing is `plan/shards.py`'s, so a placeholder only passes tensors on. Code that
+wants more, such as the dimension along which a tensor may be reordered, is about to rearrange
+codes that are packed, or has left them out because there was no answer: it gets an error for one.
+"""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers import linear, vocab_parallel_embedding
+
+from vllm_fusedq.errors import PreflightError, WeightLoadError
+from vllm_fusedq.integration.last_words import speaking_last
+from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.plan.model_code import AS_STORED, WAY_OUT
+
+# What vLLM's own parameters say of themselves to code that cuts or reorders them.
+LAYOUT_ATTRIBUTES = ("output_dim", "input_dim", "packed_dim", "packed_factor")
+# Layers whose cutting `plan/shards.py` knows.
+KNOWN_LOADERS = frozenset(
+    {
+        linear.LinearBase,
+        linear.ReplicatedLinear,
+        linear.ColumnParallelLinear,
+        linear.MergedColumnParallelLinear,
+        linear.QKVParallelLinear,
+        linear.RowParallelLinear,
+        vocab_parallel_embedding.VocabParallelEmbedding,
+        vocab_parallel_embedding.ParallelLMHead,
+    }
+)
+
+
+class WeightLoader:
+    """vLLM's per-parameter `weight_loader` callable for one checkpoint tensor name.
+
+    Where `reordered`, the layer follows by itself what the model's code does to a plain weight.
+    """
+
+    # vLLM's reload tells the loaders that it wrapped from the others by name.
+    __name__ = "fusedq_weight_loader"
+
+    def __init__(
+        self, loader: LayerLoader, name: str, message_file: str | None, reordered: bool = False
+    ) -> None:
+        self.loader = loader
+        self.name = name
+        self.message_file = message_file
+        self.reordered = reordered
+
+    def __call__(
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        loaded_shard_id: object = None,
+        **_: Any,
+    ) -> None:
+        if param.is_meta:
+            # A reload's rehearsal, which counts copied elements; the tensor comes a second time
+            param.copy_(param)
+            return
+        with speaking_last(self.message_file):
+            self.loader.add(self.name, loaded_weight, loaded_shard_id)
+
+    def asked_for(self, attribute: str) -> None:
+        """Model code reads a layout attribute; to know of none is right where rows are reordered.
+
+        Raises:
+            WeightLoadError: it is about to rearrange the tensor, or to leave it as it is.
+        """
+        if self.reordered or not self.loader.missing():
+            return
+        prefix = self.loader.plan.prefix
+        with speaking_last(self.message_file):
+            raise WeightLoadError(
+                f"{prefix}.{self.name}: found vLLM's code for this model asking for the "
+                f"{attribute} of a quantized tensor, by which it rearranges weights while loading; "
+                f"supported: {AS_STORED}; {WAY_OUT}"
+            )
+
+
+class Placeholder(torch.nn.Parameter):
+    """One element that stands for a checkpoint tensor and carries its `WeightLoader`."""
+
+    def __new__(cls, dtype: torch.dtype, device: torch.device, loader: WeightLoader) -> Any:
+        self = super().__new__(cls, torch.zeros(1, dtype=dtype, device=device), False)
+        self.weight_loader = loader
+        return self
+
+
+def _trap(attribute: str) -> property:
+    def read(placeholder: Placeholder) -> None:
+        loader = vars(placeholder).get("weight_loader")
+        if isinstance(loader, WeightLoader):
+            loader.asked_for(attribute)
+        raise AttributeError(attribute)
+
+    return property(read)
+
+
+for _attribute in LAYOUT_ATTRIBUTES:
+    setattr(Placeholder, _attribute, _trap(_attribute))
+
+
+def check_layer_class(layer: torch.nn.Module, prefix: str) -> None:
+    """Refuse a layer whose class cuts its weights in a way of its own.
+
+    Raises:
+        PreflightError: its `weight_loader` is none of vLLM's linear layers'.
+    """
+    for name in ("weight_loader", "weight_loader_v2"):
+        owner = next((each for each in type(layer).__mro__ if name in vars(each)), None)
+        if owner is not None and owner not in KNOWN_LOADERS:
+            raise PreflightError.single(
+                layer=prefix,
+                found=f"a quantized {type(layer).__name__}, a layer with a {name} of its own, "
+                "which may rearrange its weights while loading",
+                supported="vLLM's own kinds of linear layers",
+                fix=WAY_OUT,
+            )
