@@ -85,7 +85,7 @@ class FusedQLinearMethod(LinearMethodBase):
             self.state.target.sliced_prefill,
         )
         device = torch.get_default_device()
-        loader = LayerLoader.create(plan, params_dtype, device)
+        loader = LayerLoader.create(plan, params_dtype, device, self.state.source)
         for name, dtype in loader.tensor_dtypes.items():
             weight_loader = WeightLoader(
                 loader, name, self.state.message_file, reordered=self.head_groups

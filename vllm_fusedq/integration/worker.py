@@ -1,24 +1,29 @@
 """What one vLLM worker process plans, before any of its layers exists."""
 
 import logging
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm import __version__ as VLLM_VERSION
 from vllm import envs
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.model_executor.model_loader.utils import get_model_architecture
 
 from fusedq_kernels.choose.heuristics import kernels_for
 from fusedq_kernels.types import KernelName
+from vllm_fusedq.checkpoint.hub import REPOSITORY_ID
 from vllm_fusedq.checkpoint.read import INDEX_FILE, OTHER_FORMAT, Checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.integration.devices import worker_device
 from vllm_fusedq.integration.draft import check_draft, is_draft
 from vllm_fusedq.integration.worker_methods import install_worker_methods
+from vllm_fusedq.load.provenance import StoredTensors
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.settings import parse_settings
@@ -57,8 +62,10 @@ def start_worker(config: "FusedQConfig") -> WorkerState:
         sliced_prefill=settings.sliced_prefill,
     )
     install_worker_methods()
+    _warn_of_unread_code(vllm_config.model_config)
     rank = _worker_rank(vllm_config)
     plan = plan_model(checkpoint, target, rank.tensor_size)
+    downloaded = vllm_config.model_config.revision, vllm_config.load_config.download_dir
     return WorkerState(
         *(target, settings, config.message_file),
         model=checkpoint.path,
@@ -67,6 +74,7 @@ def start_worker(config: "FusedQConfig") -> WorkerState:
         draft=is_draft(vllm_config, config),
         vllm_version=VLLM_VERSION,
         unquantized=plan.unquantized,
+        source=StoredTensors(checkpoint, partial(_downloaded, checkpoint.path, *downloaded)),
     )
 
 
@@ -78,6 +86,30 @@ def _check_load_format(checkpoint: Checkpoint, load_format: str) -> None:
             f"by --load-format auto; supported: the files of {INDEX_FILE}; serve with "
             "--load-format safetensors"
         )
+
+
+def _warn_of_unread_code(model_config: ModelConfig) -> None:
+    """`plan/model_code.py` was written from vLLM's own model classes."""
+    model_class, _ = get_model_architecture(model_config)
+    if model_class.__module__.partition(".")[0] != "vllm":
+        logger.warning(
+            "%s.%s is a model class from outside of vLLM. What its code does to quantized tensors "
+            "while loading is checked; what it does to plain weights alone is not known. Compare "
+            "its answers with those of the unquantized model.",
+            *(model_class.__module__, model_class.__name__),
+        )
+
+
+def _downloaded(model: str, revision: str | None, cache: str | None, file: str) -> Path | None:
+    """Where a file of the directory or repository `model` is once vLLM has the weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if (path := Path(model) / file).is_file():
+        return path
+    if not REPOSITORY_ID.fullmatch(model):
+        return None
+    found = try_to_load_from_cache(model, file, cache, revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _worker_rank(vllm_config: VllmConfig) -> WorkerRank:

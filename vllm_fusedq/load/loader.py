@@ -17,6 +17,7 @@ from fusedq_kernels.types import LogicalWeight, PackedWeight, layout_for
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats import FORMATS, Finding, decode
 from vllm_fusedq.formats.layer import LayerFormat, Region, TensorLayout, stored_slices
+from vllm_fusedq.load.provenance import StoredTensors
 from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.plan.shards import PartShard
 
@@ -30,12 +31,13 @@ MIN_STRIPES = 8
 class LayerLoader:
     """Fills one layer's `PackedWeight` from the checkpoint tensors of its parts.
 
-    `stored_bytes` counts what the rank took from the checkpoint, `pack_seconds` the time that
-    decoding and packing took.
+    `source`, where given, is what the first load's tensors are compared with. `stored_bytes` counts
+    what the rank took from the checkpoint, `pack_seconds` the time that decoding and packing took.
     """
 
     plan: LayerPlan
     packed: PackedWeight
+    source: StoredTensors | None = None
     stored_bytes: int = 0
     pack_seconds: float = 0.0
     findings: dict[str, Finding] = field(default_factory=dict)
@@ -45,7 +47,11 @@ class LayerLoader:
 
     @classmethod
     def create(
-        cls, plan: LayerPlan, act_dtype: DType | torch.dtype, device: torch.device
+        cls,
+        plan: LayerPlan,
+        act_dtype: DType | torch.dtype,
+        device: torch.device,
+        source: StoredTensors | None = None,
     ) -> "LayerLoader":
         """Allocate the resident tensors of `plan` on `device`."""
         packed = packing.empty_packed(
@@ -53,7 +59,7 @@ class LayerLoader:
             *(plan.n, plan.rows, plan.spec, plan.phase, act_dtype, device),
             in_features=plan.k if plan.ordered else 0,
         )
-        return cls(plan, packed)
+        return cls(plan, packed, source)
 
     @property
     def tensor_dtypes(self) -> dict[str, torch.dtype]:
@@ -77,6 +83,10 @@ class LayerLoader:
                 cut, device=self.packed.qweight.device, memory_format=torch.contiguous_format
             ).copy_(cut)
             self.stored_bytes += cut.nbytes
+        if self.source is not None and not self._packed_once:
+            # After the copy, which has read the pages of the file
+            for module in dict.fromkeys(part.module for part, _ in self._parts_for(shard_id)):
+                self.source.check(f"{module}.{name}", tensor)
         if not self.missing():
             start = time.perf_counter()
             self._pack()
@@ -256,5 +266,7 @@ def _check_stored(
     if tensor.dtype != dtype or not fmt.fits(stored, shape, stored.dtype):
         raise WeightLoadError(
             f"{part.module}.{stored.name}: loaded as {tensor.dtype} {list(shape)}; the header said "
-            f"{dtype} {list(fmt.stored_shape(stored))}; the file changed while loading"
+            f"{dtype} {list(fmt.stored_shape(stored))}: vLLM's code for this model rearranges the "
+            "tensor while loading, or the file was replaced meanwhile; serve this model without "
+            "--quantization fusedq, or download the checkpoint again"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_fusedq.formats import settle
 from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.load.provenance import StoredTensors
 from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.settings import Settings
 from vllm_fusedq.worker.warmup import LoadedLayer, WarmUp, warm_up
@@ -42,10 +43,11 @@ class WorkerState:
     """What one worker process knows of a model: its target, its layers as they are created and
     loaded.
 
-    `message_file` is where a refusal is left for the API process. `plans` are those of the layers
-    that were created, `loaders` those of the layers that are loaded. `load_seconds` is the time
-    from `started` to the last loaded layer without the time spent on repacking; it covers reading
-    the files and building the model. Bytes are this rank's.
+    `message_file` is where a refusal is left for the API process, `source` what loaded tensors are
+    compared with. `plans` are those of the layers that were created, `loaders` those of the layers
+    that are loaded. `load_seconds` is the time from `started` to the last loaded layer without the
+    time spent on repacking; it covers reading the files and building the model. Bytes are this
+    rank's.
     """
 
     target: Target
@@ -57,6 +59,7 @@ class WorkerState:
     draft: bool = False
     vllm_version: str = ""
     unquantized: tuple[str, ...] = ()
+    source: StoredTensors | None = None
     plans: list[LayerPlan] = field(default_factory=list)
     loaders: list[LayerLoader] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
@@ -78,6 +81,8 @@ class WorkerState:
         self._with_bias.append(has_bias)
         if len(self.loaders) < len(self.plans):
             return
+        if self.source is not None:
+            self.source.release()
         note = settle({name: one for each in self.loaders for name, one in each.findings.items()})
         self.load_seconds = time.perf_counter() - self.started - self.pack_seconds
         layers = (
