@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BloomConfig
 
 from checkpoints import (
     add,
@@ -24,6 +25,7 @@ from checkpoints import (
     write_json,
 )
 from local_server import ServerDied, environment, serving
+from random_models import write_random_model
 
 pytestmark = pytest.mark.engine
 
@@ -83,6 +85,11 @@ def odd_group(path: Path) -> None:
     write_checkpoint(path, "awq", hidden=96, intermediate=96, group_size=12)
 
 
+def bloom(path: Path) -> None:
+    config = BloomConfig(vocab_size=64, hidden_size=64, n_layer=1, n_head=4)
+    write_random_model(path, config, "gptq-sym")
+
+
 # Name -> (how to make it, what the message must say). All are refused before a worker starts.
 IN_API_PROCESS: dict[str, tuple[Maker, str]] = {
     "fp8": (edited("awq", quant_method="fp8"), "quant_method 'fp8'"),
@@ -137,6 +144,11 @@ IN_API_PROCESS: dict[str, tuple[Maker, str]] = {
     "bitsandbytes state": (
         edited("bnb-nf4", drop(f"{DOWN}.weight.quant_state.bitsandbytes__nf4")),
         f"{DOWN}: found no readable weight.quant_state.bitsandbytes__nf4",
+    ),
+    "model code that rearranges": (
+        bloom,
+        "transformer.h.0.self_attention.query_key_value: found a quantized layer whose tensors "
+        "vLLM's code for BloomForCausalLM rearranges while loading",
     ),
     "pickled": (pickled, "pickled weights"),
     "truncated": (truncated, "model.safetensors"),
