@@ -71,6 +71,25 @@ def tile_of(SPLIT_K: tl.constexpr):
         return tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), tl.program_id(1), 0
 
 
+@triton.jit
+def _finished(acc, INTERPRET: tl.constexpr):
+    """`acc`, once no wgmma adds to it any more: the same bits, and not one instruction.
+
+    wgmma goes on reading the decoded weight from registers while the warp runs on. Of a sum that is
+    not used within the loop, Triton lets the products of one block run on into the next, whose
+    decoding then overwrites what they read (3.6 lets seven of eight run on, 3.7 and 3.8 one). Where
+    ptxas notices, it serialises them; where it does not, outputs are wrong, other ones in each run
+    (triton-lang/triton issue 9433). Empty assembly that takes the sum and gives it back is a use,
+    and before a use Triton waits for all of them. A wait written as assembly would stand there once
+    for every register and bind the compiler to nothing. `audit/hazards.py` looks for the fault in
+    the machine code of every variant.
+    """
+    if INTERPRET:
+        return acc
+    else:
+        return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+
+
 # One binary for any number of tokens, position of groups and bias, wherever it starts.
 @named_for_hooks
 @triton.jit(
@@ -179,6 +198,8 @@ def fused_gemm_kernel(
                 else:
                     scale = scale_of(metadata, SCALE_DTYPE)
                     acc += _dot(weight, tokens, None, INTERPRET) * scale[:, None]
+            if SCALE_LAST or SCALE_WEIGHTS:
+                acc = _finished(acc, INTERPRET)
         if SEGMENTS == 1:
             total = acc
         else:
