@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from fusedq_kernels.audit import command
+from fusedq_kernels.audit import fused
 from fusedq_kernels.types import QuantSpec, WeightType
 from gemmbench.experiments import EXPERIMENTS
 from gemmbench.variants import Variant, decoding, describe
@@ -38,7 +38,7 @@ def compiled_rows(variants: list[Variant]) -> Iterator[str]:
     spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
     for variant in (each for each in variants if each.tile is not None):
         with decoding(dict(variant.decoders)):
-            row = command.audit_tile(TARGET, variant.tile, spec, torch.bfloat16)
+            row = fused.audit_tile(TARGET, variant.tile, spec, torch.bfloat16)
         problems = ", ".join(row.problems) or "fine"
         yield (
             f"{variant.name}: {describe(variant.tile)}: {row.registers} registers, "

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, {benchmarks!r})
 from compile_experiments import compiled_rows
-from fusedq_kernels.audit import command
+from fusedq_kernels.audit import command, fused
 from fusedq_kernels.audit.compile import compile_kernel
 from fusedq_kernels.types import QuantSpec, WeightType
 from gemmbench import ablation, triton_kernels, variants
@@ -63,7 +63,7 @@ spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
 loops = []
 for decoders in (variants.PORTABLE, {{}}):
     with variants.decoding(decoders):
-        loops.append(command.audit_tile("sm_90", tiles[0].tile, spec, torch.bfloat16))
+        loops.append(fused.audit_tile("sm_90", tiles[0].tile, spec, torch.bfloat16))
 assert loops[0].alu > loops[1].alu, loops
 """
 

@@ -10,31 +10,17 @@ process of its own and without TRITON_INTERPRET, which replaces the compiler by 
 import argparse
 import csv
 import json
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 from fusedq_kernels.audit import slices
-from fusedq_kernels.audit.compile import (
-    TRITON_NAMES,
-    architectures,
-    audited_groups,
-    compile_kernel,
-    count_by_pipe,
-    disassemble,
-    main_loop,
-    opcode,
-    pointer_types,
-    target_of,
-    variant,
-)
+from fusedq_kernels.audit.compile import TRITON_NAMES, architectures, audited_groups
+from fusedq_kernels.audit.fused import audit_tile
 from fusedq_kernels.audit.rows import (
     RESOURCE_COLUMNS,
     SCHEME_COLUMNS,
@@ -57,7 +43,6 @@ from fusedq_kernels.types import (
 )
 
 _ACT_DTYPES = {name: dtype for dtype, name in TRITON_NAMES.items()}
-_MMA_PTX = re.compile(r"\b(wgmma)\.mma_async|\b(mma)\.sync|\b(tcgen05)\.mma")
 
 
 def audit(
@@ -69,19 +54,20 @@ def audit(
     *,
     scale_dtype: torch.dtype | None = None,
     split_k: int = 1,
+    has_bias: bool = True,
     batch_invariant: bool = False,
 ) -> list[AuditRow]:
     """Compile each combination for `target`, a name known to `device_by_name`.
 
     `tiles` names the tiles to keep ("16x128", "128x128s" where the scale multiplies the weights) of
     all those that `select` can return for the device and group size. A group size of at least
-    `ahead_of_time.AUDIT_K` stands for per-channel scales, `scale_dtype` None for that of the
+    `compile.AUDIT_K` stands for per-channel scales, `scale_dtype` None for that of the
     activations. With `batch_invariant` only the tile for more than 64 tokens, adding up 4 segments
     of K: the others are those of any layer.
     """
     device = device_by_name(target)
     return [
-        audit_tile(target, replace(tile, split_k=split_k), spec, act_dtype)
+        audit_tile(target, replace(tile, split_k=split_k), spec, act_dtype, has_bias)
         for group_size in group_sizes
         for weight_type in weight_types
         for act_dtype in act_dtypes
@@ -101,44 +87,6 @@ def _tiles(
     return tuple(replace(choice.tile, segments=4) for choice in many.choices)
 
 
-def audit_tile(target: str, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype) -> AuditRow:
-    """Compile one tile for `target`, a name known to `device_by_name`."""
-    kernel = compile_gemm(target_of(device_by_name(target)), tile, spec, act_dtype)
-    instructions, resources = disassemble(kernel)
-    body = main_loop(instructions)
-    ops = Counter(opcode(text).split(".")[0] for text in body)
-    mma = {name for match in _MMA_PTX.findall(kernel.asm["ptx"]) for name in match if name}
-    return AuditRow(
-        **variant(target, spec, act_dtype),
-        **resources,
-        tile=tile,
-        tmem=kernel.metadata.tmem_size,
-        mma="+".join(sorted(mma)),
-        loop_instructions=len(body),
-        **count_by_pipe(body),
-        sts=ops["STS"] + ops["STSM"],
-        ldg=ops["LDG"],
-        local=ops["LDL"] + ops["STL"],
-    )
-
-
-def compile_gemm(
-    target: GPUTarget, tile: TileConfig, spec: QuantSpec, act_dtype: torch.dtype
-) -> triton.compiler.CompiledKernel:
-    """Compile the main kernel exactly as `fused_gemm` would specialise it, with a bias."""
-    groups = audited_groups(spec)
-    constants = gemm.kernel_constants(spec, groups, tile, act_dtype, has_bias=True)
-    pointers = pointer_types(spec, act_dtype)
-    if tile.x_descriptor:
-        block = f"{tile.block_m}, {groups.step}"
-        pointers["x_ptr"] = f"tensordesc<{TRITON_NAMES[act_dtype]}[{block}]>"
-    if tile.split_k == 1:
-        constants |= dict.fromkeys(("partial_ptr", "arrivals_ptr"))
-    return compile_kernel(
-        gemm.fused_gemm_kernel, target, constants, pointers, **gemm.launch_options(tile)
-    )
-
-
 def format_table(rows: Sequence[object], columns: Mapping[str, Callable[..., object]]) -> str:
     """Right-aligned text, one line per row under a heading."""
     lines = [tuple(columns)]
@@ -155,10 +103,10 @@ _COLUMNS: Columns = {
     "tile": lambda row: row.tile_name,
     "warps": lambda row: row.tile.num_warps,
     "stages": lambda row: row.tile.num_stages,
+    "bias": lambda row: "yes" if row.has_bias else "no",
     **SCHEME_COLUMNS,
     **RESOURCE_COLUMNS,
     "tmem": lambda row: row.tmem,
-    "mma": lambda row: row.mma,
     "loop": lambda row: row.loop_instructions,
     "instr/w": lambda row: f"{row.instructions_per_weight:.2f}",
     "ALU": lambda row: row.alu,
@@ -166,6 +114,7 @@ _COLUMNS: Columns = {
     "rest": lambda row: row.loop_instructions - row.alu - row.fma,
     "STS": lambda row: row.sts,
     "LDG": lambda row: row.ldg,
+    "running": lambda row: row.running,
     **VERDICT_COLUMNS,
 }
 
@@ -225,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--group-size", nargs="+", type=int, default=[128])
     add("--scale-dtype", choices=list(_ACT_DTYPES), help="that of the activations by default")
     add("--split-k", type=int, default=1)
+    add("--no-bias", action="store_true", help="without a bias, which is added by default")
     add("--batch-invariant", action="store_true", help="the tile of more than 64 tokens")
     return parser
 
@@ -241,6 +191,7 @@ def _rows(args: argparse.Namespace) -> list[AuditRow]:
             args.group_size,
             scale_dtype=_ACT_DTYPES.get(args.scale_dtype),
             split_k=args.split_k,
+            has_bias=not args.no_bias,
             batch_invariant=args.batch_invariant,
         )
     ]

@@ -16,21 +16,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fusedq_kernels.audit.flow import loops
+from fusedq_kernels.audit.hazards import count_registers, find_hazards
 from fusedq_kernels.audit.rows import WARP_SIZE
+from fusedq_kernels.audit.sass import parse
 from fusedq_kernels.choose.device import KNOWN_DEVICES
 from fusedq_kernels.cuda import gemm
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import GroupGeometry, group_geometry
 from fusedq_kernels.types import DeviceSpec, QuantSpec
 
 # In-features of an audited weight: groups of this size or more are one group per channel.
 AUDIT_K = 1 << 16
 TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-
+_SCALE_NAMES = {DType.FLOAT16: "fp16", DType.BFLOAT16: "bf16", DType.FLOAT32: "fp32"}
 
 _ALIGNED = [["tt.divisibility", gemm.ALIGNMENT]]
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _PREDICATE = re.compile(r"^@!?U?P\w+\s+")
-_BRANCH_TARGET = re.compile(r"0x([0-9a-f]+)")
 # Of what our kernels are made of. ALU works at half the rate of FMA; what is in neither has another
 # pipe: tensor cores, memory, branches, the uniform datapath.
 _PIPES = {
@@ -39,6 +42,7 @@ _PIPES = {
 }
 _PIPE_OF = {name: pipe for pipe, names in _PIPES.items() for name in names.split()}
 _MMA_SASS = ("HGMMA", "HMMA", "UTCHMMA")
+_MMA_PTX = re.compile(r"\b(wgmma)\.mma_async|\b(mma)\.sync|\b(tcgen05)\.mma")
 
 
 def architectures() -> list[str]:
@@ -60,10 +64,15 @@ def audited_groups(spec: QuantSpec) -> GroupGeometry:
 
 def variant(target: str, spec: QuantSpec, act_dtype: torch.dtype) -> dict[str, object]:
     """What is compiled for whom, by field of `CompiledRow`."""
+    return {"target": target, **scheme_cells(spec, act_dtype)}
+
+
+def scheme_cells(spec: QuantSpec, act_dtype: torch.dtype) -> dict[str, object]:
+    """A scheme, by field of `CompiledRow`."""
     return {
-        "target": target,
         "weight_type": spec.weight_type.value,
         "act_dtype": TRITON_NAMES[act_dtype],
+        "scale_dtype": _SCALE_NAMES[spec.scale_dtype],
         "group_size": spec.group_size,
     }
 
@@ -112,8 +121,8 @@ def compile_kernel(
 
 def disassemble(
     kernel: triton.compiler.CompiledKernel,
-) -> tuple[list[tuple[int, str]], dict[str, int]]:
-    """SASS as (address, text), and what a thread and a block take, by field of `CompiledRow`."""
+) -> tuple[list[tuple[int, str]], dict[str, object]]:
+    """SASS as (address, text), and what is to be seen there, by field of `CompiledRow`."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -124,12 +133,16 @@ def disassemble(
         )
     used = dict(re.findall(r"\b(REG|STACK):(\d+)", usage.stdout + usage.stderr))
     matches = (_INSTRUCTION.match(line) for line in sass.stdout.splitlines())
-    resources = {
+    instructions = [(int(m[1], 16), m[2]) for m in matches if m]
+    mma = {name for match in _MMA_PTX.findall(kernel.asm["ptx"]) for name in match if name}
+    seen = {
         "registers": int(used["REG"]),
         "stack": int(used["STACK"]),
         "smem": kernel.metadata.shared,
+        "mma": "+".join(sorted(mma)),
+        "hazards": count_registers(find_hazards(instructions)),
     }
-    return [(int(m[1], 16), m[2]) for m in matches if m], resources
+    return instructions, seen
 
 
 def opcode(text: str) -> str:
@@ -143,20 +156,16 @@ def count_by_pipe(texts: Iterable[str]) -> dict[str, int]:
     return {pipe: pipes[pipe] for pipe in _PIPES}
 
 
-def main_loop(instructions: list[tuple[int, str]]) -> list[str]:
-    """The smallest loop that holds all tensor-core instructions any loop holds.
+def main_loop(instructions: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The smallest loop that holds all tensor-core instructions any loop holds; maybe none.
 
-    Smallest, because barrier spin loops placed out of line look like loops around everything.
+    Smallest, because the parts of K that one program adds up are a loop around it.
     """
-    best: tuple[int, int] | None = None
-    body: list[str] = []
-    for address, text in instructions:
-        target = _BRANCH_TARGET.search(text)
-        if "BRA" not in opcode(text) or not target or int(target[1], 16) >= address:
-            continue
-        start = int(target[1], 16)
-        candidate = [t for a, t in instructions if start <= a <= address]
-        num_mma = sum(opcode(t).startswith(_MMA_SASS) for t in candidate)
-        if best is None or (num_mma, -len(candidate)) > best:
-            best, body = (num_mma, -len(candidate)), candidate
-    return body
+    bodies = [
+        instructions[first : last + 1] for first, last in loops([parse(*e) for e in instructions])
+    ]
+    return max(bodies, key=lambda body: (_num_mma(body), -len(body)), default=[])
+
+
+def _num_mma(body: list[tuple[int, str]]) -> int:
+    return sum(opcode(text).startswith(_MMA_SASS) for _, text in body)

@@ -63,22 +63,23 @@ def audit_gather(
 ) -> list[GatherRow]:
     """Compile each combination for `target`, a name known to `device_by_name`."""
     return [
-        _audit_one(target, QuantSpec(weight_type, group_size, act_dtype), act_dtype, has_perm)
+        audit_lookup(target, QuantSpec(weight_type, group_size, act_dtype), act_dtype, has_perm)
         for weight_type in weight_types
         for act_dtype in act_dtypes
         for group_size in group_sizes
     ]
 
 
-def _audit_one(target: str, spec: QuantSpec, act_dtype: torch.dtype, has_perm: bool) -> GatherRow:
+def audit_lookup(target: str, spec: QuantSpec, act_dtype: torch.dtype, has_perm: bool) -> GatherRow:
+    """Compile one scheme for `target`, a name known to `device_by_name`."""
     kernel = compile_gather(target, spec, act_dtype, has_perm)
-    instructions, resources = disassemble(kernel)
+    instructions, seen = disassemble(kernel)
     names = [opcode(text) for _, text in instructions]
     # What stands behind the last exit is padding
     names = names[: len(names) - names[::-1].index("EXIT")]
     return GatherRow(
         **variant(target, spec, act_dtype),
-        **resources,
+        **seen,
         has_perm=has_perm,
         instructions=len(names),
         wide_loads=sum(name.startswith(_WIDE_LOAD) for name in names),

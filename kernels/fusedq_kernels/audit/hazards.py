@@ -16,14 +16,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from fusedq_kernels.audit.sass import Instruction, Wgmma, parse, read, wgmma_of, written
+from fusedq_kernels.audit.flow import successors
+from fusedq_kernels.audit.sass import Instruction, parse, read, wgmma_of, written
 
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)")
-_TARGET = re.compile(r"0x([0-9a-f]+)$")
-_JUMPS = frozenset({"BRA", "JMP"})
-_BRANCHES = _JUMPS | {"CALL", "WARPSYNC"}
-_LEAVES = frozenset({"EXIT", "RET", "KILL"})
-_INDIRECT = frozenset({"BRX", "JMX"})
 
 # Of each wgmma that may run, by its place in the code: how many groups have been committed since,
 # its own among them, on the way where they are fewest. A wait for n groups leaves those up to n.
@@ -51,16 +47,22 @@ def find_hazards(instructions: Iterable[tuple[int, str]]) -> tuple[Hazard, ...]:
     Raises:
         ValueError: a branch goes where its text does not tell.
     """
-    program = [parse(address, text) for address, text in instructions]
-    products = {at: wgmma_of(each) for at, each in enumerate(program) if each.is_wgmma}
-    if not products:
+    program = [parse(*each) for each in instructions]
+    if not any(each.is_wgmma for each in program):
         return ()
     return tuple(
         Hazard(touched, program[at], program[other])
-        for at, running in enumerate(_running_before(program, products))
+        for at, running in enumerate(_running_before(program))
         for other in running
-        if (touched := _touched(program[at], products.get(at), products[other]))
+        if (touched := _touched(program[at], program[other]))
     )
+
+
+def count_running(instructions: Iterable[tuple[int, str]], address: int) -> int:
+    """How many wgmmas may run when the instruction at `address` of a function begins."""
+    program = [parse(*each) for each in instructions]
+    at = next(at for at, each in enumerate(program) if each.address == address)
+    return len(_running_before(program)[at])
 
 
 def count_registers(hazards: Iterable[Hazard]) -> int:
@@ -71,28 +73,28 @@ def count_registers(hazards: Iterable[Hazard]) -> int:
     return registers.bit_count()
 
 
-def _touched(instruction: Instruction, product: Wgmma | None, running: Wgmma) -> int:
-    """What of a running wgmma an instruction, itself a wgmma where `product` is one, must not."""
-    used = running.a | running.accumulator
-    if product is None:
-        return written(instruction) & used | read(instruction) & running.accumulator
-    if product.accumulator == running.accumulator:
-        used = running.a
-    return product.accumulator & used | product.a & running.accumulator
+def _touched(instruction: Instruction, running: Instruction) -> int:
+    """The registers of a running wgmma that an instruction touches and must not."""
+    theirs = wgmma_of(running)
+    used = theirs.a | theirs.accumulator
+    if not instruction.is_wgmma:
+        return written(instruction) & used | read(instruction) & theirs.accumulator
+    own = wgmma_of(instruction)
+    if own.accumulator == theirs.accumulator:
+        used = theirs.a
+    return own.accumulator & used | own.a & theirs.accumulator
 
 
-def _running_before(
-    program: Sequence[Instruction], products: Mapping[int, Wgmma]
-) -> list[_Running]:
+def _running_before(program: Sequence[Instruction]) -> list[_Running]:
     """What may run when each instruction begins."""
-    successors = _successors(program)
+    following = successors(program)
     before: list[_Running | None] = [None] * len(program)
     before[0] = {}
     changed = [0]
     while changed:
         at = changed.pop()
-        after = _after(program[at], at, products.get(at), before[at])
-        for successor in successors[at]:
+        after = _after(program[at], at, before[at])
+        for successor in following[at]:
             known = before[successor]
             merged = after if known is None else _fewest(known, after)
             if merged != known:
@@ -101,9 +103,10 @@ def _running_before(
     return [each or {} for each in before]
 
 
-def _after(instruction: Instruction, at: int, product: Wgmma | None, before: _Running) -> _Running:
-    if product is not None:
-        return {each: groups + product.commits for each, groups in {**before, at: 0}.items()}
+def _after(instruction: Instruction, at: int, before: _Running) -> _Running:
+    if instruction.is_wgmma:
+        commits = wgmma_of(instruction).commits
+        return {each: groups + commits for each, groups in {**before, at: 0}.items()}
     wait = _WAIT.search(instruction.text)
     if wait is None:
         return before
@@ -114,22 +117,3 @@ def _after(instruction: Instruction, at: int, product: Wgmma | None, before: _Ru
 def _fewest(some: _Running, others: _Running) -> _Running:
     fewest = {**others, **some}
     return {each: min(groups, others.get(each, groups)) for each, groups in fewest.items()}
-
-
-def _successors(program: Sequence[Instruction]) -> list[list[int]]:
-    """The places where each instruction may lead; a call to its target and to what follows it."""
-    places = {each.address: at for at, each in enumerate(program)}
-    found = []
-    for at, each in enumerate(program):
-        if each.name in _INDIRECT:
-            raise ValueError(f"an indirect branch, which the audit cannot follow: {each}")
-        # A jump may have its condition among its operands.
-        always = not each.predicated and (
-            each.name in _LEAVES or (each.name in _JUMPS and len(each.operands) == 1)
-        )
-        following = [] if always or at + 1 == len(program) else [at + 1]
-        target = _TARGET.search(each.text) if each.name in _BRANCHES else None
-        if target:
-            following.append(places[int(target[1], 16)])
-        found.append(following)
-    return found

@@ -39,7 +39,8 @@ _BEYOND = {"uint4": 0, "uint4b8": 0, "uint8": 0.3, "uint8b128": 0.2, "nf4": 1.3,
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompiledRow(ABC):
     """What every audit looks at: `smem` and `stack` are bytes, `stack` above zero means spilled
-    registers, and `local` is the SASS instructions of one thread that move those.
+    registers, and `local` is the SASS instructions of one thread that move those. `mma` names the
+    instructions for tensor cores, `hazards` counts registers (`hazards.py`).
     """
 
     DERIVED: ClassVar[tuple[str, ...]] = ("instructions_per_weight", "problems")
@@ -47,10 +48,13 @@ class CompiledRow(ABC):
     target: str
     weight_type: str
     act_dtype: str
+    scale_dtype: str
     group_size: int
     registers: int
     stack: int
     smem: int
+    mma: str
+    hazards: int
     local: int
 
     @property
@@ -61,6 +65,8 @@ class CompiledRow(ABC):
             found.append("spills")
         if self.smem > device_by_name(self.target).smem_per_block:
             found.append("shared memory")
+        if self.hazards:
+            found.append(f"{self.hazards} registers touched under a running wgmma")
         return (*found, *self._problems())
 
     def _max_stack(self) -> int:
@@ -80,15 +86,18 @@ Columns = dict[str, Callable[..., object]]
 SCHEME_COLUMNS: Columns = {
     "weight": lambda row: row.weight_type,
     "act": lambda row: row.act_dtype,
+    "scale": lambda row: row.scale_dtype,
     "group": lambda row: row.group_size,
 }
 RESOURCE_COLUMNS: Columns = {
     "regs": lambda row: row.registers,
     "stack": lambda row: row.stack,
     "smem": lambda row: row.smem,
+    "mma": lambda row: row.mma,
 }
 VERDICT_COLUMNS: Columns = {
     "local": lambda row: row.local,
+    "hazards": lambda row: row.hazards,
     "problems": lambda row: ", ".join(row.problems) or "none",
 }
 
@@ -98,17 +107,18 @@ class AuditRow(CompiledRow):
     """`tmem` is columns of tensor memory (sm_100). The counts from `loop_instructions` on, and
     `local`, are SASS instructions of one thread in one K block of the main loop: `alu` and `fma`
     those of these two pipes, `sts` stores to shared memory, `ldg` loads from global memory that
-    were not made asynchronous.
+    were not made asynchronous, `running` wgmmas that may still run when the next block begins.
     """
 
     tile: TileConfig
+    has_bias: bool
     tmem: int
-    mma: str
     loop_instructions: int
     alu: int
     fma: int
     sts: int
     ldg: int
+    running: int
 
     @property
     def tile_name(self) -> str:
@@ -132,6 +142,8 @@ class AuditRow(CompiledRow):
             found.append("stores to shared memory")
         if self.ldg:
             found.append("loads that are waited for")
+        if self.running:
+            found.append("wgmma running into the next block")
         # Triton 3.6 compiles 8 tokens to mma.sync everywhere.
         expected = {_TENSOR_CORES.get(device_by_name(self.target).capability[0], "mma")}
         expected |= {"mma"} if self.tile.block_m == 8 else set()

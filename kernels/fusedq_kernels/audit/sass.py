@@ -18,7 +18,7 @@ def _names(*lines: str) -> frozenset[str]:
 # Beside these, every instruction of the uniform datapath, whose name begins with U.
 _WRITES_NONE = _names(
     # Stores, copies to shared memory, prefetches and fences.
-    "ST STG STS STL STSM RED LDGSTS LDGDEPBAR ARRIVES CCTL CCTLL MEMBAR ERRBAR FENCE",
+    "ST STG STS STL STSM RED LDGSTS LDGDEPBAR ARRIVES CCTL CCTLL MEMBAR ERRBAR CGAERRBAR FENCE",
     # Barriers and waits.
     "BAR DEPBAR WARPSYNC WARPGROUP NANOSLEEP YIELD ACQBULK PREEXIT NOP",
     # Branches.

@@ -73,7 +73,7 @@ def audit_slices(
 ) -> list[SliceRow]:
     """Compile each combination for `target`, a name known to `device_by_name`."""
     return [
-        _audit_one(target, QuantSpec(weight_type, group_size, act_dtype), act_dtype)
+        audit_slice(target, QuantSpec(weight_type, group_size, act_dtype), act_dtype)
         for group_size in group_sizes
         for weight_type in weight_types
         for act_dtype in act_dtypes
@@ -93,15 +93,16 @@ def compile_slice(
     )
 
 
-def _audit_one(target: str, spec: QuantSpec, act_dtype: torch.dtype) -> SliceRow:
+def audit_slice(target: str, spec: QuantSpec, act_dtype: torch.dtype) -> SliceRow:
+    """Compile one scheme for `target`, a name known to `device_by_name`."""
     kernel = compile_slice(target, spec, act_dtype)
-    instructions, resources = disassemble(kernel)
+    instructions, seen = disassemble(kernel)
     codes = [opcode(text).split(".") for _, text in instructions]
     wide = [code[0] for code in codes if _WIDE & set(code[1:])]
     names = [code[0] for code in codes]
     return SliceRow(
         **variant(target, spec, act_dtype),
-        **resources,
+        **seen,
         instructions=len(instructions),
         wide_loads=wide.count("LDG"),
         wide_stores=wide.count("STG"),

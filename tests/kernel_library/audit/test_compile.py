@@ -39,6 +39,10 @@ RUNS = {
         "--group-size 64 128"
     ),
     "sm_90-fine": "--target sm_90 --act-dtype bf16 --weight-type uint4b8 --group-size 48",
+    "sm_90-no-bias": (
+        "--target sm_90 --act-dtype bf16 --weight-type uint4b8 --tile 16x128 64x128s 256x128s "
+        "--group-size 64 128 131072 --no-bias"
+    ),
     "sm_90-invariant": (
         "--target sm_90 --act-dtype bf16 --weight-type uint4 --batch-invariant "
         "--group-size 128 131072"
@@ -103,7 +107,7 @@ print(json.dumps([row.as_json() for row in rows]))
 LAUNCH_SCRIPT = """
 import torch
 from fusedq_kernels import testing
-from fusedq_kernels.audit import command
+from fusedq_kernels.audit import fused
 from fusedq_kernels.audit import slices
 from fusedq_kernels.cuda import gemm
 from fusedq_kernels.layouts import packing
@@ -124,7 +128,7 @@ for m, n, k, phase in ((1, 256, 1424, 0), (17, 144, 2048, 64), (2048, 4096, 272,
     x = torch.zeros(m, k, dtype=torch.float16)
     bias = torch.zeros(n, dtype=torch.float16)
     gemm.fused_gemm(x, packed, bias, Launch(KernelName.TRITON_GEMM, tile, "test"))
-audited = command.compile_gemm(GPUTarget("cuda", 90, 32), tile, spec, torch.float16)
+audited = fused.compile_gemm(GPUTarget("cuda", 90, 32), tile, spec, torch.float16)
 assert len(compiled) == 3 and {id(kernel) for kernel in compiled} == {id(compiled[0])}
 assert compiled[0].asm["cubin"] == audited.asm["cubin"]
 compiled.clear()
@@ -141,11 +145,11 @@ assert compiled[0].asm["cubin"] == audited.asm["cubin"]
 AMD_SCRIPT = """
 import json, sys, torch
 from triton.backends.compiler import GPUTarget
-from fusedq_kernels.audit import command
+from fusedq_kernels.audit import fused
 from fusedq_kernels.types import QuantSpec, TileConfig, WeightType
 
 spec = QuantSpec(WeightType(sys.argv[1]), 128, torch.float16)
-kernel = command.compile_gemm(
+kernel = fused.compile_gemm(
     GPUTarget("hip", "gfx942", 64), TileConfig(16, 128, 1, 4, 2), spec, torch.bfloat16
 )
 print(json.dumps(kernel.asm["amdgcn"]))
@@ -195,11 +199,12 @@ def test_hopper_covers_every_tile(rows_of, run):
 
 
 VARIANT = {"target": "sm_90", "weight_type": "uint4", "act_dtype": "bf16", "group_size": 128}
+VARIANT |= {"scale_dtype": "bf16", "hazards": 0}
 GOOD = rows.AuditRow(
     **VARIANT,
     **{"registers": 128, "stack": 0, "smem": 42496, "local": 0},
-    **{"tile": TileConfig(16, 128, 1, 4, 4), "tmem": 0, "mma": "wgmma"},
-    **{"loop_instructions": 339, "alu": 110, "fma": 180, "sts": 0, "ldg": 0},
+    **{"tile": TileConfig(16, 128, 1, 4, 4), "has_bias": True, "tmem": 0, "mma": "wgmma"},
+    **{"loop_instructions": 339, "alu": 110, "fma": 180, "sts": 0, "ldg": 0, "running": 0},
 )
 
 
@@ -221,6 +226,8 @@ GOOD = rows.AuditRow(
         ({"mma": ""}, ("tensor cores",)),
         ({"target": "sm_100"}, ("tensor cores",)),
         ({"tile": TileConfig(8, 128, 1, 4, 4), "mma": "mma"}, ()),
+        ({"hazards": 28}, ("28 registers touched under a running wgmma",)),
+        ({"running": 7}, ("wgmma running into the next block",)),
         ({"loop_instructions": 360}, ("instructions",)),
         ({"loop_instructions": 500, "weight_type": "nf4"}, ()),
         ({"loop_instructions": 530, "weight_type": "nf4"}, ("instructions",)),
@@ -247,11 +254,12 @@ def test_a_slice_is_dequantized_16_bytes_at_a_time(compiling):
     rows = json.loads(compiling(SLICES_SCRIPT))
     assert len(rows) == 7
     assert [row for row in rows if row["problems"]] == []
+    assert {(row["mma"], row["hazards"]) for row in rows} == {("", 0)}
 
 
 GOOD_SLICE = slices.SliceRow(
     **VARIANT,
-    **{"registers": 54, "stack": 0, "smem": 8192, "local": 0},
+    **{"registers": 54, "stack": 0, "smem": 8192, "mma": "", "local": 0},
     **{"instructions": 528, "wide_loads": 2, "wide_stores": 8, "narrow_stores": 0},
 )
 
@@ -264,6 +272,7 @@ GOOD_SLICE = slices.SliceRow(
         ({"local": 1}, ("spills",)),
         ({"smem": 227 * 1024 + 1}, ("shared memory",)),
         ({"wide_loads": 0}, ("narrow loads",)),
+        ({"hazards": 4}, ("4 registers touched under a running wgmma",)),
         ({"narrow_stores": 1}, ("narrow stores",)),
         ({"wide_stores": 0}, ("narrow stores",)),
         ({"instructions": 840}, ("instructions",)),

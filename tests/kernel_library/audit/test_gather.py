@@ -30,7 +30,7 @@ print(json.dumps([row.as_json() for row in rows]))
 def test_no_variant_spills_or_loads_narrowly(compiling) -> None:
     rows = json.loads(compiling(SCRIPT, json.dumps(RUNS)))
     assert len(rows) == len(RUNS)
-    assert {tuple(row["problems"]) for row in rows} == {()}
+    assert {(tuple(row["problems"]), row["mma"], row["hazards"]) for row in rows} == {((), "", 0)}
     coarse = [row for row in rows if row["group_size"] >= 64]
     # An H200 moves 2 bytes of output a value: about 50 instructions' worth of its issue slots
     assert max(row["instructions_per_value"] for row in coarse) < 24
@@ -43,12 +43,14 @@ def test_no_variant_spills_or_loads_narrowly(compiling) -> None:
         ({"local": 2}, "spills"),
         ({"registers": 256}, "spills"),
         ({"smem": 1 << 20}, "shared memory"),
+        ({"hazards": 1}, "1 registers touched under a running wgmma"),
         ({"wide_loads": 0}, "narrow loads of packed words"),
     ],
 )
 def test_every_problem_is_named(changes: dict[str, int], problem: str) -> None:
     row = GatherRow(
         **{"target": "sm_90", "weight_type": "uint4", "act_dtype": "fp16", "group_size": 128},
+        **{"scale_dtype": "fp16", "mma": "", "hazards": 0},
         **{"registers": 53, "stack": 0, "smem": 2048, "local": 0},
         **{"has_perm": False, "instructions": 261, "wide_loads": 1},
     )

@@ -125,9 +125,10 @@ def test_every_way_counts():
     assert found(FIRST, "BRA 0x30", "MOV R40, RZ", WAIT.format(0)) == []
 
 
-def test_an_indirect_branch_cannot_be_followed():
-    with pytest.raises(ValueError, match=r"an indirect branch, .* 0x10 BRX R2 -0x40"):
-        found(FIRST, "BRX R2 -0x40")
+def test_what_may_run_at_a_place():
+    program = [(16 * at, text) for at, text in enumerate((FIRST, SECOND, WAIT.format(1), "EXIT"))]
+    running = [hazards.count_running(program, address) for address, _ in program]
+    assert running == [0, 1, 2, 1]
 
 
 def test_a_register_counts_once():

@@ -18,13 +18,13 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="streams and graphs need 
 
 PTX_SCRIPT = """
 import json, sys, torch
-from fusedq_kernels.audit import command
+from fusedq_kernels.audit import compile, fused
 from fusedq_kernels.choose import device
 from fusedq_kernels.types import QuantSpec, TileConfig, WeightType
 
 spec = QuantSpec(WeightType.UINT4, 128, torch.float16)
-target = command.target_of(device.device_by_name(sys.argv[1]))
-kernel = command.compile_gemm(target, TileConfig(16, 128, 4, 4, 4), spec, torch.float16)
+target = compile.target_of(device.device_by_name(sys.argv[1]))
+kernel = fused.compile_gemm(target, TileConfig(16, 128, 4, 4, 4), spec, torch.float16)
 print(json.dumps(kernel.asm["ptx"]))
 """
 
