@@ -3,13 +3,15 @@
 Needs no GPU. `python -m fusedq_kernels.audit --target sm_90` prints registers, spills, shared
 memory and what the main loop is made of, and fails where `rows.py` finds a problem, so that a
 Triton release that stops feeding the tensor cores from registers is seen before it is shipped. The
-slices of `slices.py` follow. `--target all` takes minutes: every architecture. Run it in a
-process of its own and without TRITON_INTERPRET, which replaces the compiler by the interpreter.
+slices of `slices.py` follow. `--target all` takes minutes: every architecture. `--everything` takes
+an hour and more: each variant that can be launched on one architecture (`everything.py`). Run it in
+a process of its own and without TRITON_INTERPRET, which replaces the compiler by the interpreter.
 """
 
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fusedq_kernels.audit import slices
+from fusedq_kernels.audit import everything, slices
 from fusedq_kernels.audit.compile import TRITON_NAMES, architectures, audited_groups
 from fusedq_kernels.audit.fused import audit_tile
 from fusedq_kernels.audit.rows import (
@@ -123,7 +125,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--csv", type=Path, help="write the cells of the table to this file too")
+    add = parser.add_argument_group("everything").add_argument
+    add("--everything", action="store_true", help="all that can be launched, to --csv, resumed")
+    add("--share", default="1/1", help="2/8: the second of eight shares, each spread over all")
+    add("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     args = parser.parse_args(argv)
+    if args.everything:
+        if args.csv is None:
+            parser.error("--everything writes to --csv")
+        return everything.run(args.target, args.csv, everything.Share.parse(args.share), args.jobs)
     rows = _rows(args)
     sliced = [] if args.tile or args.batch_invariant else _slice_rows(args)
     if args.csv:
