@@ -21,10 +21,10 @@ _MAX_SPLIT_STACK = 16
 
 _TENSOR_CORES = {9: "wgmma", 10: "tcgen05"}
 
-# SASS instructions per weight that one thread may spend in the main loop, with groups of 128 rows
-# or more and 4-bit integers; steps of 64 or fewer add a scale and an accumulation each. HBM of an
-# H200 allows about 4 for up to 16 tokens, and 8 where a weight has 8 bits. Where the scale
-# multiplies the weights it may be in fp32: without the dtype of the activations that takes 3 more.
+# SASS instructions per weight that one thread may spend in the main loop, with groups of whole 128
+# rows and 4-bit integers; steps of 64 or fewer add a scale and an accumulation each. HBM of an H200
+# allows about 4 for up to 16 tokens, and 8 where a weight has 8 bits. Where the scale multiplies
+# the weights it may be in fp32: without the dtype of the activations that takes 3 more.
 _INSTRUCTIONS = {
     **{"8x128": 2.7, "8x64": 3.5, "16x128": 2.75, "16x64": 3.6},
     **{"32x256": 2.9, "32x128": 3.8, "32x64": 4.0},
@@ -156,7 +156,7 @@ class AuditRow(CompiledRow):
     def _budget(self) -> float:
         """mma.sync and small groups repeat work that the budget does not count."""
         wgmma = device_by_name(self.target).capability[0] == 9
-        counted = wgmma and self.group_size >= BLOCK_K and self.tile.segments == 1
+        counted = wgmma and self.group_size % BLOCK_K == 0 and self.tile.segments == 1
         if not counted or self.tile_name not in _INSTRUCTIONS:
             return float("inf")
         return _INSTRUCTIONS[self.tile_name] + _BEYOND[self.weight_type]

@@ -232,6 +232,8 @@ GOOD = rows.AuditRow(
         ({"loop_instructions": 500, "weight_type": "nf4"}, ()),
         ({"loop_instructions": 530, "weight_type": "nf4"}, ("instructions",)),
         ({"loop_instructions": 500, "group_size": 64}, ()),
+        ({"loop_instructions": 500, "group_size": 192}, ()),
+        ({"loop_instructions": 500, "group_size": 1 << 16}, ("instructions",)),
     ],
 )
 def test_every_problem_is_found(changes, problems):
