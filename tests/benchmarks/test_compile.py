@@ -58,7 +58,8 @@ compiled(
 portable = "16x128 warps 4 stages 4 portable"
 tiles = [each for each in EXPERIMENTS[1].variants if each.name == portable]
 (line,) = compiled_rows(tiles)
-assert line.endswith("wgmma: fine"), line
+# The budget is that of the assembly.
+assert line.endswith("wgmma: instructions"), line
 spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
 loops = []
 for decoders in (variants.PORTABLE, {{}}):
