@@ -101,7 +101,7 @@ def describe(made: RandomLayer) -> LayerFormat:
         if "quant_state" in name
     }
     checkpoint = Checkpoint("memory", {}, made.config, "config.json", infos, small)
-    layer = format_for(checkpoint).spec_for(MODULE)
+    layer = format_for(checkpoint).layer_of(MODULE)
     if layer is None:
         raise ValueError(f"{made.name}: not recognised as quantized")
     return layer

@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 
 from vllm_fusedq.formats import FORMATS
-from vllm_fusedq.formats.awq import VERSIONS
+from vllm_fusedq.formats.awq_packing import VERSIONS
 from vllm_fusedq.formats.bitsandbytes import STATES
-from vllm_fusedq.formats.compressed_tensors_packing import PACKINGS
+from vllm_fusedq.formats.compressed_tensors import PACKINGS
 from vllm_fusedq.formats.fusedq import LAYOUT_VERSION
 from vllm_fusedq.formats.gptq_zeros import ZERO_OFFSETS
 from vllm_fusedq.formats.shared.rows import bit_widths

@@ -12,7 +12,7 @@ from checkpoints import ALL_BUILDS, AWQ_BUILDS, Truth, write_json
 from engines import generate, mean_error
 from tiny_models import asset, reference
 from vllm_fusedq.checkpoint.read import read_checkpoint
-from vllm_fusedq.formats import decode, format_for
+from vllm_fusedq.formats import format_for
 
 pytestmark = pytest.mark.engine
 
@@ -24,9 +24,9 @@ def write_repacked(build: str, path: Path) -> None:
     fmt = format_for(read_checkpoint(path))
     tensors = load_file(path / "model.safetensors")
     for module in fmt.modules():
-        layer = fmt.spec_for(module)
+        layer = fmt.layer_of(module)
         stored = {t.name: tensors.pop(f"{module}.{t.name}") for t in layer.tensors}
-        weight = decode(stored, layer, layer.whole)
+        weight = layer.packing.logical(stored, layer, layer.whole)
         # In more bits the same values, by steps that are as much smaller
         bits = ALL_BUILDS[build].bits
         finer = 2 ** (bits - 4)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import tiny_models
 from vllm_fusedq.checkpoint.read import read_checkpoint
-from vllm_fusedq.formats import decode, format_for
+from vllm_fusedq.formats import format_for
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -25,17 +25,17 @@ def test_every_layer_equals_its_producers_decoding(name: str) -> None:
     assert sorted(fmt.modules()) == sorted(expected)
     tensors = load_file(path / "model.safetensors")
     for module, facts in expected.items():
-        layer = fmt.spec_for(module)
+        layer = fmt.layer_of(module)
         assert layer is not None
         stored = {t.name: layer.grid(t, tensors[f"{module}.{t.name}"]) for t in layer.tensors}
-        weight = decode(stored, layer, layer.whole)
+        weight = layer.packing.logical(stored, layer, layer.whole)
         codes, zeros = weight.codes, weight.zeros
         if weight.perm is not None:
             # References list in_features in the order of the file
             codes = codes[:, weight.perm.argsort()]
         if zeros is None and layer.spec.weight_type.bias is not None:
             # References list codes as stored, and the constant zero point of a symmetric weight
-            bits = layer.bits or layer.spec.weight_type.bits
+            bits = layer.packing.bits
             codes = codes - (layer.spec.weight_type.bias - 2 ** (bits - 1))
             zeros = torch.full(weight.scales.shape, 2 ** (bits - 1), dtype=torch.uint8)
         assert {

@@ -13,7 +13,7 @@ import tiny_models
 from layers import DTYPE_NAMES, cut
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
-from vllm_fusedq.formats import LayerFormat, decode, format_for
+from vllm_fusedq.formats import LayerFormat, format_for
 
 # Layers of each file, every one of another scheme
 FILES = {"llmcompressor-layers": 21, "gptqmodel-layers": 13, "old-compressed-tensors-layers": 7}
@@ -33,7 +33,7 @@ def layers_of(path: Path) -> Iterator[tuple[LayerFormat, dict[str, torch.Tensor]
     digests = json.loads(metadata["values_sha256"])
     assert sorted(fmt.modules()) == sorted(digests)
     for module, expected in digests.items():
-        layer = fmt.spec_for(module)
+        layer = fmt.layer_of(module)
         assert layer is not None
         yield layer, {t.name: stored[f"{module}.{t.name}"] for t in layer.tensors}, expected
 
@@ -42,7 +42,7 @@ def layers_of(path: Path) -> Iterator[tuple[LayerFormat, dict[str, torch.Tensor]
 def test_every_layer_is_worth_what_its_tool_says(name: str) -> None:
     descriptions = set()
     for layer, tensors, expected in layers_of(tiny_models.ASSETS / f"{name}.safetensors"):
-        weight = decode(cut(layer, tensors, layer.whole), layer, layer.whole)
+        weight = layer.packing.logical(cut(layer, tensors, layer.whole), layer, layer.whole)
         groups = torch.arange(layer.k) // layer.spec.group_size
         bias = layer.spec.weight_type.bias
         zeros = bias if weight.zeros is None else weight.zeros.float()[:, groups]

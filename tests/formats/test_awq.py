@@ -10,7 +10,7 @@ import tiny_models
 from checkpoints import ALL_BUILDS, AWQ_BUILDS, Truth, put, with_fields
 from layers import MODULE, check, cut, describe
 from vllm_fusedq.errors import PreflightError, WeightLoadError
-from vllm_fusedq.formats import Region, decode
+from vllm_fusedq.formats import Region
 
 VERSIONS = {"awq": "gemm", "awq-gemv": "gemv", "awq-gemv-fast": "gemv_fast"}
 
@@ -120,7 +120,7 @@ def test_refuses_scaled_zero_points_that_are_none(value: float, shown: str) -> N
         rf"{MODULE}.qzeros: found {shown}\S* beside the scale 0.0.* \(1 such values\), expected"
     )
     with pytest.raises(WeightLoadError, match=message):
-        decode(cut(layer, tensors, layer.whole), layer, layer.whole)
+        layer.packing.logical(cut(layer, tensors, layer.whole), layer, layer.whole)
 
 
 @pytest.mark.parametrize("stored", VERSIONS)

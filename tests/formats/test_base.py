@@ -36,7 +36,7 @@ def test_describes_every_layer(build: str, group_size: int, tmp_path: Path) -> N
     fmt = pickle.loads(pickle.dumps(format_for(read_checkpoint(tmp_path))))
     assert sorted(fmt.modules()) == sorted(truths)
     for module, truth in truths.items():
-        layer = fmt.spec_for(module)
+        layer = fmt.layer_of(module)
         assert isinstance(layer, LayerFormat)
         assert pickle.loads(pickle.dumps(layer)) == layer
         assert problems_of(fmt, module) == []
@@ -49,19 +49,19 @@ def test_describes_every_layer(build: str, group_size: int, tmp_path: Path) -> N
             assert layer.stored_shape(layout) == info.shape
             assert len(layout.dtypes) == 1
     for module in (HEAD, "model.embed_tokens", "model.layers.0.input_layernorm", "model.norm"):
-        assert fmt.spec_for(module) is None
+        assert fmt.layer_of(module) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("build", BUILDS)
 def test_scales_keep_their_dtype(build: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    layer = load(tmp_path, build, dtype=dtype).spec_for(UP)
+    layer = load(tmp_path, build, dtype=dtype).layer_of(UP)
     assert layer is not None
     assert layer.spec.scale_dtype.torch == dtype
 
 
 def test_layouts_are_data(tmp_path: Path) -> None:
-    layer = load(tmp_path).spec_for(UP)
+    layer = load(tmp_path).layer_of(UP)
     assert layer is not None
     assert layer.description == "awq 4-bit g32, zero points"
     assert [(t.name, t.dims, t.dtype.torch) for t in layer.tensors] == [
@@ -72,13 +72,13 @@ def test_layouts_are_data(tmp_path: Path) -> None:
 
 
 def test_g_idx_is_described_where_it_exists(tmp_path: Path) -> None:
-    with_order = load(tmp_path / "v1", "gptq-sym").spec_for(UP)
-    without = load(tmp_path / "v2", "gptq-sym-v2").spec_for(UP)
+    with_order = load(tmp_path / "v1", "gptq-sym").layer_of(UP)
+    without = load(tmp_path / "v2", "gptq-sym-v2").layer_of(UP)
     assert with_order is not None
     assert without is not None
     assert with_order.tensor("g_idx") is not None
     assert without.tensor("g_idx") is None
-    assert (with_order.zero_offset, without.zero_offset) == (1, 0)
+    assert (with_order.packing.zero_offset, without.packing.zero_offset) == (1, 0)
     assert with_order.spec.weight_type == WeightType.UINT4B8
 
 
@@ -104,7 +104,7 @@ def test_configs_in_own_files_name_no_method(
     whole = read_checkpoint(tmp_path)
     fmt = format_for(Checkpoint(whole.path, {}, config, source, whole.tensors))
     assert fmt.name == name
-    assert fmt.spec_for(UP) is not None
+    assert fmt.layer_of(UP) is not None
 
 
 EXCLUSIONS = {
@@ -120,9 +120,9 @@ EXCLUSIONS = {
 def test_excluded_module(build: str, tmp_path: Path) -> None:
     config = EXCLUSIONS[build]
     fmt = load(tmp_path, build, config=config, edits=[make_plain(UP, 96, 64)])
-    assert fmt.spec_for(UP) is None
+    assert fmt.layer_of(UP) is None
     assert UP not in fmt.modules()
-    assert fmt.spec_for(DOWN) is not None
+    assert fmt.layer_of(DOWN) is not None
 
 
 @pytest.mark.parametrize("build", EXCLUSIONS)
@@ -153,8 +153,8 @@ def test_modules_outside_the_quantized_blocks_stay_as_they_are(build: str, tmp_p
     names = ("visual.blocks.0.fc1.weight", "projector.weight")
     edits = [add(name, torch.zeros(8, 8)) for name in names]
     fmt = load(tmp_path, build, edits=edits)
-    assert fmt.spec_for("visual.blocks.0.fc1") is None
-    assert fmt.spec_for("projector") is None
+    assert fmt.layer_of("visual.blocks.0.fc1") is None
+    assert fmt.layer_of("projector") is None
 
 
 MARKERS = {"awq": "qweight", "gptq-sym": "qweight", "ct-sym": "weight_packed"}
@@ -180,7 +180,7 @@ def test_quantized_experts(build: str, tmp_path: Path) -> None:
 
 def test_shared_experts_are_dense(tmp_path: Path) -> None:
     shared = "model.layers.0.mlp.shared_experts.up_proj"
-    assert load(tmp_path, edits=[rename(UP, shared)]).spec_for(shared) is not None
+    assert load(tmp_path, edits=[rename(UP, shared)]).layer_of(shared) is not None
 
 
 def other_dtype(tensor: torch.Tensor) -> torch.Tensor:

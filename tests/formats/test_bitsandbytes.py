@@ -33,7 +33,7 @@ from vllm_fusedq.errors import (
     UnsupportedCheckpoint,
     WeightLoadError,
 )
-from vllm_fusedq.formats import CheckpointFormat, LayerFormat, Region, decode, format_for
+from vllm_fusedq.formats import CheckpointFormat, LayerFormat, Region, format_for
 
 UP = MODULE
 DOWN = "model.layers.0.mlp.down_proj"
@@ -72,7 +72,7 @@ def test_bitsandbytes_own_packing(case: str) -> None:
     values = stored.pop("values")
     layer, tensors = describe(f"bnb-{quant_type}", None, blocksize, stored)
     assert (layer.n, layer.k, layer.spec.group_size) == (*values.shape, 64)
-    weight = decode(whole(layer, tensors), layer, layer.whole)
+    weight = layer.packing.logical(whole(layer, tensors), layer, layer.whole)
     # The largest weight of a block is worth its absmax
     blocks = values.reshape(-1, blocksize).abs().amax(dim=1)
     absmax = blocks.repeat_interleave(blocksize).view_as(values)
@@ -85,7 +85,7 @@ def test_another_default_device_changes_nothing() -> None:
     """vLLM's weight transfer makes the GPU the default; what would be allocated there is lost."""
     layer, tensors, truth = made("bnb-nf4-nested", 8, 192, 64)
     with torch.device("meta"):
-        weight = decode(whole(layer, tensors), layer, layer.whole)
+        weight = layer.packing.logical(whole(layer, tensors), layer, layer.whole)
     assert torch.equal(weight.codes, torch.from_numpy(truth.codes))
 
 
@@ -136,7 +136,7 @@ def test_absmax_in_16_bits(dtype: torch.dtype) -> None:
     stored = BUILDS["bnb-nf4"].tensors(BUILDS["bnb-nf4"].truth(8, 128, 64))
     stored["weight.absmax"] = stored["weight.absmax"].to(dtype)
     layer, tensors = describe("bnb-nf4", None, 64, stored)
-    weight = decode(whole(layer, tensors), layer, layer.whole)
+    weight = layer.packing.logical(whole(layer, tensors), layer, layer.whole)
     assert layer.spec.scale_dtype.torch == torch.float32
     assert torch.equal(weight.scales, stored["weight.absmax"].float().view(8, 2))
 
@@ -279,7 +279,7 @@ def test_refuses_layers_from_headers_and_state(tmp_path: Path, case: str) -> Non
     fmt = load(tmp_path, edit)
     assert UP in fmt.modules()
     with pytest.raises(PreflightError, match=message) as caught:
-        fmt.spec_for(UP)
+        fmt.layer_of(UP)
     assert all(problem.layer == UP for problem in caught.value.problems)
     assert problems_of(fmt, DOWN) == []
 
@@ -316,7 +316,7 @@ def test_refuses_tensors_by_their_values(edit: Any, message: str) -> None:
     layer, tensors, _ = made("bnb-nf4-nested", 8, 512, 64)
     edit(tensors)
     with pytest.raises(WeightLoadError, match=message):
-        decode(whole(layer, tensors), layer, layer.whole)
+        layer.packing.logical(whole(layer, tensors), layer, layer.whole)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_refuses_a_state_that_changes(old: bytes, new: bytes, message: str) -> N
     state = bytes(tensors[STATE].tolist()).replace(old, new)
     tensors[STATE] = torch.tensor(list(state), dtype=torch.uint8)
     with pytest.raises(WeightLoadError, match=f"{MODULE}.{STATE}: {message}"):
-        decode(whole(layer, tensors), layer, layer.whole)
+        layer.packing.logical(whole(layer, tensors), layer, layer.whole)
 
 
 SKIPS = ["up_proj", "model.layers.0.mlp.up_proj", "layers.0.mlp.up_proj", "model.layers.0.mlp"]
@@ -340,13 +340,13 @@ SKIPS = ["up_proj", "model.layers.0.mlp.up_proj", "layers.0.mlp.up_proj", "model
 @pytest.mark.parametrize("name", SKIPS)
 def test_skipped_modules_stay_as_they_are(tmp_path: Path, name: str) -> None:
     fmt = load(tmp_path, make_plain(UP, 96, 64), llm_int8_skip_modules=[name, "lm_head"])
-    assert fmt.spec_for(UP) is None
+    assert fmt.layer_of(UP) is None
     assert UP not in fmt.modules()
-    assert fmt.spec_for(DOWN) is not None
+    assert fmt.layer_of(DOWN) is not None
 
 
 def test_skipped_modules_that_are_packed_are_packed(tmp_path: Path) -> None:
-    assert load(tmp_path, llm_int8_skip_modules=["up_proj"]).spec_for(UP) is not None
+    assert load(tmp_path, llm_int8_skip_modules=["up_proj"]).layer_of(UP) is not None
 
 
 def test_refuses_a_plain_weight_that_nothing_skips(tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_refuses_a_plain_weight_that_nothing_skips(tmp_path: Path) -> None:
 def test_modules_outside_the_quantized_blocks_stay_as_they_are(tmp_path: Path) -> None:
     names = ("visual.blocks.0.fc1", "score")
     fmt = load(tmp_path, *(add(f"{name}.weight", torch.zeros(8, 8)) for name in names))
-    assert [fmt.spec_for(name) for name in (*names, "lm_head")] == [None] * 3
+    assert [fmt.layer_of(name) for name in (*names, "lm_head")] == [None] * 3
 
 
 def test_refuses_heads_and_experts(tmp_path: Path) -> None:
@@ -375,6 +375,6 @@ def test_the_format_is_plain_data(tmp_path: Path) -> None:
     import pickle
 
     fmt = load(tmp_path)
-    expected = fmt.spec_for(UP)
+    expected = fmt.layer_of(UP)
     (tmp_path / "model.safetensors").unlink()
-    assert pickle.loads(pickle.dumps(fmt)).spec_for(UP) == expected
+    assert pickle.loads(pickle.dumps(fmt)).layer_of(UP) == expected

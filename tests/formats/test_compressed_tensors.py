@@ -18,7 +18,7 @@ from checkpoints import (
 from layers import MODULE, check, cut, describe, problems_of
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import FusedQError, PreflightError, UnsupportedCheckpoint, WeightLoadError
-from vllm_fusedq.formats import LayerFormat, decode, format_for
+from vllm_fusedq.formats import LayerFormat, format_for
 
 ODD = (3, 5, 6, 7)
 LAYER = "model.layers.0.mlp"
@@ -65,7 +65,7 @@ def test_a_version_that_is_not_true_is_refused(
 
     def read() -> None:
         layer, tensors = describe(build, truth, group_size, version=said)
-        decode(tensors, layer, layer.whole)
+        layer.packing.logical(tensors, layer, layer.whole)
 
     with pytest.raises(FusedQError, match=r"weight_(packed|shape|scale)") as error:
         read()
@@ -103,7 +103,7 @@ def test_every_signed_integer() -> None:
     layer, tensors = int_quantized(8, True)
     values = torch.arange(-128, 128).to(torch.int8).repeat(4).view(16, 64)
     tensors["weight"] = values
-    codes = decode(tensors, layer, layer.whole).codes
+    codes = layer.packing.logical(tensors, layer, layer.whole).codes
     assert torch.equal(codes.short() - 128, values.short())
 
 
@@ -114,7 +114,7 @@ def test_refuses_integers_of_more_bits(name: str, value: int) -> None:
     put(name, (3, 1), value)(tensors)
     message = rf"{MODULE}.{name}: found {value}, expected -8 to 7 \(4 bits\); correct num_bits in"
     with pytest.raises(WeightLoadError, match=message):
-        decode(tensors, layer, layer.whole)
+        layer.packing.logical(tensors, layer, layer.whole)
 
 
 def test_refuses_int_quantized_weights_of_another_dtype() -> None:

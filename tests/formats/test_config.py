@@ -18,7 +18,7 @@ from fusedq_kernels import reference
 from layers import problems_of
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import FusedQError, UnsupportedCheckpoint
-from vllm_fusedq.formats import FORMATS, CheckpointFormat, decode, format_for
+from vllm_fusedq.formats import FORMATS, CheckpointFormat, format_for
 
 UP = "model.layers.0.mlp.up_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -222,7 +222,7 @@ def test_a_group_by_name_wins_over_the_class(tmp_path: Path) -> None:
     made = checkpoints.compressed_tensors_tensors(truth)
     edits = [add(f"{DOWN}.{name}", tensor) for name, tensor in made.items()]
     fmt = load(tmp_path, "ct-sym", config={"config_groups": groups}, edits=edits)
-    layers = [fmt.spec_for(module) for module in (UP, DOWN)]
+    layers = [fmt.layer_of(module) for module in (UP, DOWN)]
     assert [str(layer.description) for layer in layers if layer] == [
         "compressed-tensors 4-bit g32, symmetric",
         "compressed-tensors 4-bit g16, zero points",
@@ -232,8 +232,8 @@ def test_a_group_by_name_wins_over_the_class(tmp_path: Path) -> None:
 def test_modules_that_no_group_targets_are_left_alone(tmp_path: Path) -> None:
     names = [f"re:.*{name}_proj" for name in ("q", "k", "v", "o", "gate", "down")]
     fmt = load(tmp_path, "ct-sym", config=groups(targets=names), edits=[make_plain(UP, 96, 64)])
-    assert fmt.spec_for(UP) is None
-    assert fmt.spec_for(DOWN) is not None
+    assert fmt.layer_of(UP) is None
+    assert fmt.layer_of(DOWN) is not None
 
 
 def test_rules_of_gptqmodel_by_module(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_rules_of_gptqmodel_by_module(tmp_path: Path) -> None:
     edits += [make_plain(f"model.layers.0.self_attn.{name}_proj", 64, 64) for name in "qkvo"]
     fmt = load(tmp_path, "gptq-sym", layers=2, config={"dynamic": dynamic}, edits=edits)
     assert [problem for module in fmt.modules() for problem in problems_of(fmt, module)] == []
-    assert fmt.spec_for("model.layers.0.self_attn.q_proj") is None
+    assert fmt.layer_of("model.layers.0.self_attn.q_proj") is None
     expected = {
         DOWN: "gptq 4-bit g16, zero points, act-order",
         UP: "gptq 4-bit per channel, symmetric",
@@ -274,12 +274,12 @@ def test_rules_of_gptqmodel_by_module(tmp_path: Path) -> None:
         UP.replace(".0.", ".1."): "gptq 4-bit g32, symmetric",
         "model.layers.1.self_attn.q_proj": "gptq 4-bit g32, symmetric",
     }
-    assert {module: fmt.spec_for(module).description for module in expected} == expected
+    assert {module: fmt.layer_of(module).description for module in expected} == expected
     stored = load_file(tmp_path / "model.safetensors")
     for module, truth in truths.items():
-        layer = fmt.spec_for(module)
+        layer = fmt.layer_of(module)
         tensors = {t.name: stored[f"{module}.{t.name}"] for t in layer.tensors}
-        weight = decode(tensors, layer, layer.whole)
+        weight = layer.packing.logical(tensors, layer, layer.whole)
         values = reference.dequantize(weight).double()
         found = values if weight.perm is None else values[:, weight.perm.argsort()]
         assert torch.equal(found, truth.values(0, layer.n, 0, layer.k)), module

@@ -22,7 +22,7 @@ from checkpoints import (
 from layers import MODULE, check, cut, describe
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.formats import Region, decode, format_for
+from vllm_fusedq.formats import Region, format_for
 from vllm_fusedq.formats.shared.unpacking import unpack_columns, unpack_rows
 
 
@@ -46,7 +46,7 @@ def test_the_whole_layer_from_a_file(build: str, tmp_path: Path) -> None:
     fmt = format_for(read_checkpoint(tmp_path))
     stored = load_file(tmp_path / "model.safetensors")
     for module, truth in truths.items():
-        layer = fmt.spec_for(module)
+        layer = fmt.layer_of(module)
         assert layer is not None
         tensors = {t.name: stored[f"{module}.{t.name}"] for t in layer.tensors}
         check(layer, tensors, layer.whole, truth)
@@ -172,7 +172,7 @@ def test_refuses_tensors_that_do_not_fit(build: str, damage: str) -> None:
         tensors[name] = tensors[name].to(torch.int64)
         message = rf"{MODULE}.{name}: found torch.int64 \[.*\], expected torch.int32 \["
     with pytest.raises(WeightLoadError, match=message):
-        decode(tensors, layer, layer.whole)
+        layer.packing.logical(tensors, layer, layer.whole)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -182,14 +182,14 @@ def test_refuses_scales_that_are_not_finite(build: str, name: str, value: float)
     put(name, (1, 1), value)(tensors)
     message = f"{MODULE}.{name}: found 1 NaN or infinite values, expected finite"
     with pytest.raises(WeightLoadError, match=message):
-        decode(tensors, layer, layer.whole)
+        layer.packing.logical(tensors, layer, layer.whole)
 
 
 @pytest.mark.parametrize("bounds", [(0, 0, 0, 8), (0, 17, 0, 64), (0, 16, 8, 8), (-1, 4, 0, 8)])
 def test_regions_outside_the_layer_are_our_mistake(bounds: tuple[int, int, int, int]) -> None:
     layer, tensors = describe("awq", BUILDS["awq"].truth(16, 64, 32), 32)
     with pytest.raises(ValueError, match="does not lie inside") as caught:
-        decode(tensors, layer, Region(*bounds))
+        layer.packing.logical(tensors, layer, Region(*bounds))
     assert not isinstance(caught.value, WeightLoadError)
 
 
@@ -202,7 +202,7 @@ def test_refuses_reordered_activations(k: int, group: int) -> None:
         rf"order\), expected group {k // 32} of size 32 without activation reordering; set "
     )
     with pytest.raises(WeightLoadError, match=message):
-        decode(tensors, layer, layer.whole)
+        layer.packing.logical(tensors, layer, layer.whole)
 
 
 def nibbles(value: int) -> int:
@@ -227,14 +227,14 @@ def test_refuses_symmetric_zero_points_other_than_8(build: str, expected: int, s
     tensors["qzeros"].fill_(nibbles(stored))
     message = f"{MODULE}.qzeros: found stored zero points {stored} although .* sym true, expected "
     with pytest.raises(WeightLoadError, match=f"{message}{expected} everywhere .zero point 8."):
-        decode(tensors, layer, layer.whole)
+        layer.packing.logical(tensors, layer, layer.whole)
 
 
 def test_refuses_symmetric_zero_points_that_vary() -> None:
     layer, tensors = describe("gptq-sym", BUILDS["gptq-sym"].truth(16, 64, 32), 32)
     put("qzeros", (1, 1), nibbles(8))(tensors)
     with pytest.raises(WeightLoadError, match="found stored zero points 7 to 8 although"):
-        decode(tensors, layer, layer.whole)
+        layer.packing.logical(tensors, layer, layer.whole)
 
 
 def test_refuses_a_zero_point_of_16() -> None:
@@ -242,7 +242,7 @@ def test_refuses_a_zero_point_of_16() -> None:
     put("qzeros", (0, 1), nibbles(15))(tensors)
     message = f"{MODULE}.qzeros: found stored zero points 15 side by side, .* are 16, or 0 after an"
     with pytest.raises(WeightLoadError, match=message):
-        decode(tensors, layer, layer.whole)
+        layer.packing.logical(tensors, layer, layer.whole)
 
 
 @pytest.mark.parametrize("shape", [[64, 16], [16, 62], [0, 0]])
@@ -251,4 +251,4 @@ def test_refuses_a_weight_shape_that_disagrees(shape: list[int]) -> None:
     replace("weight_shape", lambda _: torch.tensor(shape))(tensors)
     message = rf"{MODULE}.weight_shape: found \[{shape[0]}, {shape[1]}\], expected \[16, 64\]"
     with pytest.raises(WeightLoadError, match=message):
-        decode(tensors, layer, layer.whole)
+        layer.packing.logical(tensors, layer, layer.whole)

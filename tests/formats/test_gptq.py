@@ -14,11 +14,9 @@ from layers import MODULE, check, cut, describe
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats import (
-    FORMATS,
     Finding,
     LayerFormat,
     Region,
-    decode,
     format_for,
     settle,
 )
@@ -28,7 +26,7 @@ SAID = {"gptq": "gptq-asym", "gptq_v2": "gptq-asym-v2"}
 
 def inspected(layer: LayerFormat, tensors: Tensors, region: Region | None = None) -> Finding | None:
     region = region or layer.whole
-    return FORMATS[layer.format].inspect(cut(layer, tensors, region), layer, region)
+    return layer.packing.evidence(cut(layer, tensors, region), layer, region)
 
 
 def test_three_bit_words_by_hand() -> None:
@@ -75,7 +73,7 @@ def test_refuses_zero_points_destroyed_by_an_underflow(bits: int) -> None:
         f"checkpoint_format gptq are {full + 1}, or 0 after .* fit {bits} bits; set checkpoint_fo"
     )
     with pytest.raises(WeightLoadError, match=message):
-        decode(tensors, layer, layer.whole)
+        layer.packing.logical(tensors, layer, layer.whole)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -223,7 +221,7 @@ def real_findings(checkpoint_format: str) -> dict[str, Finding]:
     stored = load_file(tiny_models.asset(MIXED) / "model.safetensors")
     findings = {}
     for module in fmt.modules():
-        layer = fmt.spec_for(module)
+        layer = fmt.layer_of(module)
         tensors = {t.name: stored[f"{module}.{t.name}"] for t in layer.tensors}
         findings[module] = inspected(layer, tensors)
     return findings

@@ -13,7 +13,7 @@ from fusedq_kernels import reference
 from fusedq_kernels.types import LogicalWeight
 from layers import MODULE, cut, describe
 from vllm_fusedq.errors import PreflightError, WeightLoadError
-from vllm_fusedq.formats import Region, decode
+from vllm_fusedq.formats import Region
 from vllm_fusedq.formats.shared.ordering import order_rows, resident_rows, step_of
 
 
@@ -27,7 +27,7 @@ def by_feature(weight: LogicalWeight) -> torch.Tensor:
 
 def check(build: str, truth: Truth, region: Region, **options: object) -> LogicalWeight:
     layer, tensors = describe(build, truth, truth.group_size, **options)
-    weight = decode(cut(layer, tensors, region), layer, region)
+    weight = layer.packing.logical(cut(layer, tensors, region), layer, region)
     bounds = (region.n_start, region.n_stop, region.k_start, region.k_stop)
     assert torch.equal(by_feature(weight), truth.values(*bounds))
     assert weight.perm.dtype == torch.int32
@@ -61,7 +61,7 @@ def test_gptqmodels_own_values(bounds: tuple[int, int]) -> None:
     truth = ORDERED_BUILDS["gptq-asym-order"].truth(32, 192, 32)
     layer, _ = describe("gptq-asym-order", truth, 32, tensors)
     region = Region(0, 32, *bounds)
-    weight = decode(cut(layer, tensors, region), layer, region)
+    weight = layer.packing.logical(cut(layer, tensors, region), layer, region)
     assert torch.equal(by_feature(weight), values[:, slice(*bounds)])
 
 
@@ -78,7 +78,7 @@ def test_agrees_with_the_compressed_tensors_package(build: str) -> None:
         zeros,
         g_idx=tensors["weight_g_idx"],
     )
-    found = by_feature(decode(tensors, layer, layer.whole))
+    found = by_feature(layer.packing.logical(tensors, layer, layer.whole))
     assert torch.equal(found.float(), theirs)
 
 
@@ -89,7 +89,7 @@ def test_minus_one_throughout_is_the_order_of_in_features(bounds: tuple[int, int
     plain = with_fields(ORDERED_BUILDS[build].truth(16, 192, 32), g_idx=None)
     layer, tensors = describe(build, with_fields(plain, g_idx=np.full(192, -1)), 32)
     region = Region(0, 16, *bounds)
-    found = by_feature(decode(cut(layer, tensors, region), layer, region))
+    found = by_feature(layer.packing.logical(cut(layer, tensors, region), layer, region))
     assert torch.equal(found, plain.values(0, 16, *bounds))
 
 
@@ -161,7 +161,7 @@ def test_refuses_groups_that_do_not_exist(value: int, k_stop: int) -> None:
     region = Region(0, 8, 0, k_stop)
     message = f"{MODULE}.g_idx: found group {value}, expected 0 to 1 .64 in_features, group_size 32"
     with pytest.raises(WeightLoadError, match=message):
-        decode(cut(layer, tensors, region), layer, region)
+        layer.packing.logical(cut(layer, tensors, region), layer, region)
 
 
 @pytest.mark.parametrize("k_stop", [64, 48])
@@ -173,7 +173,7 @@ def test_refuses_groups_of_another_size(k_stop: int) -> None:
     found = (31, 0) if k_stop == 64 else (33, 1)
     message = f"found {found[0]} in_features in group {found[1]}, expected 32; correct group_size"
     with pytest.raises(WeightLoadError, match=message):
-        decode(cut(layer, tensors, region), layer, region)
+        layer.packing.logical(cut(layer, tensors, region), layer, region)
 
 
 def test_an_order_without_g_idx_is_refused() -> None:
@@ -188,7 +188,7 @@ def test_an_order_that_the_config_denies_is_refused(options: dict[str, object]) 
     layer, tensors = describe("gptq-sym-order", truth, 32, **options)
     assert layer.description == "gptq 4-bit g32, symmetric"
     with pytest.raises(WeightLoadError, match="without activation reordering; set desc_act to"):
-        decode(tensors, layer, layer.whole)
+        layer.packing.logical(tensors, layer, layer.whole)
 
 
 def test_the_description_names_the_order() -> None:

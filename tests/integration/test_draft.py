@@ -25,7 +25,7 @@ def test_an_extra_block_is_planned_by_its_own_tensors(tmp_path: Path, quantized:
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     found = config.modules_of("model.layers.2.self_attn.qkv_proj")
     assert found == tuple(f"{BLOCK}.self_attn.{p}_proj" for p in "qkv")
-    described = [config.format.spec_for(module) for module in found]
+    described = [config.format.layer_of(module) for module in found]
     assert [each is not None for each in described] == [quantized] * 3
     assert config.modules_of("model.layers.1.mlp.down_proj") == ("model.layers.1.mlp.down_proj",)
 

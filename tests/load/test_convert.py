@@ -92,10 +92,10 @@ def test_what_is_stored_as_it_stays_resident_is_not_decoded(
     convert(tmp_path / "source", tmp_path / "out")
     out = read_checkpoint(tmp_path / "out")
     decoded = []
-    original = LayerLoader._decode_and_pack
+    original = LayerLoader._repack
     monkeypatch.setattr(
         LayerLoader,
-        "_decode_and_pack",
+        "_repack",
         lambda self: decoded.append(self.plan.prefix) or original(self),
     )
     load(out, "gpu", 1, 0)

@@ -131,7 +131,7 @@ def test_a_tied_embedding_is_resident_once(tmp_path: Path) -> None:
 
 def test_a_gather_takes_sizes_that_no_product_takes(tmp_path: Path) -> None:
     write_with_embedding(tmp_path, tied=False)
-    layers = {EMBEDDING: format_for(read_checkpoint(tmp_path)).spec_for(EMBEDDING)}
+    layers = {EMBEDDING: format_for(read_checkpoint(tmp_path)).layer_of(EMBEDDING)}
     # 64 padded rows on 16 ranks are 4 each
     untied, tied = (shard_embedding(EMBEDDING, 32, 64, 16, 0, each) for each in (False, True))
     for device in (CPU, GPU):

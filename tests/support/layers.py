@@ -12,7 +12,6 @@ from vllm_fusedq.formats import (
     CheckpointFormat,
     LayerFormat,
     Region,
-    decode,
     format_for,
     stored_slices,
 )
@@ -51,7 +50,7 @@ def describe(
     config = {**made.config(group_size), **options}
     small = {n: t.numpy().tobytes() for n, t in stored.items() if t.dtype == torch.uint8}
     checkpoint = Checkpoint("x", {}, config, "quantization_config", infos, small)
-    layer = format_for(checkpoint).spec_for(MODULE)
+    layer = format_for(checkpoint).layer_of(MODULE)
     assert layer is not None
     return layer, tensors
 
@@ -59,7 +58,7 @@ def describe(
 def problems_of(fmt: CheckpointFormat, module: str) -> list[Problem]:
     """Everything that stands against a module; empty if it is fine or left unquantized."""
     try:
-        fmt.spec_for(module)
+        fmt.layer_of(module)
     except PreflightError as error:
         return list(error.problems)
     return []
@@ -75,7 +74,7 @@ def cut(layer: LayerFormat, tensors: Tensors, region: Region) -> Tensors:
 
 def check(layer: LayerFormat, tensors: Tensors, region: Region, truth: Truth) -> None:
     """Decoding the region's slices gives exactly the truth of the region."""
-    weight = decode(cut(layer, tensors, region), layer, region)
+    weight = layer.packing.logical(cut(layer, tensors, region), layer, region)
     bounds = (region.n_start, region.n_stop, region.k_start, region.k_stop)
     codes, zeros, scales = truth.slice(*bounds)
     assert weight.codes.dtype == torch.uint8

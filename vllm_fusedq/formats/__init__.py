@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from fusedq_kernels.types import LogicalWeight
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.formats.awq import AwqFormat
@@ -21,10 +17,8 @@ from vllm_fusedq.formats.layer import (
     TensorLayout,
     stored_slices,
 )
+from vllm_fusedq.formats.packing import Packing
 from vllm_fusedq.formats.shared.findings import Finding, settle
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "FORMATS",
@@ -32,9 +26,9 @@ __all__ = [
     "Dim",
     "Finding",
     "LayerFormat",
+    "Packing",
     "Region",
     "TensorLayout",
-    "decode",
     "format_for",
     "settle",
     "stored_slices",
@@ -64,10 +58,3 @@ def format_for(checkpoint: Checkpoint) -> CheckpointFormat:
         f"{checkpoint.path}: found {found} in {checkpoint.quant_source}; supported: "
         f"{', '.join(FORMATS)}; {USE_VLLM}"
     )
-
-
-def decode(
-    tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
-) -> LogicalWeight:
-    """`CheckpointFormat.decode` of the layer's own format."""
-    return FORMATS[layer.format].decode(tensors, layer, region)

@@ -5,23 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fusedq_kernels.types import LogicalWeight
-from vllm_fusedq.errors import PreflightError
-from vllm_fusedq.formats.awq_packing import (
-    BITS,
-    STREAMED_BITS,
-    VERSIONS,
-    Tensors,
-    has_padded_words,
-    padded_words,
-    streamed_layouts,
-    streamed_sizes,
-)
+from vllm_fusedq.formats.awq_packing import BITS, STREAMED_BITS, VERSIONS, has_padded_words
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
-from vllm_fusedq.formats.layer import LayerFormat, Region, Scheme, check_slices, with_all_groups
+from vllm_fusedq.formats.layer import Scheme
 from vllm_fusedq.formats.shared.rows import Support, bit_widths
-from vllm_fusedq.formats.shared.unpacking import NIBBLES
-from vllm_fusedq.formats.shared.widening import resident_type
 
 STREAMING_TOOL = "gptqmodel"
 
@@ -88,40 +75,8 @@ class AwqFormat(CheckpointFormat):
         return any(name in module for name in self.excluded)
 
     def scheme(self, module: str) -> Scheme:
-        stored = self.checkpoint.modules()[module]
-        weight, layouts = stored.get("qweight"), VERSIONS[self.version].layouts
-        sizes = None
-        if self.bits in STREAMED_BITS:
-            layouts, sizes = streamed_layouts(self.bits), streamed_sizes(stored)
-        if self.version != "gemm" and weight is not None and len(weight.shape) == 2:
-            k = weight.shape[1] * layouts[0].dims[1].pack
-            if k % self.group_size:
-                raise PreflightError.single(
-                    module,
-                    f"qweight of shape {list(weight.shape)}, which is {k} in_features, in groups "
-                    f"of {self.group_size}",
-                    f"whole groups with version {self.version}",
-                    "correct version in the config if the model was packed with another one",
-                )
-            words = padded_words(k // self.group_size, self.group_size)
-            layouts = with_all_groups(layouts, NIBBLES * words)
-        variant = "" if self.version == "gemm" else self.version
-        return Scheme(
-            resident_type(self.bits, symmetric=False),
-            self.group_size,
-            layouts,
-            scales="scales",
-            variant=variant,
-            bits=self.bits,
-            sizes=sizes,
-        )
-
-    @staticmethod
-    def decode(tensors: Tensors, layer: LayerFormat, region: Region) -> LogicalWeight:
-        check_slices(tensors, layer, region, "scales")
-        codes, scales, zeros = VERSIONS[layer.variant or "gemm"].unpack(tensors, layer, region)
-        phase = region.k_start % layer.spec.group_size
-        return LogicalWeight(codes, scales, zeros, layer.spec, phase)
+        packing = VERSIONS[self.version](bits=self.bits)
+        return packing.scheme(module, self.checkpoint.modules()[module], self.group_size)
 
     def _check_bits(self, bits: object) -> int:
         if type(bits) is int and bits in BITS:

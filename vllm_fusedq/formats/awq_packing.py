@@ -8,7 +8,7 @@ another order, which no tool writes: a config has to name GPTQModel as what made
 
 gemv (`WQLinear_GEMV`): qweight int32 `[N, K / 8]` packs in_features and qzeros int32 `[N, W]`
 groups, both in order from the lowest nibble; scales `[N, 8 * W]`. W words hold G groups and padding
-(`padded_words`).
+(`_with_padding`).
 
 gemv_fast (`WQLinear_GEMVFast`): qweight int16 `[N / 4, K]` packs blocks of 4 out_features x 64
 in_features (`_unpack_blocks`); scales and qzeros `[8 * W, N]`, where qzeros are `-scale * zero` in
@@ -20,15 +20,27 @@ Both tools multiply by `(code - zero) * scale` whatever `zero_point` in the conf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import NamedTuple, TypeAlias
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.lazy import torch
+from fusedq_kernels.types import LogicalWeight
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
-from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.formats.layer import SCALE_DTYPES, Dim, LayerFormat, Region, TensorLayout
+from vllm_fusedq.errors import PreflightError, WeightLoadError
+from vllm_fusedq.formats.layer import (
+    SCALE_DTYPES,
+    Dim,
+    LayerFormat,
+    Region,
+    Scheme,
+    TensorLayout,
+    check_slices,
+    with_all_groups,
+)
+from vllm_fusedq.formats.packing import Packing
 from vllm_fusedq.formats.shared.unpacking import (
     IN_ORDER,
     NIBBLES,
@@ -36,6 +48,7 @@ from vllm_fusedq.formats.shared.unpacking import (
     unpack_columns,
     unpack_rows,
 )
+from vllm_fusedq.formats.shared.widening import resident_type
 
 BITS = (4,)
 STREAMED_BITS = (2, 3, 5, 6, 7, 8)
@@ -46,13 +59,127 @@ Tensors: TypeAlias = "Mapping[str, torch.Tensor]"
 Unpacked: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor]"
 
 
-def streamed_layouts(bits: int) -> tuple[TensorLayout, ...]:
-    n = Dim("n", 32, words=bits) if 32 % bits else Dim("n", 32 // bits)
-    qweight, qzeros, scales = VERSIONS["gemm"].layouts
-    return replace(qweight, dims=(Dim("k"), n)), replace(qzeros, dims=(Dim("g"), n)), scales
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwqPacking(Packing):
+    """What AWQ's packings have in common: unsigned codes and zero points, never reordered."""
+
+    @abstractmethod
+    def scheme(self, module: str, stored: Mapping[str, TensorInfo], group_size: int) -> Scheme:
+        """The scheme of a module with these headers; `group_size` -1 is all of K.
+
+        Raises:
+            PreflightError: the packing stores no such module.
+        """
+
+    @abstractmethod
+    def unpack(self, tensors: Tensors, layer: LayerFormat, region: Region) -> Unpacked:
+        """Codes, scales and zeros as `logical` gives them, of tensors that are checked."""
+
+    def logical(self, tensors: Tensors, layer: LayerFormat, region: Region) -> LogicalWeight:
+        check_slices(tensors, layer, region, "scales")
+        codes, scales, zeros = self.unpack(tensors, layer, region)
+        phase = region.k_start % layer.spec.group_size
+        return LogicalWeight(codes, scales, zeros, layer.spec, phase)
+
+    def _scheme(
+        self,
+        layouts: tuple[TensorLayout, ...],
+        group_size: int,
+        sizes: tuple[int, int] | None = None,
+    ) -> Scheme:
+        weight_type = resident_type(self.bits, symmetric=False)
+        return Scheme(self, weight_type, group_size, layouts, scales="scales", sizes=sizes)
 
 
-def streamed_sizes(stored: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmPacking(AwqPacking):
+    """Version gemm: 4 bits in AutoAWQ's order, other widths in one stream of bits."""
+
+    def scheme(self, module: str, stored: Mapping[str, TensorInfo], group_size: int) -> Scheme:
+        n = Dim("n", 32, words=self.bits) if 32 % self.bits else Dim("n", 32 // self.bits)
+        layouts = (
+            TensorLayout("qweight", (Dim("k"), n), (DType.INT32,)),
+            TensorLayout("qzeros", (Dim("g"), n), (DType.INT32,)),
+            TensorLayout("scales", (Dim("g"), Dim("n")), SCALE_DTYPES),
+        )
+        sizes = _streamed_sizes(stored) if self.bits in STREAMED_BITS else None
+        return self._scheme(layouts, group_size, sizes)
+
+    def unpack(self, tensors: Tensors, layer: LayerFormat, region: Region) -> Unpacked:
+        order = ORDER if self.bits in BITS else IN_ORDER
+        block = layer.tensors[0].dims[1].pack
+        # Rows of K become columns: int32 [K, W] -> uint8 [32 * W / bits, K]
+        codes, zeros = (
+            take(unpack_rows(tensors[name].T, self.bits, order), 0, region.n_start, region.n, block)
+            for name in ("qweight", "qzeros")
+        )
+        return codes, tensors["scales"].T.contiguous(), zeros
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemvPacking(AwqPacking):
+    """Version gemv, 4 bits."""
+
+    name: str = "gemv"
+
+    def scheme(self, module: str, stored: Mapping[str, TensorInfo], group_size: int) -> Scheme:
+        layouts = (
+            TensorLayout("qweight", (Dim("n"), Dim("k", 8)), (DType.INT32,)),
+            TensorLayout("qzeros", (Dim("n"), Dim("g", 8)), (DType.INT32,)),
+            TensorLayout("scales", (Dim("n"), Dim("g")), SCALE_DTYPES),
+        )
+        return self._scheme(_with_padding(layouts, module, stored, group_size, self), group_size)
+
+    def unpack(self, tensors: Tensors, layer: LayerFormat, region: Region) -> Unpacked:
+        groups = slice(*region.groups(layer.spec.group_size))
+        codes = unpack_columns(tensors["qweight"])
+        return (
+            take(codes, 1, region.k_start, region.k),
+            tensors["scales"][:, groups].contiguous(),
+            unpack_columns(tensors["qzeros"])[:, groups].contiguous(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemvFastPacking(AwqPacking):
+    """Version gemv_fast, 4 bits."""
+
+    name: str = "gemv_fast"
+
+    def scheme(self, module: str, stored: Mapping[str, TensorInfo], group_size: int) -> Scheme:
+        blocks = (Dim("n", FAST_ROWS), Dim("k", block=FAST_COLUMNS))
+        layouts = (
+            TensorLayout("qweight", blocks, (DType.INT16,)),
+            TensorLayout("qzeros", (Dim("g"), Dim("n")), SCALE_DTYPES),
+            TensorLayout("scales", (Dim("g"), Dim("n")), SCALE_DTYPES),
+        )
+        return self._scheme(_with_padding(layouts, module, stored, group_size, self), group_size)
+
+    def unpack(self, tensors: Tensors, layer: LayerFormat, region: Region) -> Unpacked:
+        groups = slice(*region.groups(layer.spec.group_size))
+        codes = take(_unpack_blocks(tensors["qweight"]), 0, region.n_start, region.n, FAST_ROWS)
+        scales, scaled = (tensors[name][groups].T.contiguous() for name in ("scales", "qzeros"))
+        return (
+            take(codes, 1, region.k_start, region.k, FAST_COLUMNS),
+            scales,
+            _integer_zeros(scales, scaled, layer),
+        )
+
+
+VERSIONS: dict[str, type[AwqPacking]] = {
+    "gemm": GemmPacking,
+    "gemv": GemvPacking,
+    "gemv_fast": GemvFastPacking,
+}
+"""By the version that a config names."""
+
+
+def has_padded_words(group_size: int) -> bool:
+    """Whether AutoAWQ's versions gemv and gemv_fast know groups of this size."""
+    return group_size in (32, 64) or group_size >= 128
+
+
+def _streamed_sizes(stored: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
     """N and K, of which the words of a row, rounded up, do not say N."""
     shapes = [stored[name].shape for name in ("scales", "qweight") if name in stored]
     if [len(shape) for shape in shapes] != [2, 2]:
@@ -60,49 +187,35 @@ def streamed_sizes(stored: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
     return shapes[0][1], shapes[1][0]
 
 
-def padded_words(groups: int, group_size: int) -> int:
-    """Words of 8 groups per row in version gemv: `calculate_zeros_width` of AutoAWQ."""
+def _with_padding(
+    layouts: tuple[TensorLayout, ...],
+    module: str,
+    stored: Mapping[str, TensorInfo],
+    group_size: int,
+    packing: AwqPacking,
+) -> tuple[TensorLayout, ...]:
+    """The layouts with the groups of padding that versions gemv and gemv_fast store.
+
+    Rows take `calculate_zeros_width` (AutoAWQ) words of 8 groups.
+
+    Raises:
+        PreflightError: the last group is not whole.
+    """
+    weight = stored.get("qweight")
+    if weight is None or len(weight.shape) != 2:
+        return layouts
+    k = weight.shape[1] * layouts[0].dims[1].pack
+    if k % group_size:
+        raise PreflightError.single(
+            module,
+            f"qweight of shape {list(weight.shape)}, which is {k} in_features, in groups "
+            f"of {group_size}",
+            f"whole groups with version {packing.name}",
+            "correct version in the config if the model was packed with another one",
+        )
     multiple = {32: 4, 64: 2}.get(group_size, 1)
-    return -(-groups // NIBBLES // multiple) * multiple
-
-
-def has_padded_words(group_size: int) -> bool:
-    return group_size in (32, 64) or group_size >= 128
-
-
-def _unpack_gemm(tensors: Tensors, layer: LayerFormat, region: Region) -> Unpacked:
-    block = layer.tensors[0].dims[1].pack
-    codes, zeros = (
-        take(_gemm_rows(tensors[name], layer.bits), 0, region.n_start, region.n, block)
-        for name in ("qweight", "qzeros")
-    )
-    return codes, tensors["scales"].T.contiguous(), zeros
-
-
-def _gemm_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 `[K, W]` -> uint8 codes `[32 * W / bits, K]`."""
-    return unpack_rows(words.T, bits, ORDER if bits in BITS else IN_ORDER)
-
-
-def _unpack_gemv(tensors: Tensors, layer: LayerFormat, region: Region) -> Unpacked:
-    groups = slice(*region.groups(layer.spec.group_size))
-    codes = unpack_columns(tensors["qweight"])
-    return (
-        take(codes, 1, region.k_start, region.k),
-        tensors["scales"][:, groups].contiguous(),
-        unpack_columns(tensors["qzeros"])[:, groups].contiguous(),
-    )
-
-
-def _unpack_gemv_fast(tensors: Tensors, layer: LayerFormat, region: Region) -> Unpacked:
-    groups = slice(*region.groups(layer.spec.group_size))
-    codes = take(_unpack_blocks(tensors["qweight"]), 0, region.n_start, region.n, FAST_ROWS)
-    scales, scaled = (tensors[name][groups].T.contiguous() for name in ("scales", "qzeros"))
-    return (
-        take(codes, 1, region.k_start, region.k, FAST_COLUMNS),
-        scales,
-        _integer_zeros(scales, scaled, layer),
-    )
+    words = -(-k // group_size // NIBBLES // multiple) * multiple
+    return with_all_groups(layouts, NIBBLES * words)
 
 
 def _unpack_blocks(words: torch.Tensor) -> torch.Tensor:
@@ -132,42 +245,3 @@ def _integer_zeros(scales: torch.Tensor, scaled: torch.Tensor, layer: LayerForma
             "model again"
         )
     return zeros.to(torch.uint8)
-
-
-class _Version(NamedTuple):
-    """`layouts`, the packed weight first; `unpack` gives codes, scales and zeros of a region."""
-
-    layouts: tuple[TensorLayout, ...]
-    unpack: Callable[[Tensors, LayerFormat, Region], Unpacked]
-
-
-VERSIONS = {
-    "gemm": _Version(
-        (
-            TensorLayout("qweight", (Dim("k"), Dim("n", 8)), (DType.INT32,)),
-            TensorLayout("qzeros", (Dim("g"), Dim("n", 8)), (DType.INT32,)),
-            TensorLayout("scales", (Dim("g"), Dim("n")), SCALE_DTYPES),
-        ),
-        _unpack_gemm,
-    ),
-    "gemv": _Version(
-        (
-            TensorLayout("qweight", (Dim("n"), Dim("k", 8)), (DType.INT32,)),
-            TensorLayout("qzeros", (Dim("n"), Dim("g", 8)), (DType.INT32,)),
-            TensorLayout("scales", (Dim("n"), Dim("g")), SCALE_DTYPES),
-        ),
-        _unpack_gemv,
-    ),
-    "gemv_fast": _Version(
-        (
-            TensorLayout(
-                "qweight",
-                (Dim("n", FAST_ROWS), Dim("k", block=FAST_COLUMNS)),
-                (DType.INT16,),
-            ),
-            TensorLayout("qzeros", (Dim("g"), Dim("n")), SCALE_DTYPES),
-            TensorLayout("scales", (Dim("g"), Dim("n")), SCALE_DTYPES),
-        ),
-        _unpack_gemv_fast,
-    ),
-}

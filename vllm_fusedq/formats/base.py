@@ -1,7 +1,7 @@
 """The rules that every checkpoint format obeys: which modules are quantized, what is refused.
 
-A format's tensor names, config keys and bit order live in its own file; what a quantized layer is
-as data lives in `layer.py`.
+A format's tensor names, config keys and bit order live in its own files; what a quantized layer is
+as data lives in `layer.py`, what a packing answers in `packing.py`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from fusedq_kernels.types import LogicalWeight, PackedWeight
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.errors import PreflightError, UnsupportedCheckpoint
 from vllm_fusedq.formats.headers import describe_layer
-from vllm_fusedq.formats.layer import LayerFormat, Region, Scheme
-from vllm_fusedq.formats.shared.findings import Finding
+from vllm_fusedq.formats.layer import LayerFormat, Scheme
 from vllm_fusedq.formats.shared.refusals import (
     check_plain,
     packed_though_excluded,
@@ -27,9 +25,6 @@ from vllm_fusedq.formats.shared.refusals import (
 from vllm_fusedq.formats.shared.rows import Support
 from vllm_fusedq.formats.shared.vocabulary import is_head, is_input_embedding, is_lm_head, is_tied
 from vllm_fusedq.names import with_other_prefix, without_prefix
-
-if TYPE_CHECKING:
-    import torch
 
 USE_VLLM = "drop `--quantization fusedq` to use vLLM's own support, if it has any"
 
@@ -43,8 +38,9 @@ _BLOCK = re.compile(r"(.*?)\.\d+(?=\.|$)")
 class CheckpointFormat(ABC):
     """One quantization method of checkpoints. Plain data inside: instances can be pickled.
 
-    A subclass names its tensors and config keys and answers `claims`, `scheme` and `decode`;
-    headers and config together decide here whether a module counts as quantized.
+    A subclass names its tensors and config keys and answers `claims` and `scheme`, whose packing
+    may be another method's; headers and config together decide here whether a module counts as
+    quantized.
     """
 
     name: ClassVar[str]
@@ -114,57 +110,6 @@ class CheckpointFormat(ABC):
     def scheme(self, module: str) -> Scheme:
         """The scheme of a claimed module; PreflightError where the config refuses this module."""
 
-    @staticmethod
-    @abstractmethod
-    def decode(
-        tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
-    ) -> LogicalWeight:
-        """Stored tensors, cut by `stored_slices`, to the logical weight of `region`.
-
-        Returns codes uint8 `[region.n, region.k]`, scales `[region.n, G]` in the stored dtype and
-        zeros uint8 `[region.n, G]` or None, on the tensors' device, where G counts the groups that
-        the region touches; `phase` is `region.k_start % group_size`. An ordered layer is sorted
-        as `ordering.sort_rows` says.
-
-        Raises:
-            WeightLoadError: a tensor is missing, does not fit or holds values that cannot be right.
-        """
-
-    @staticmethod
-    def inspect(
-        tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
-    ) -> Finding | None:
-        """Which of two conventions the stored values prove, where a config may name the wrong one.
-
-        Takes what `decode` takes, once per layer. None where the format has one convention only.
-
-        Raises:
-            WeightLoadError: as `decode` does, or the values contradict the config.
-        """
-        return None
-
-    @staticmethod
-    def can_place(layer: LayerFormat, region: Region, packed: PackedWeight) -> bool:
-        """Whether the stored tensors of `region` are rows of `packed` as they are."""
-        return False
-
-    @staticmethod
-    def place(
-        tensors: Mapping[str, torch.Tensor],
-        layer: LayerFormat,
-        region: Region,
-        packed: PackedWeight,
-        start: int,
-    ) -> torch.Tensor | None:
-        """Where `can_place`, write the region's rows into `packed` from row `start` on.
-
-        Takes what `decode` takes and returns the activation order of an ordered layer.
-
-        Raises:
-            WeightLoadError: as `decode` does.
-        """
-        raise NotImplementedError
-
     def modules(self) -> list[str]:
         """Modules of the checkpoint that are quantized, or that the config says are."""
         found = []
@@ -176,7 +121,7 @@ class CheckpointFormat(ABC):
                 found.append(module)
         return found
 
-    def spec_for(self, module: str) -> LayerFormat | None:
+    def layer_of(self, module: str) -> LayerFormat | None:
         """Describe a linear module under its checkpoint name; None if it is left unquantized.
 
         Raises:
@@ -201,7 +146,7 @@ class CheckpointFormat(ABC):
         if not packed:
             check_plain(module, stored, self.exclusion)
             return None
-        return describe_layer(self.name, module, stored, self.scheme(module))
+        return self._described(module, stored)
 
     def claims_any(self, module: str) -> bool:
         """Whether the config says that a linear module, lm_head or embedding is quantized."""
@@ -286,7 +231,7 @@ class CheckpointFormat(ABC):
     def _head_for(
         self, module: str, stored: Mapping[str, TensorInfo], packed: list[str]
     ) -> LayerFormat | None:
-        """`spec_for` an lm_head or an embedding."""
+        """`layer_of` an lm_head or an embedding."""
         lm_head, claimed = is_lm_head(module), self.claims_any(module)
         setting = self.head_setting if lm_head else self.embedding_setting
         if not packed:
@@ -297,7 +242,7 @@ class CheckpointFormat(ABC):
         if claimed:
             if lm_head and is_tied(self.checkpoint):
                 raise tied_though_quantized(module)
-            return describe_layer(self.name, module, stored, self.scheme(module))
+            return self._described(module, stored)
         if setting and (lm_head or is_input_embedding(module)):
             raise packed_though_excluded(module, packed, setting)
         raise PreflightError.single(
@@ -307,3 +252,7 @@ class CheckpointFormat(ABC):
             "embedding where the config says so",
             f"quantize again without {module.rpartition('.')[2]}, or {USE_VLLM}",
         )
+
+    def _described(self, module: str, stored: Mapping[str, TensorInfo]) -> LayerFormat:
+        scheme = self.scheme(module)
+        return describe_layer(module, stored, scheme, format=self.name, exclusion=self.exclusion)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fusedq_kernels.dtype import DType
@@ -35,6 +36,7 @@ from vllm_fusedq.formats.layer import (
     check_finite,
     check_slices,
 )
+from vllm_fusedq.formats.packing import Packing
 from vllm_fusedq.formats.shared.rows import Support
 from vllm_fusedq.formats.shared.unpacking import take, unpack_columns
 
@@ -138,19 +140,29 @@ class BitsAndBytesFormat(CheckpointFormat):
                 _vector(NESTED_MAP, NESTED_MAP_SIZE, DType.FLOAT32),
             ]
         return Scheme(
+            BitsAndBytesPacking(bits=STATES[name].bits, name=STATES[name].value),
             STATES[name],
             # The largest run of in_features that no block's border cuts in any row
             math.gcd(state.k, state.blocksize),
             tuple(layouts),
             scales=ABSMAX,
-            variant=STATES[name].value,
             sizes=(state.n, state.k),
             scale_dtype=DType.FLOAT32,
         )
 
-    @staticmethod
-    def decode(
-        tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
+    def _is_set(self, key: str) -> bool:
+        found = self.config.get(key, False)
+        if not isinstance(found, bool):
+            raise self.refusal(f"{key} {found!r:.80}", f"{key} true or false")
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitsAndBytesPacking(Packing):
+    """Named after the codebook."""
+
+    def logical(
+        self, tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
     ) -> LogicalWeight:
         check_slices(tensors, layer, region, QUANT_MAP)
         state = _check_loaded_state(tensors, layer)
@@ -161,12 +173,6 @@ class BitsAndBytesFormat(CheckpointFormat):
         phase = region.k_start % layer.spec.group_size
         codes = take(codes, 1, region.k_start, region.k, block=2)
         return LogicalWeight(codes, absmax / largest, None, layer.spec, phase)
-
-    def _is_set(self, key: str) -> bool:
-        found = self.config.get(key, False)
-        if not isinstance(found, bool):
-            raise self.refusal(f"{key} {found!r:.80}", f"{key} true or false")
-        return found
 
 
 class QuantState(NamedTuple):

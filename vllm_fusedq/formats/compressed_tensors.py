@@ -1,8 +1,7 @@
 """compressed-tensors checkpoints (llm-compressor): which modules are quantized, and how.
 
-`compressed_tensors_packing.py` has the tensors. With actorder group, weight_g_idx int32 `[K]` is
-each in_feature's group, or -1 throughout. Source: `QuantizationConfig` and `dequantize` of the
-compressed_tensors package.
+`compressed_tensors_packing.py` has the tensors. Source: `QuantizationConfig` and `dequantize` of
+the compressed_tensors package.
 """
 
 from __future__ import annotations
@@ -12,37 +11,22 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Any, NamedTuple
 
-from fusedq_kernels.dtype import DType
-from fusedq_kernels.lazy import torch
-from fusedq_kernels.types import LogicalWeight
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
 from vllm_fusedq.formats.compressed_tensors_packing import (
-    DEFAULT_PACKING,
-    PACKINGS,
-    PADDED_PACKING,
-    SCALE,
-    VARIANTS,
-    Tensors,
+    G_IDX,
+    BytePacking,
+    CompressedTensorsPacking,
+    WordPacking,
 )
-from vllm_fusedq.formats.layer import (
-    Dim,
-    LayerFormat,
-    Region,
-    Scheme,
-    TensorLayout,
-    check_slices,
-    with_all_groups,
-)
-from vllm_fusedq.formats.shared.ordering import sort_rows
+from vllm_fusedq.formats.layer import Scheme
 from vllm_fusedq.formats.shared.rows import Support, bit_widths
 from vllm_fusedq.formats.shared.vocabulary import is_input_embedding
-from vllm_fusedq.formats.shared.widening import resident_type, widen
 from vllm_fusedq.names import without_prefix
 
-G_IDX = TensorLayout("weight_g_idx", (Dim("k"),), (DType.INT32, DType.INT64))
-
 BITS = range(2, 9)
+WORDS, BYTES = "pack-quantized", ("int-quantized", "naive-quantized")
+PACKINGS = (WORDS, *BYTES)
 # 3-, 5-, 6- and 7-bit codes straddle words from this version of the package on
 FIRST_STREAMING_VERSION = (0, 18)
 LINEAR_CLASS = "Linear"
@@ -113,42 +97,14 @@ class CompressedTensorsFormat(CheckpointFormat):
         group = self._group_of(module)
         assert group is not None
         stored = self.checkpoint.modules()[module]
-        if "weight_g_idx" in stored and not group.ordered:
+        if G_IDX.name in stored and not group.packing.ordered:
             raise PreflightError.single(
                 module,
                 "weight_g_idx (activation reordering) although the config says nothing of it",
                 "weight_g_idx with actorder group",
                 "set actorder to group in the config if this model was quantized with it",
             )
-        layouts = VARIANTS[group.packing].layouts(group.bits)
-        # The zero points come last
-        layouts = layouts[:-1] if group.symmetric else layouts
-        if group.ordered:
-            weight = layouts[0]
-            shape = stored[weight.name].shape if weight.name in stored else ()
-            k = weight.dims[-1].logical(shape[-1]) if shape else 0
-            layouts = (*with_all_groups(layouts, -(-k // group.group_size)), G_IDX)
-        return Scheme(
-            resident_type(group.bits, group.symmetric),
-            group.group_size,
-            layouts,
-            scales=SCALE.name,
-            ordered=group.ordered,
-            variant="" if group.packing == DEFAULT_PACKING else group.packing,
-            bits=group.bits,
-        )
-
-    @staticmethod
-    def decode(tensors: Tensors, layer: LayerFormat, region: Region) -> LogicalWeight:
-        check_slices(tensors, layer, region, SCALE.name)
-        codes, zeros = VARIANTS[layer.variant or DEFAULT_PACKING].unpack(tensors, layer, region)
-        codes = widen(codes, layer)
-        scales = tensors[SCALE.name].contiguous()
-        if layer.ordered:
-            g_idx = _explicit_order(tensors[G_IDX.name], layer, region)
-            return sort_rows(codes, scales, zeros, g_idx, G_IDX.name, layer, region)
-        phase = region.k_start % layer.spec.group_size
-        return LogicalWeight(codes, scales, zeros, layer.spec, phase)
+        return group.packing.scheme(stored, group.group_size, symmetric=group.symmetric)
 
     def _read_group(self, name: str, group: Any) -> _Group:
         """One of config_groups."""
@@ -162,10 +118,10 @@ class CompressedTensorsFormat(CheckpointFormat):
                     "quantize the original model again with a weight-only scheme of "
                     f"llm-compressor (W4A16, W8A16), or {USE_VLLM}",
                 )
-        packing = group.get("format") or self.config.get("format")
-        if packing not in list(PACKINGS):
+        stored_as = group.get("format") or self.config.get("format")
+        if stored_as not in PACKINGS:
             raise self.refusal(
-                f"format {packing!r:.80} of {name}", f"format {' or '.join(PACKINGS)}"
+                f"format {stored_as!r:.80} of {name}", f"format {' or '.join(PACKINGS)}"
             )
         weights = group["weights"]
         bits = weights.get("num_bits")
@@ -184,11 +140,18 @@ class CompressedTensorsFormat(CheckpointFormat):
             raise self.refusal(f"symmetric {symmetric!r:.80} in {name}", "symmetric true or false")
         group_size = self._group_size(name, weights)
         ordered = order in STORED_ORDERS and group_size != -1
-        if packing == DEFAULT_PACKING and 32 % bits and not self._streams(bits, name):
-            packing = PADDED_PACKING
+        if stored_as in BYTES:
+            packing = BytePacking(bits=bits, ordered=ordered, name=stored_as)
+        else:
+            packing = self._word_packing(bits, ordered, name)
         targets = self.check_names("targets", group)
         unprefixed = frozenset(without_prefix(name) for name in targets if "." in name)
-        return _Group(targets, unprefixed, packing, bits, symmetric, group_size, ordered)
+        return _Group(targets, unprefixed, packing, symmetric, group_size)
+
+    def _word_packing(self, bits: int, ordered: bool, name: str) -> WordPacking:
+        if 32 % bits == 0 or self._streams(bits, name):
+            return WordPacking(bits=bits, ordered=ordered)
+        return WordPacking(bits=bits, ordered=ordered, name=f"{WORDS}, padded", streaming=False)
 
     def _streams(self, bits: int, name: str) -> bool:
         """Whether codes straddle words, by the version of the package that packed them."""
@@ -233,21 +196,14 @@ def _class_of(module: str) -> str:
 
 
 class _Group(NamedTuple):
-    """`ordered`: weight_g_idx may say anything (activation reordering). `unprefixed` are the names
-    among the targets without their prefix, which may be another one than the file's."""
+    """The modules of a group, and how they are quantized; `group_size` -1 is all of K.
+
+    `unprefixed` are the names among the targets without their prefix, which may be another one than
+    the file's.
+    """
 
     targets: list[str]
     unprefixed: frozenset[str]
-    packing: str
-    bits: int
+    packing: CompressedTensorsPacking
     symmetric: bool
     group_size: int
-    ordered: bool
-
-
-def _explicit_order(g_idx: torch.Tensor, layer: LayerFormat, region: Region) -> torch.Tensor:
-    """weight_g_idx, where -1 throughout means the order of in_features."""
-    if bool((g_idx != -1).any()):
-        return g_idx
-    rows = torch.arange(region.k_start, region.k_stop, device=g_idx.device)
-    return rows // layer.spec.group_size

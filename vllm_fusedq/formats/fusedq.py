@@ -14,6 +14,7 @@ size.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusedq_kernels.dtype import DType
@@ -40,6 +41,7 @@ from vllm_fusedq.formats.layer import (
     check_slices,
     with_all_groups,
 )
+from vllm_fusedq.formats.packing import Packing, Placed
 from vllm_fusedq.formats.shared.ordering import sort_rows
 from vllm_fusedq.formats.shared.rows import Support
 
@@ -109,54 +111,8 @@ class FusedQFormat(CheckpointFormat):
             # Rows are sorted: which of them a rank needs, only perm tells
             layouts = list(with_all_groups(tuple(layouts), -(-k // group_size)))
             layouts.append(TensorLayout(PERM, (Dim(None, size=k),), (DType.INT32,)))
-        return Scheme(
-            weight_type, group_size, tuple(layouts), SCALES, ordered=ordered, sizes=(n, k)
-        )
-
-    @staticmethod
-    def decode(
-        tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
-    ) -> LogicalWeight:
-        check_slices(tensors, layer, region, SCALES)
-        codes = _codec(layer).decode(tensors[QWEIGHT])
-        scales = tensors[SCALES].T.contiguous()
-        zeros = _read_zeros(tensors, layer)
-        if not layer.ordered:
-            first = region.k_start % BLOCK_K
-            codes = codes[:, first : first + region.k].contiguous()
-            phase = region.k_start % layer.spec.group_size
-            return LogicalWeight(codes, scales, zeros, layer.spec, phase)
-        perm = _read_perm(tensors[PERM], layer)
-        if region.k == layer.k:
-            codes = codes[:, : layer.k].contiguous()
-            return LogicalWeight(codes, scales, zeros, layer.spec, 0, perm.int(), layer.k)
-        places = torch.arange(layer.k, device=perm.device)
-        place_of = torch.empty_like(perm).index_copy_(0, perm, places)
-        place_of = place_of[region.k_start : region.k_stop]
-        codes, g_idx = codes.index_select(1, place_of), place_of // layer.spec.group_size
-        return sort_rows(codes, scales, zeros, g_idx, PERM, layer, region)
-
-    @staticmethod
-    def can_place(layer: LayerFormat, region: Region, packed: PackedWeight) -> bool:
-        if layer.ordered and region.k != layer.k:
-            return False
-        begins = region.k_start % BLOCK_K == 0
-        ends = region.k_stop % BLOCK_K == 0 or region.k_stop == layer.k
-        return packed.layout is _layout(layer) and begins and ends
-
-    @staticmethod
-    def place(
-        tensors: Mapping[str, torch.Tensor],
-        layer: LayerFormat,
-        region: Region,
-        packed: PackedWeight,
-        start: int,
-    ) -> torch.Tensor | None:
-        check_slices(tensors, layer, region, SCALES)
-        zeros = _read_zeros(tensors, layer)
-        _codec(layer).write_groups(packed, start, tensors[SCALES].T.contiguous(), zeros)
-        packed.qweight[:, start : start + region.n].copy_(tensors[QWEIGHT])
-        return _read_perm(tensors[PERM], layer).int() if layer.ordered else None
+        packing = TiledPacking(bits=weight_type.bits, ordered=ordered)
+        return Scheme(packing, weight_type, group_size, tuple(layouts), SCALES, sizes=(n, k))
 
     def _read_scheme(self, scheme: Any) -> tuple[WeightType, int, bool]:
         types = {each.value: each for each in WeightType}
@@ -183,6 +139,56 @@ class FusedQFormat(CheckpointFormat):
         if not 0 <= scheme < len(schemes) or min(n, k) < 1:
             raise self.refusal(f"{name} as {entry!r:.80}", "a scheme and sizes", CONVERT_AGAIN)
         return schemes[scheme], n, k
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TiledPacking(Packing):
+    """The layouts of the tiled kernels, rows of an ordered layer sorted by group."""
+
+    def logical(
+        self, tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
+    ) -> LogicalWeight:
+        check_slices(tensors, layer, region, SCALES)
+        codes = _codec(layer).decode(tensors[QWEIGHT])
+        scales = tensors[SCALES].T.contiguous()
+        zeros = _read_zeros(tensors, layer)
+        if not self.ordered:
+            first = region.k_start % BLOCK_K
+            codes = codes[:, first : first + region.k].contiguous()
+            phase = region.k_start % layer.spec.group_size
+            return LogicalWeight(codes, scales, zeros, layer.spec, phase)
+        perm = _read_perm(tensors[PERM], layer)
+        if region.k == layer.k:
+            codes = codes[:, : layer.k].contiguous()
+            return LogicalWeight(codes, scales, zeros, layer.spec, 0, perm.int(), layer.k)
+        places = torch.arange(layer.k, device=perm.device)
+        place_of = torch.empty_like(perm).index_copy_(0, perm, places)
+        place_of = place_of[region.k_start : region.k_stop]
+        codes, g_idx = codes.index_select(1, place_of), place_of // layer.spec.group_size
+        return sort_rows(codes, scales, zeros, g_idx, PERM, layer, region)
+
+    def place(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        layer: LayerFormat,
+        region: Region,
+        packed: PackedWeight,
+        start: int,
+    ) -> Placed | None:
+        if not self._lies_as_in(packed, layer, region):
+            return None
+        check_slices(tensors, layer, region, SCALES)
+        zeros = _read_zeros(tensors, layer)
+        _codec(layer).write_groups(packed, start, tensors[SCALES].T.contiguous(), zeros)
+        packed.qweight[:, start : start + region.n].copy_(tensors[QWEIGHT])
+        return Placed(_read_perm(tensors[PERM], layer).int() if self.ordered else None)
+
+    def _lies_as_in(self, packed: PackedWeight, layer: LayerFormat, region: Region) -> bool:
+        if self.ordered and region.k != layer.k:
+            return False
+        begins = region.k_start % BLOCK_K == 0
+        ends = region.k_stop % BLOCK_K == 0 or region.k_stop == layer.k
+        return packed.layout is _layout(layer) and begins and ends
 
 
 def _layout(layer: LayerFormat) -> Layout:

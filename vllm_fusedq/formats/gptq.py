@@ -1,11 +1,7 @@
-"""GPTQ checkpoints as AutoGPTQ and GPTQModel store them, 2, 3, 4 or 8 bits.
+"""GPTQ checkpoints as AutoGPTQ and GPTQModel store them: which modules are quantized, and how.
 
-qweight int32 packs in_features, `[K / 32 * bits, N]`, and qzeros int32 `[G, N / 32 * bits]`
-out_features, both in order from the lowest bits; 3-bit codes straddle words. scales `[G, N]`; g_idx
-int32 `[K]` is each in_feature's group, any group with activation reordering (desc_act), else
-`k // group_size` and often missing. checkpoint_format "gptq" (v1) stores zero points minus one,
-"gptq_v2" as they are. Source: `pack_original` and `convert_gptq_v2_to_v1_format_module` of
-GPTQModel.
+`gptq_packing.py` has the tensors. checkpoint_format "gptq" (v1) stores zero points minus one,
+"gptq_v2" as they are.
 """
 
 from __future__ import annotations
@@ -14,31 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fusedq_kernels.dtype import DType
-from fusedq_kernels.lazy import torch
-from fusedq_kernels.types import LogicalWeight
-from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.formats import gptq_zeros
 from vllm_fusedq.formats.base import CheckpointFormat
+from vllm_fusedq.formats.gptq_packing import BITS, GptqPacking
 from vllm_fusedq.formats.gptq_zeros import ZERO_OFFSETS
-from vllm_fusedq.formats.layer import (
-    SCALE_DTYPES,
-    Axis,
-    Dim,
-    LayerFormat,
-    Region,
-    Scheme,
-    TensorLayout,
-    check_slices,
-    with_all_groups,
-)
-from vllm_fusedq.formats.shared.findings import Finding
-from vllm_fusedq.formats.shared.ordering import checked_groups, sort_rows
+from vllm_fusedq.formats.layer import Scheme
 from vllm_fusedq.formats.shared.rows import Support, bit_widths
-from vllm_fusedq.formats.shared.widening import resident_type, widen
-
-BITS = (2, 3, 4, 8)
-G_IDX = TensorLayout("g_idx", (Dim("k"),), (DType.INT32, DType.INT64))
 
 STORED_OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act", "pack_dtype"})
 # The others only change how the quantizer calibrates, not what it stores
@@ -94,50 +70,12 @@ class GptqFormat(CheckpointFormat):
     def scheme(self, module: str) -> Scheme:
         options = self._options_of(module)
         assert options is not None
-        stored = self.checkpoint.modules()[module]
-        layouts = _layouts(options.bits)
-        if options.ordered and "qweight" in stored:
-            k = layouts[0].dims[0].logical(next(iter(stored["qweight"].shape), 0))
-            layouts = with_all_groups(layouts, -(-k // options.group_size))
-        with_g_idx = options.ordered or "g_idx" in stored
-        return Scheme(
-            resident_type(options.bits, options.symmetric),
-            options.group_size,
-            (*layouts, G_IDX) if with_g_idx else layouts,
-            scales="scales",
-            zero_offset=self.zero_offset,
-            ordered=options.ordered,
-            bits=options.bits,
+        packing = GptqPacking(
+            bits=options.bits, ordered=options.ordered, zero_offset=self.zero_offset
         )
-
-    @staticmethod
-    def decode(
-        tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
-    ) -> LogicalWeight:
-        check_slices(tensors, layer, region, "scales")
-        zeros = gptq_zeros.zero_points(tensors["qzeros"], layer, region)
-        codes = gptq_zeros.unpack(tensors["qweight"].T, layer.bits, region.k_start, region.k)
-        codes = widen(codes, layer)
-        scales = tensors["scales"].T.contiguous()
-        if layer.ordered:
-            return sort_rows(codes, scales, zeros, tensors["g_idx"], "g_idx", layer, region)
-        if layer.tensor("g_idx"):
-            _check_order(tensors["g_idx"], layer, region)
-        phase = region.k_start % layer.spec.group_size
-        return LogicalWeight(codes, scales, zeros, layer.spec, phase)
-
-    @staticmethod
-    def inspect(
-        tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
-    ) -> Finding | None:
-        check_slices(tensors, layer, region, "scales")
-        if layer.ordered:
-            groups = checked_groups(tensors["g_idx"], "g_idx", layer)
-        else:
-            rows = torch.arange(region.k_start, region.k_stop)
-            groups = (rows // layer.spec.group_size).to(tensors["qzeros"].device)
-            groups -= region.k_start // layer.spec.group_size
-        return gptq_zeros.judge(tensors["qweight"], tensors["qzeros"], groups, layer, region)
+        return packing.scheme(
+            self.checkpoint.modules()[module], options.group_size, symmetric=options.symmetric
+        )
 
     def _read_options(self, config: Mapping[str, Any], where: str = "") -> _Options:
         """What the config, or the config with one module's overrides, says of a module."""
@@ -200,31 +138,3 @@ class _Options(NamedTuple):
     group_size: int
     symmetric: bool
     ordered: bool
-
-
-def _layouts(bits: int) -> tuple[TensorLayout, ...]:
-    def packed(axis: Axis) -> Dim:
-        if bits == gptq_zeros.STRADDLING:
-            return Dim(axis, 32, words=bits, multiple=32)
-        return Dim(axis, 32 // bits)
-
-    return (
-        TensorLayout("qweight", (packed("k"), Dim("n")), (DType.INT32,)),
-        TensorLayout("qzeros", (Dim("g"), packed("n")), (DType.INT32,)),
-        TensorLayout("scales", (Dim("g"), Dim("n")), SCALE_DTYPES),
-    )
-
-
-def _check_order(g_idx: torch.Tensor, layer: LayerFormat, region: Region) -> None:
-    rows = torch.arange(region.k_start, region.k_stop, device=g_idx.device)
-    wrong = (g_idx != rows // layer.spec.group_size).nonzero()
-    if len(wrong):
-        row = int(wrong[0])
-        k = region.k_start + row
-        raise WeightLoadError(
-            f"{layer.module}.g_idx: found in_feature {k} in group {int(g_idx[row])} "
-            f"({len(wrong)} of {region.k} in_features are out of order), expected group "
-            f"{k // layer.spec.group_size} of size {layer.spec.group_size} without activation "
-            "reordering; set desc_act to true and static_groups to false in the config if this "
-            "model was quantized with it"
-        )

@@ -5,12 +5,17 @@ Configs name the wrong one of the two (with either error), so the values are ask
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fusedq_kernels.lazy import torch
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats.layer import LayerFormat, Region
 from vllm_fusedq.formats.shared.findings import Finding
 from vllm_fusedq.formats.shared.unpacking import take, unpack_columns
 from vllm_fusedq.formats.shared.widening import symmetric_zero
+
+if TYPE_CHECKING:
+    from vllm_fusedq.formats.gptq_packing import GptqPacking
 
 STRADDLING = 3
 """The number of bits whose codes straddle words."""
@@ -33,21 +38,23 @@ def unpack(words: torch.Tensor, bits: int, start: int, length: int) -> torch.Ten
     return take(codes, 1, start, length, 32 if straddling else 32 // bits)
 
 
-def _stored_zeros(qzeros: torch.Tensor, layer: LayerFormat, region: Region) -> torch.Tensor:
+def _stored_zeros(qzeros: torch.Tensor, bits: int, region: Region) -> torch.Tensor:
     """uint8 `[n, G]`, as they are in the file."""
-    return unpack(qzeros, layer.bits, region.n_start, region.n).T
+    return unpack(qzeros, bits, region.n_start, region.n).T
 
 
-def zero_points(qzeros: torch.Tensor, layer: LayerFormat, region: Region) -> torch.Tensor | None:
+def zero_points(
+    qzeros: torch.Tensor, packing: GptqPacking, layer: LayerFormat, region: Region
+) -> torch.Tensor | None:
     """Zero points uint8 `[n, G]` of words int32 `[G, W]`, None where sym leaves only one.
 
     GPTQModel makes v1 by subtracting one from every field of a word at once, so that a zero point
     of 0 borrows from the next field; adding it back in the same way is exact. 3-bit fields are
     taken one by one there.
     """
-    stored = _stored_zeros(qzeros, layer, region)
+    stored = _stored_zeros(qzeros, packing.bits, region)
     low, high = (int(bound) for bound in stored.aminmax())
-    zero, top = symmetric_zero(layer.bits), (1 << layer.bits) - 1
+    zero, top = symmetric_zero(packing.bits), (1 << packing.bits) - 1
     if not layer.spec.has_zero_points:
         # sym leaves no other zero point, so a checkpoint that names the wrong one of the two
         # formats (they exist, with either error) is still read without doubt
@@ -56,33 +63,33 @@ def zero_points(qzeros: torch.Tensor, layer: LayerFormat, region: Region) -> tor
         found = f"{low}" if low == high else f"{low} to {high}"
         raise WeightLoadError(
             f"{layer.module}.qzeros: found stored zero points {found} although the config says "
-            f"sym true, expected {zero - layer.zero_offset} everywhere (zero point "
+            f"sym true, expected {zero - packing.zero_offset} everywhere (zero point "
             f"{zero}); set sym to false in the config if this model has zero points"
         )
-    if layer.zero_offset == 0:
+    if packing.zero_offset == 0:
         return stored.contiguous()
     if high < top:
         return (stored + 1).contiguous()
-    if layer.bits == STRADDLING:
+    if packing.bits == STRADDLING:
         return ((stored + 1) & top).contiguous()
-    _check_underflow(qzeros, layer)
-    return _stored_zeros(qzeros + ONES[layer.bits], layer, region).contiguous()
+    _check_underflow(qzeros, packing.bits, layer.module)
+    return _stored_zeros(qzeros + ONES[packing.bits], packing.bits, region).contiguous()
 
 
-def _check_underflow(qzeros: torch.Tensor, layer: LayerFormat) -> None:
+def _check_underflow(qzeros: torch.Tensor, bits: int, module: str) -> None:
     """Refuse words whose two highest fields are full, which a borrow does not explain.
 
     AutoGPTQ fills all fields above a zero point of 0 that it stores minus one, and destroys them.
     Below 4 bits full fields are too common to tell.
     """
-    if layer.bits < 4:
+    if bits < 4:
         return
-    full = (1 << layer.bits) - 1
-    if bool((qzeros >> (32 - 2 * layer.bits) == -1).any()):
+    full = (1 << bits) - 1
+    if bool((qzeros >> (32 - 2 * bits) == -1).any()):
         raise WeightLoadError(
-            f"{layer.module}.qzeros: found stored zero points {full} side by side, which in "
+            f"{module}.qzeros: found stored zero points {full} side by side, which in "
             f"checkpoint_format gptq are {full + 1}, or 0 after an underflow that destroyed its "
-            f"neighbours; supported are zero points that fit {layer.bits} bits; set "
+            f"neighbours; supported are zero points that fit {bits} bits; set "
             "checkpoint_format to gptq_v2 in the config if they are stored as they are, or "
             "quantize again"
         )
@@ -92,6 +99,7 @@ def judge(
     qweight: torch.Tensor,
     qzeros: torch.Tensor,
     groups: torch.Tensor,
+    packing: GptqPacking,
     layer: LayerFormat,
     region: Region,
 ) -> Finding:
@@ -104,19 +112,19 @@ def judge(
     Raises:
         WeightLoadError: the values contradict what the config names.
     """
-    said = next(name for name, offset in ZERO_OFFSETS.items() if offset == layer.zero_offset)
-    stored = _stored_zeros(qzeros, layer, region)
+    said = next(name for name, offset in ZERO_OFFSETS.items() if offset == packing.zero_offset)
+    stored = _stored_zeros(qzeros, packing.bits, region)
     if not layer.spec.has_zero_points:
         zero = int(stored[0, 0])
-        found = _named(symmetric_zero(layer.bits) - zero, 0)
+        found = _named(symmetric_zero(packing.bits) - zero, 0)
         return Finding(said, found, f"sym is true and every stored zero point {zero}")
     rows = min(region.n, -(-JUDGED_CODES // region.k))
-    if layer.bits > JUDGED_BITS or rows * region.k < JUDGED_CODES:
+    if packing.bits > JUDGED_BITS or rows * region.k < JUDGED_CODES:
         return Finding(said, None, "")
-    codes = unpack(qweight[:, :rows].T, layer.bits, region.k_start, region.k)
+    codes = unpack(qweight[:, :rows].T, packing.bits, region.k_start, region.k)
     counts = torch.bincount(groups, minlength=stored.shape[1])
     # A histogram needs no wider copy of the codes, as their sum does
-    numbers = torch.bincount(codes.view(-1), minlength=1 << layer.bits)
+    numbers = torch.bincount(codes.view(-1), minlength=1 << packing.bits)
     total = (numbers * torch.arange(len(numbers), device=numbers.device)).sum().item()
     excess = total - (stored[:rows].long() * counts).sum().item()
     excess /= codes.numel()
@@ -124,7 +132,7 @@ def judge(
     if found not in (None, said):
         raise WeightLoadError(
             f"{layer.module}.qzeros: found codes that average {excess:.2f} above the stored zero "
-            f"points, where weights around zero average {layer.zero_offset} in checkpoint_format "
+            f"points, where weights around zero average {packing.zero_offset} in checkpoint_format "
             f"{said} and {ZERO_OFFSETS[found]} in {found}; set checkpoint_format to {found} in the "
             "config"
         )

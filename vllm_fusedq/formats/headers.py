@@ -16,9 +16,9 @@ REDO = "download the checkpoint again or quantize the model again"
 
 
 def describe_layer(
-    format_name: str, module: str, stored: Mapping[str, TensorInfo], scheme: Scheme
+    module: str, stored: Mapping[str, TensorInfo], scheme: Scheme, *, format: str, exclusion: str
 ) -> LayerFormat:
-    """Check a module's headers against its scheme and describe it.
+    """Check a module's headers against its scheme and describe it; `LayerFormat` has the words.
 
     N and K follow from the scheme or the header of the packed weight; all tensors have to agree.
 
@@ -40,16 +40,14 @@ def describe_layer(
     if scale_dtype is None and scheme.scales in stored:
         scale_dtype = DTYPES.get(stored[scheme.scales].dtype)
     layer = LayerFormat(
-        format=format_name,
+        format=format,
+        exclusion=exclusion,
         module=module,
+        packing=scheme.packing,
         spec=QuantSpec(scheme.weight_type, group_size, scale_dtype or DType.FLOAT16),
         n=n,
         k=k,
         tensors=scheme.layouts,
-        zero_offset=scheme.zero_offset,
-        ordered=scheme.ordered,
-        variant=scheme.variant,
-        bits=scheme.bits,
     )
     problems += _tensor_problems(layer, stored)
     if problems:

@@ -2,7 +2,7 @@
 
 Which stored dimension runs along N, K or the groups, and how many logical indices one stored
 element holds, is plain data here, so that a planner can compute the slice that any rank needs. The
-tensor names and bit orders belong to the formats, comparing headers with a description to
+tensor names and bit orders belong to a format's packings, comparing headers with a description to
 `headers.py`, the rules that all formats obey to `base.py`.
 """
 
@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import QuantSpec, WeightType
 from vllm_fusedq.errors import WeightLoadError
+
+if TYPE_CHECKING:
+    from vllm_fusedq.formats.packing import Packing
 
 Axis = Literal["n", "k", "g"]
 
@@ -107,24 +110,24 @@ class Region:
 class LayerFormat:
     """One quantized linear of the checkpoint, unsharded, as its headers and config describe it.
 
-    `tensors` lists the tensors that this module really has, the packed weight first. `zero_offset`
-    is what has to be added to a stored zero point to get the zero point. `ordered`: which group an
-    in_feature belongs to is stored (activation reordering), so its rows are sorted at load
-    (`shared/ordering.py`). `variant` is the format's own name for one of several packings. `bits`
-    of a stored code may be fewer than those of the weight type (`shared/widening.py`); 0 means as
-    many. Picklable.
+    `format` is the method that its config names, `exclusion` what excludes modules there, both for
+    messages. `tensors` lists the tensors that this module really has, the packed weight first, and
+    `packing` knows what lies in them. Picklable.
     """
 
     format: str
+    exclusion: str
     module: str
+    packing: Packing
     spec: QuantSpec
     n: int
     k: int
     tensors: tuple[TensorLayout, ...]
-    zero_offset: int = 0
-    ordered: bool = False
-    variant: str = ""
-    bits: int = 0
+
+    @property
+    def ordered(self) -> bool:
+        """Whether rows are sorted at load (activation reordering)."""
+        return self.packing.ordered
 
     @property
     def whole(self) -> Region:
@@ -138,9 +141,8 @@ class LayerFormat:
         if self.spec.weight_type.codebook is not None:
             zeros = ""
         order = ", act-order" if self.ordered else ""
-        name = f"{self.format} {self.variant}".rstrip()
-        resident = self.spec.weight_type.bits
-        bits = self.bits or resident
+        name = f"{self.format} {self.packing.name}".rstrip()
+        bits, resident = self.packing.bits, self.spec.weight_type.bits
         widened = f", resident as {resident}-bit" if bits != resident else ""
         return f"{name} {bits}-bit {group}{zeros}{order}{widened}"
 
@@ -168,21 +170,18 @@ class LayerFormat:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What a format's config says of one module; sizes and dtypes come from the headers.
+    """What a format's config says of one module; the headers say the rest of a `LayerFormat`.
 
     `layouts[0]` is the packed weight, whose dims give N and K unless `sizes` does. `group_size`
-    may be -1: all of K. `scale_dtype` is that of the stored scales unless it says otherwise. The
-    others are those of `LayerFormat`.
+    may be -1: all of K. `scales` is the tensor whose dtype the scales have, unless `scale_dtype`
+    says otherwise.
     """
 
+    packing: Packing
     weight_type: WeightType
     group_size: int
     layouts: tuple[TensorLayout, ...]
     scales: str
-    zero_offset: int = 0
-    ordered: bool = False
-    variant: str = ""
-    bits: int = 0
     sizes: tuple[int, int] | None = None
     scale_dtype: DType | None = None
 

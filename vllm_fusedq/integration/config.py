@@ -148,7 +148,7 @@ class FusedQConfig(QuantizationConfig):
             modules = self.modules_of(prefix)
             if isinstance(layer, VocabParallelEmbedding):
                 return vocabulary_method(layer, prefix, modules[0], self.worker, self.format)
-            formats = {module: self.format.spec_for(module) for module in modules}
+            formats = {module: self.format.layer_of(module) for module in modules}
         if any(formats.values()):
             head_groups = stores_head_groups(self.format.checkpoint, modules[0])
             return FusedQLinearMethod(self.worker, prefix, modules, formats, head_groups)

@@ -135,14 +135,14 @@ def vocabulary_method(
     """
     embeddings, tied = quantized_embeddings(fmt), is_tied(fmt.checkpoint)
     if isinstance(layer, ParallelLMHead):
-        if (layer_format := fmt.spec_for(module)) is not None:
+        if (layer_format := fmt.layer_of(module)) is not None:
             return FusedQVocabularyMethod(state, prefix, module, layer_format)
         if embeddings and tied:
             return TiedHeadMethod(prefix, embeddings[0], state.message_file)
         return None
     if not module and len(embeddings) == 1:
         module = embeddings[0]
-    if module not in embeddings or (layer_format := fmt.spec_for(module)) is None:
+    if module not in embeddings or (layer_format := fmt.layer_of(module)) is None:
         return None
     return FusedQVocabularyMethod(
         *(state, module, module, layer_format), gathered=True, multiplied=tied

@@ -1,7 +1,7 @@
-"""From checkpoint tensors to the resident weight of one layer: collect, check, decode, pack.
+"""From checkpoint tensors to the resident weight of one layer: collect, check, unpack, pack.
 
 Tensors arrive whole and in any order. Only the rank's slice is kept; the moment the last one is
-there, the layer is decoded and packed in stripes of rows and the slices are dropped, so loading
+there, the layer is repacked in stripes of rows and the slices are dropped, so loading
 holds the packed model plus the layers in flight.
 """
 
@@ -15,7 +15,7 @@ from fusedq_kernels.dtype import DType
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import LogicalWeight, PackedWeight, layout_for
 from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.formats import FORMATS, Finding, decode
+from vllm_fusedq.formats import Finding
 from vllm_fusedq.formats.layer import LayerFormat, Region, TensorLayout, stored_slices
 from vllm_fusedq.load.provenance import StoredTensors
 from vllm_fusedq.plan.layer import LayerPlan
@@ -32,7 +32,7 @@ class LayerLoader:
     """Fills one layer's `PackedWeight` from the checkpoint tensors of its parts.
 
     `source`, where given, is what the first load's tensors are compared with. `stored_bytes` counts
-    what the rank took from the checkpoint, `pack_seconds` the time that decoding and packing took.
+    what the rank took from the checkpoint, `pack_seconds` the time that repacking took.
     """
 
     plan: LayerPlan
@@ -134,46 +134,45 @@ class LayerLoader:
 
     def _pack(self) -> None:
         if not self._place():
-            self._decode_and_pack()
+            self._repack()
         self._slices.clear()
         self._packed_once = True
 
     def _place(self) -> bool:
         """Copy tensors that are stored as they stay resident; False if they are not."""
-        filled = [(part, fmt) for part, fmt in self._all_parts() if part.region.n]
-        if not all(
-            FORMATS[fmt.format].can_place(fmt, part.region, self.packed) for part, fmt in filled
-        ):
-            return False
         start = 0
-        for part, fmt in filled:
+        for part, fmt in self._all_parts():
+            if not part.region.n:
+                continue
             slices = self._slices_of(part, fmt)
-            perm = FORMATS[fmt.format].place(slices, fmt, part.region, self.packed, start)
-            if perm is not None:
-                self._keep_order(part, perm)
+            placed = fmt.packing.place(slices, fmt, part.region, self.packed, start)
+            if placed is None:
+                return False
+            if placed.perm is not None:
+                self._keep_order(part, placed.perm)
             start += part.region.n
         return True
 
-    def _decode_and_pack(self) -> None:
-        self._inspect()
+    def _repack(self) -> None:
+        self._weigh_evidence()
         codes = STRIPE_CODES[self.packed.qweight.device.type]
         rows = min(codes // self.plan.rows, self.plan.n // MIN_STRIPES)
         rows = max(rows - rows % packing.ROW_ALIGNMENT, packing.ROW_ALIGNMENT)
         held = self.plan.shard.held
         for start in range(0, held, rows):
             stop = min(start + rows, held)
-            weight = _stack([self._decode(*piece) for piece in self._pieces(start, stop)])
+            weight = _stack([self._logical(*piece) for piece in self._pieces(start, stop)])
             if stop == held:
                 # Rows of padding beyond the last stripe stay as allocated, worth zero
                 weight = _padded(weight, min(-held % packing.ROW_ALIGNMENT, self.plan.n - held))
             packing.pack_rows(self.packed, start, weight)
 
-    def _inspect(self) -> None:
+    def _weigh_evidence(self) -> None:
         for part, fmt in self._all_parts():
             if not part.region.n:
                 continue
             slices = self._slices_of(part, fmt)
-            if finding := FORMATS[fmt.format].inspect(slices, fmt, part.region):
+            if finding := fmt.packing.evidence(slices, fmt, part.region):
                 self.findings[part.module] = finding
 
     def _slices_of(self, part: PartShard, fmt: LayerFormat) -> dict[str, torch.Tensor]:
@@ -194,7 +193,7 @@ class LayerLoader:
                 )
             offset += region.n
 
-    def _decode(self, part: PartShard, fmt: LayerFormat, region: Region) -> LogicalWeight:
+    def _logical(self, part: PartShard, fmt: LayerFormat, region: Region) -> LogicalWeight:
         tensors = {}
         for stored in fmt.tensors:
             held = stored_slices(stored, part.region, fmt.spec.group_size)
@@ -204,7 +203,7 @@ class LayerLoader:
                 for w, h in zip(wanted, held, strict=True)
             )
             tensors[stored.name] = self._slices[part, stored.name][relative]
-        weight = decode(tensors, fmt, region)
+        weight = fmt.packing.logical(tensors, fmt, region)
         if weight.perm is not None:
             self._keep_order(part, weight.perm)
         return weight

@@ -28,7 +28,6 @@ from fusedq_kernels.types import (
     runs,
 )
 from vllm_fusedq.errors import PreflightError, Problem
-from vllm_fusedq.formats import FORMATS
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.formats.shared.ordering import resident_rows, resident_spec
 from vllm_fusedq.plan.shards import LayerShard
@@ -270,5 +269,5 @@ def _of_one_scheme(
 
 
 def _by_exclusion(found: Sequence[tuple[str, LayerFormat | None]]) -> str:
-    names = {FORMATS[layer.format].exclusion for _, layer in found if layer is not None}
+    names = {layer.exclusion for _, layer in found if layer is not None}
     return f" by {names.pop()}" if len(names) == 1 else ""

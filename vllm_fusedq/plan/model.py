@@ -112,7 +112,7 @@ def _read_layers(
     problems: list[Problem] = []
     for module in sorted(fmt.modules(), key=natural):
         try:
-            layer = fmt.spec_for(module)
+            layer = fmt.layer_of(module)
         except PreflightError as error:
             problems += error.problems
             continue

@@ -17,7 +17,7 @@ from fusedq_kernels.embedding import embedding
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import GatherName, Layout, LogicalWeight, PackedWeight
 from vllm_fusedq.checkpoint.read import Checkpoint
-from vllm_fusedq.formats import decode, stored_slices
+from vllm_fusedq.formats import stored_slices
 from vllm_fusedq.formats.layer import LayerFormat, Region
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.layer import LayerPlan, Target
@@ -112,7 +112,7 @@ def _decoded(
         for first in range(whole.n_start, whole.n_stop, ROWS):
             last = min(first + ROWS, whole.n_stop)
             region = replace(whole, n_start=first, n_stop=last)
-            yield decode(_cut(fmt, part, stored, region, device), fmt, region)
+            yield fmt.packing.logical(_cut(fmt, part, stored, region, device), fmt, region)
 
 
 def _cut(

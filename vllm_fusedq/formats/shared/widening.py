@@ -30,5 +30,5 @@ def symmetric_zero(bits: int) -> int:
 def widen(codes: torch.Tensor, layer: LayerFormat) -> torch.Tensor:
     """Codes as stored to codes of the layer's weight type, in place."""
     bias = layer.spec.weight_type.bias
-    shift = 0 if bias is None else bias - symmetric_zero(layer.bits)
+    shift = 0 if bias is None else bias - symmetric_zero(layer.packing.bits)
     return codes.add_(shift) if shift else codes
