@@ -112,6 +112,11 @@ def with_other_prefix(module: str, listed: Mapping[str, str]) -> str | None:
     return None if name is None or f"{module}.".startswith(f"{name}.") else name
 
 
+def parameter_name(tensor: str) -> str:
+    """What the vLLM layer calls a checkpoint tensor; torch allows no dots."""
+    return tensor.replace(".", "_")
+
+
 def natural(name: str) -> list[tuple[int, str]]:
     """Sort key under which layer 2 comes before layer 10; files list tensors in any order."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

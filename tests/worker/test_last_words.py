@@ -11,7 +11,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from vllm_fusedq.errors import PreflightError, Problem, UnsupportedCheckpoint
-from vllm_fusedq.integration.last_words import name_message_file, speaking_last
+from vllm_fusedq.worker.last_words import name_message_file, speaking_last
 
 file = name_message_file()
 print(Path(file).exists())
@@ -42,7 +42,7 @@ def test_first_refusal_is_printed_after_everything_else_and_the_file_is_removed(
 
 def test_no_temporary_directory_is_no_reason_to_die(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_fusedq.errors import UnsupportedCheckpoint
-    from vllm_fusedq.integration.last_words import name_message_file, speaking_last
+    from vllm_fusedq.worker.last_words import name_message_file, speaking_last
 
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
     for file in (name_message_file(), None):

@@ -78,13 +78,11 @@ class FusedQConfig(QuantizationConfig):
         from vllm.model_executor.models.utils import WeightsMapper
 
         from vllm_fusedq.checkpoint.read import ADAPTER_FILE, ADAPTER_PREFIX
+        from vllm_fusedq.names import parameter_name
 
         if self.worker is not None:
-            from vllm_fusedq.integration.embedding import check_all_created
-            from vllm_fusedq.integration.last_words import speaking_last
-
-            with speaking_last(self.message_file):
-                check_all_created(self.worker, self.format)
+            with self.worker.guard():
+                self.worker.check_all_created(self.format)
         dotted = [name for name in self.format.markers if name != parameter_name(name)]
         renamed = {f".{name}": f".{parameter_name(name)}" for name in dotted}
         unread = self.format.checkpoint.unread
@@ -103,10 +101,10 @@ class FusedQConfig(QuantizationConfig):
         from vllm_fusedq.checkpoint.read import read_checkpoint
         from vllm_fusedq.formats import format_for
         from vllm_fusedq.integration.devices import announced_device
-        from vllm_fusedq.integration.last_words import name_message_file
         from vllm_fusedq.plan.advice import listed_otherwise, unread_files
         from vllm_fusedq.plan.layer import Target
         from vllm_fusedq.plan.model import plan_model
+        from vllm_fusedq.worker.last_words import name_message_file
 
         # vLLM composes it with any checkpoint's own quantization, from 0.30 on
         if getattr(self, "online_quantization_config", None) is not None:
@@ -134,24 +132,24 @@ class FusedQConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-        from vllm_fusedq.integration.embedding import vocabulary_method
-        from vllm_fusedq.integration.last_words import speaking_last
         from vllm_fusedq.integration.linear import FusedQLinearMethod
+        from vllm_fusedq.integration.vocabulary import vocabulary_method
         from vllm_fusedq.integration.worker import start_worker
         from vllm_fusedq.plan.model_code import stores_head_groups
+        from vllm_fusedq.worker.last_words import speaking_last
 
         if not isinstance(layer, LinearBase | VocabParallelEmbedding):
             return None
         with speaking_last(self.message_file):
             if self.worker is None:
-                self.worker = start_worker(self)
+                self.worker = start_worker(self.format.checkpoint, self, self.message_file)
             modules = self.modules_of(prefix)
             if isinstance(layer, VocabParallelEmbedding):
                 return vocabulary_method(layer, prefix, modules[0], self.worker, self.format)
             formats = {module: self.format.layer_of(module) for module in modules}
         if any(formats.values()):
             head_groups = stores_head_groups(self.format.checkpoint, modules[0])
-            return FusedQLinearMethod(self.worker, prefix, modules, formats, head_groups)
+            return FusedQLinearMethod(self.worker, prefix, formats, head_groups)
         return UnquantizedLinearMethod()
 
     def modules_of(self, prefix: str) -> tuple[str, ...]:
@@ -160,8 +158,3 @@ class FusedQConfig(QuantizationConfig):
 
         modules = self.format.checkpoint.modules()
         return stored_modules(prefix, modules, self.renamed_modules, self.packed_modules_mapping)
-
-
-def parameter_name(tensor: str) -> str:
-    """What the vLLM layer calls a checkpoint tensor; torch allows no dots."""
-    return tensor.replace(".", "_")

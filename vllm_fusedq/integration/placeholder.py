@@ -11,9 +11,9 @@ import torch
 from vllm.model_executor.layers import linear, vocab_parallel_embedding
 
 from vllm_fusedq.errors import PreflightError, WeightLoadError
-from vllm_fusedq.integration.last_words import speaking_last
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.model_code import AS_STORED, WAY_OUT
+from vllm_fusedq.worker.last_words import speaking_last
 
 # What vLLM's own parameters say of themselves to code that cuts or reorders them.
 LAYOUT_ATTRIBUTES = ("output_dim", "input_dim", "packed_dim", "packed_factor")

@@ -3,7 +3,6 @@
 import logging
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllm import __version__ as VLLM_VERSION
 from vllm import envs
@@ -29,14 +28,15 @@ from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.settings import parse_settings
 from vllm_fusedq.worker.state import WorkerRank, WorkerState
 
-if TYPE_CHECKING:
-    from vllm_fusedq.integration.config import FusedQConfig
-
 logger = logging.getLogger("vllm.fusedq")
 
 
-def start_worker(config: "FusedQConfig") -> WorkerState:
+def start_worker(
+    checkpoint: Checkpoint, quant_config: object, message_file: str | None
+) -> WorkerState:
     """Plan the whole model at this process's rank and size, before any layer exists.
+
+    `quant_config` is vLLM's object of this model, which a draft model beside it does not share.
 
     Raises:
         UnsupportedCheckpoint: a draft model beside it would not run fused, or vLLM would load other
@@ -46,7 +46,6 @@ def start_worker(config: "FusedQConfig") -> WorkerState:
     """
     vllm_config = get_current_vllm_config()
     check_draft(vllm_config.speculative_config)
-    checkpoint = config.format.checkpoint
     _check_load_format(checkpoint, vllm_config.load_config.load_format)
     settings = parse_settings(vllm_config.additional_config.get("fusedq", {}))
     device = settings.device(worker_device())
@@ -57,7 +56,9 @@ def start_worker(config: "FusedQConfig") -> WorkerState:
             "cpu-striped, which is several times slower."
         )
     target = Target(
-        *(device, vllm_config.model_config.dtype, settings.insisted),
+        device,
+        vllm_config.model_config.dtype,
+        settings.insisted,
         batch_invariant=envs.VLLM_BATCH_INVARIANT,
         sliced_prefill=settings.sliced_prefill,
     )
@@ -67,11 +68,13 @@ def start_worker(config: "FusedQConfig") -> WorkerState:
     plan = plan_model(checkpoint, target, rank.tensor_size)
     downloaded = vllm_config.model_config.revision, vllm_config.load_config.download_dir
     return WorkerState(
-        *(target, settings, config.message_file),
+        target,
+        settings,
+        message_file,
         model=checkpoint.path,
         rank=rank,
         max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-        draft=is_draft(vllm_config, config),
+        draft=is_draft(vllm_config, quant_config),
         vllm_version=VLLM_VERSION,
         unquantized=plan.unquantized,
         source=StoredTensors(checkpoint, partial(_downloaded, checkpoint.path, *downloaded)),

@@ -252,3 +252,32 @@ def fold_problems(problems: Iterable[Problem]) -> list[Problem]:
             first = replace(first, layer=f"{name} ({len(others) + 1} layers)")
         folded.append(first)
     return folded
+
+
+def quantized_embeddings(fmt: CheckpointFormat) -> list[str]:
+    """The checkpoint's quantized input embeddings, of which a model has one."""
+    return [module for module in fmt.modules() if is_input_embedding(module)]
+
+
+def check_all_created(
+    fmt: CheckpointFormat, created: Iterable[LayerPlan], *, first_stage: bool, last_stage: bool
+) -> None:
+    """Before weights are loaded: vLLM must have built its quantized embedding with this config.
+
+    Some of vLLM's models build their embeddings without a quantization config, and no hook is asked
+    then. `created` are the plans of this rank's layers.
+
+    Raises:
+        PreflightError: the checkpoint has a quantized embedding and the model no place for it.
+    """
+    embeddings = quantized_embeddings(fmt)
+    here = first_stage or (last_stage and is_tied(fmt.checkpoint))
+    if not embeddings or not here or any(plan.gather for plan in created):
+        return
+    raise PreflightError.single(
+        layer=embeddings[0],
+        found="a quantized embedding in a model that vLLM builds with an unquantized one",
+        supported="models whose embedding vLLM builds with its quantization config (Llama, Qwen2 "
+        "and 3, Mistral, Granite and many others)",
+        fix="quantize again without the embedding",
+    )

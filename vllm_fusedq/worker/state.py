@@ -2,15 +2,18 @@
 
 import logging
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_fusedq.formats import settle
+from vllm_fusedq.formats import CheckpointFormat, settle
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.load.provenance import StoredTensors
 from vllm_fusedq.plan.layer import LayerPlan, Target
+from vllm_fusedq.plan.model import check_all_created
 from vllm_fusedq.settings import Settings
+from vllm_fusedq.worker.last_words import speaking_last
 from vllm_fusedq.worker.warmup import LoadedLayer, WarmUp, warm_up
 
 logger = logging.getLogger("vllm.fusedq")
@@ -67,6 +70,10 @@ class WorkerState:
     warmed: WarmUp = field(default_factory=lambda: WarmUp(0.0, 0))
     _with_bias: list[bool] = field(default_factory=list)
 
+    def guard(self) -> AbstractContextManager[None]:
+        """Around what may refuse: the API process repeats a FusedQError as its last word."""
+        return speaking_last(self.message_file)
+
     def layer_loaded(self, loader: LayerLoader, has_bias: bool) -> None:
         """Take note of a finished layer; after the last one, run every launch once and report.
 
@@ -92,6 +99,11 @@ class WorkerState:
         self.warmed = warm_up(layers, self.target, self.max_tokens)
         if self.rank.reports:
             self._report(note)
+
+    def check_all_created(self, fmt: CheckpointFormat) -> None:
+        """`plan.model.check_all_created` of this worker's layers."""
+        last = self.rank.pipeline == self.rank.pipeline_size - 1
+        check_all_created(fmt, self.plans, first_stage=self.rank.pipeline == 0, last_stage=last)
 
     @property
     def pack_seconds(self) -> float:
@@ -136,9 +148,12 @@ class WorkerState:
         logger.info(
             "fusedq loading: %.2f s, %.1f MB read; repacking: %.2f s, %.1f MB resident; "
             "warm-up: %.2f s, %d launches",
-            *(self.load_seconds, self.stored_bytes / 1e6),
-            *(self.pack_seconds, self.resident_bytes / 1e6),
-            *(self.warmed.seconds, self.warmed.launches),
+            self.load_seconds,
+            self.stored_bytes / 1e6,
+            self.pack_seconds,
+            self.resident_bytes / 1e6,
+            self.warmed.seconds,
+            self.warmed.launches,
         )
         if self.settings.report is not None:
             path = self.rank.report_file(Path(self.settings.report), self.draft)

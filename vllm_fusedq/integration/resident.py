@@ -1,0 +1,129 @@
+"""A vLLM layer's packed weight: its tensors in the layer, its loaders, the call of its kernel."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+import fusedq_kernels.op  # noqa: F401  (registers torch.ops.fusedq.matmul)
+from fusedq_kernels.cpu.kernels import wna16_call
+from fusedq_kernels.types import KernelName, PackedWeight
+from vllm_fusedq.errors import PreflightError, Problem
+from vllm_fusedq.formats.layer import LayerFormat
+from vllm_fusedq.integration.placeholder import Placeholder, WeightLoader
+from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.names import parameter_name
+from vllm_fusedq.plan.layer import LayerPlan, Target
+from vllm_fusedq.worker.state import WorkerState
+
+RESIDENT = ("qweight", "scales", "zeros", "perm")
+
+
+def attach(
+    layer: torch.nn.Module,
+    plan: LayerPlan,
+    state: WorkerState,
+    params_dtype: torch.dtype,
+    reordered: bool = False,
+) -> None:
+    """Register the resident tensors of `plan`, and a placeholder for each checkpoint tensor.
+
+    The placeholders, of one element, only carry a `weight_loader` (and the names that vLLM's LoRA
+    looks for); slicing is `plan/shards.py`'s, exact also where vLLM's own loaders would round.
+    `layer.fusedq_loader` is the LayerLoader behind them; `reordered` is that of `WeightLoader`.
+    """
+    state.plans.append(plan)
+    device = torch.get_default_device()
+    loader = LayerLoader.create(plan, params_dtype, device, state.source)
+    for name, dtype in loader.tensor_dtypes.items():
+        weight_loader = WeightLoader(loader, name, state.message_file, reordered=reordered)
+        placeholder = Placeholder(dtype, device, weight_loader)
+        layer.register_parameter(parameter_name(name), placeholder)
+    for name in RESIDENT:
+        tensor = getattr(loader.packed, name)
+        layer.register_buffer(f"fusedq_{name}", tensor, persistent=False)
+    layer.fusedq_loader = loader
+
+
+def finish(layer: torch.nn.Module, state: WorkerState) -> None:
+    """Check that every tensor of an attached weight arrived; again after each of vLLM's reloads.
+
+    Raises:
+        WeightLoadError: one did not, or the layers contradict each other.
+    """
+    with state.guard():
+        layer.fusedq_loader.check_complete()
+        for name in RESIDENT:
+            # A reload puts tensors of its own here; the loader filled those of the graphs
+            setattr(layer, f"fusedq_{name}", getattr(layer.fusedq_loader.packed, name))
+        has_bias = isinstance(getattr(layer, "bias", None), torch.Tensor)
+        state.layer_loaded(layer.fusedq_loader, has_bias)
+
+
+def check_sizes(
+    formats: Mapping[str, LayerFormat | None], n_by_module: Mapping[str, int], k: int
+) -> None:
+    """The checkpoint's modules must be as large as the model's config makes the layer.
+
+    Raises:
+        PreflightError: one is not.
+    """
+    problems = [
+        Problem(
+            layer=module,
+            found=f"[{fmt.n}, {fmt.k}] (out_features x in_features) in the checkpoint",
+            supported=f"[{n}, {k}], which the model's config asks for",
+            fix="config.json and the weights are not of the same model; download both again",
+        )
+        for module, n in n_by_module.items()
+        if (fmt := formats[module]) is not None and (fmt.n, fmt.k) != (n, k)
+    ]
+    if problems:
+        raise PreflightError(problems)
+
+
+class Multiplication:
+    """`y = x @ W.T + bias` by the packed weight of an attached layer."""
+
+    def __init__(self, plan: LayerPlan, target: Target) -> None:
+        self.n = plan.n
+        self.constants = (
+            plan.n,
+            plan.rows,
+            plan.k,
+            plan.spec.group_size,
+            plan.phase,
+            plan.spec.weight_type.value,
+            plan.spec.scale_dtype.value,
+            plan.kernel.value,
+            target.batch_invariant,
+            target.sliced_prefill,
+        )
+        self.bare = plan.kernel is KernelName.CPU_WNA16
+        self.act_dtype = target.act_dtype.torch
+        self.traced_call: Callable[..., None] | None = None
+
+    def weight_loaded(self, packed: PackedWeight) -> None:
+        """Where vLLM's own operator can be called with nothing around it, keep that call."""
+        if self.bare:
+            self.traced_call = wna16_call(packed, self.act_dtype)
+
+    def __call__(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        out = x.new_empty((*x.shape[:-1], self.n))
+        if self.traced_call is not None and x.ndim == 2 and torch.compiler.is_compiling():
+            self.traced_call(
+                out, x, layer.fusedq_qweight, layer.fusedq_scales, layer.fusedq_zeros, bias
+            )
+            return out
+        torch.ops.fusedq.matmul_out(
+            out,
+            x,
+            layer.fusedq_qweight,
+            layer.fusedq_scales,
+            layer.fusedq_zeros,
+            bias,
+            layer.fusedq_perm,
+            *self.constants,
+        )
+        return out
