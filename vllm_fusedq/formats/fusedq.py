@@ -61,7 +61,8 @@ class FusedQFormat(CheckpointFormat):
     support = (
         Support(
             f"any of these after `fusedq convert` (layout version {LAYOUT_VERSION})",
-            *("as the original", "as the original"),
+            "as the original",
+            "as the original",
             groups="as the original",
         ),
     )

@@ -56,7 +56,12 @@ class LayerLoader:
         """Allocate the resident tensors of `plan` on `device`."""
         packed = packing.empty_packed(
             layout_for(plan.kernel, plan.spec.weight_type),
-            *(plan.n, plan.rows, plan.spec, plan.phase, act_dtype, device),
+            plan.n,
+            plan.rows,
+            plan.spec,
+            plan.phase,
+            act_dtype,
+            device,
             in_features=plan.k if plan.ordered else 0,
         )
         return cls(plan, packed, source)
