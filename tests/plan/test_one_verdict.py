@@ -12,7 +12,7 @@ import torch
 from checkpoints import Tensors, write_checkpoint
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from published import FORMATS, QUANTIZED_HEADS, Model, write_headers
-from random_models import write_random_model
+from random_models import falcon_config, write_random_model
 from vllm_configs import current_config
 from vllm_fusedq.checkpoint.read import Checkpoint, read_checkpoint
 from vllm_fusedq.errors import PreflightError
@@ -235,20 +235,10 @@ def test_rows_in_head_groups_are_planned_alike(
     tmp_path: Path, rank_of: Callable[[int, int], None], kv_heads: int
 ) -> None:
     """Falcon's three layouts; key and value heads are replicated where ranks outnumber them."""
-    from transformers import FalconConfig
     from vllm.model_executor.layers.linear import QKVParallelLinear
 
     heads, hidden = 8, 256
-    config = FalconConfig(
-        vocab_size=64,
-        hidden_size=hidden,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_kv_heads=kv_heads,
-        new_decoder_architecture=kv_heads == 2,
-        multi_query=kv_heads == 1,
-        bias=False,
-    )
+    config = falcon_config(heads, kv_heads)
     checkpoint = read_checkpoint(write_random_model(tmp_path, config, "awq").path)
     target = Target(DEVICES["h200"], torch.bfloat16)
     vllm_config = config_for(checkpoint, target)

@@ -12,6 +12,7 @@ from fusedq_kernels.choose.device import cpu_device
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import LogicalWeight, PackedWeight
 from heads import config_with_head, quantized_head
+from random_models import falcon_config, write_random_model
 from tiny_models import asset
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.cli import app
@@ -49,6 +50,13 @@ def test_an_lm_head_and_a_converted_checkpoint_pass(tmp_path: Path) -> None:
     for checks in (check_all(tmp_path / "source"), check_all(tmp_path / "out")):
         assert "lm_head" in {check.plan.prefix for check in checks}
         assert all(check.passed for check in checks)
+
+
+def test_rows_in_head_groups_pass(tmp_path: Path) -> None:
+    write_random_model(tmp_path, falcon_config(kv_heads=2), "awq")
+    checks = check_all(tmp_path)
+    assert len(checks) == 4
+    assert all(check.passed for check in checks)
 
 
 @pytest.mark.parametrize("name", ["codes", "scales", "zeros"])

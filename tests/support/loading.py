@@ -26,10 +26,14 @@ def plans_of(
 def load(plan: LayerPlan, path: Path) -> LayerLoader:
     loader = LayerLoader.create(plan, torch.float16, torch.device("cpu"))
     with safe_open(path / "model.safetensors", "pt") as file:
-        for part, fmt in zip(plan.shard.parts, plan.formats, strict=True):
-            for stored in fmt.tensors:
-                tensor = file.get_tensor(f"{part.module}.{stored.name}")
-                loader.add(stored.name, tensor, part.shard_id)
+        # vLLM hands a tensor over once, also where several ranges of its rows make up a shard
+        tensors = {
+            (part.shard_id, stored.name): f"{part.module}.{stored.name}"
+            for part, fmt in zip(plan.shard.parts, plan.formats, strict=True)
+            for stored in fmt.tensors
+        }
+        for (shard_id, suffix), name in tensors.items():
+            loader.add(suffix, file.get_tensor(name), shard_id)
     loader.check_complete()
     return loader
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, FalconConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from checkpoints import ALL_BUILDS, write_json
+from checkpoints import ALL_BUILDS, Truth, write_json
 
 GROUP = 32
 VOCABULARY = 128
@@ -22,12 +22,12 @@ SURE = 0.1
 class RandomModel:
     """A quantized checkpoint on disk and the same model in transformers, in fp32.
 
-    `layers` counts the quantized modules.
+    `truths` are what its quantized modules are worth.
     """
 
     path: Path
     model: torch.nn.Module
-    layers: int
+    truths: dict[str, Truth]
 
     @torch.no_grad()
     def sure_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int | None]:
@@ -49,6 +49,20 @@ class RandomModel:
         return found
 
 
+def falcon_config(heads: int = 4, kv_heads: int = 2) -> FalconConfig:
+    """One block with head groups of new decoder blocks, or of old ones with 1 or all heads."""
+    return FalconConfig(
+        vocab_size=64,
+        hidden_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_kv_heads=kv_heads,
+        new_decoder_architecture=1 < kv_heads < heads,
+        multi_query=kv_heads == 1,
+        bias=False,
+    )
+
+
 def write_random_model(path: Path, config: PreTrainedConfig, build: str) -> RandomModel:
     """Write a checkpoint of random weights; every linear layer of its blocks is quantized."""
     made, dtype = ALL_BUILDS[build], torch.float16
@@ -63,10 +77,11 @@ def write_random_model(path: Path, config: PreTrainedConfig, build: str) -> Rand
     left_out = {f"{name}.weight" for name in linears}
     left_out |= {"lm_head.weight"} if config.tie_word_embeddings else set()
     quantized: dict[str, torch.Tensor] = {}
+    truths: dict[str, Truth] = {}
     for seed, (name, module) in enumerate(linears.items()):
         weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
         n, k = weight.shape
-        truth = made.truth(n, k, GROUP, seed, dtype)
+        truth = truths[name] = made.truth(n, k, GROUP, seed, dtype)
         weight.copy_(truth.values(0, n, 0, k))
         quantized |= {f"{name}.{suffix}": t for suffix, t in made.tensors(truth).items()}
     plain = {
@@ -82,7 +97,7 @@ def write_random_model(path: Path, config: PreTrainedConfig, build: str) -> Rand
         "quantization_config": made.config(GROUP),
     }
     write_json(path / "config.json", document)
-    return RandomModel(path, model, len(linears))
+    return RandomModel(path, model, truths)
 
 
 @torch.no_grad()

@@ -60,8 +60,9 @@ def check_layer(
     """
     loader = LayerLoader.create(plan, target.act_dtype, device)
     stored = dict(_stored(checkpoint, plan))
-    for (part, name), tensor in stored.items():
-        loader.add(name, tensor, part.shard_id)
+    # A shard may lie in several ranges of rows, and takes its tensors once
+    for (shard_id, name), tensor in {(p.shard_id, n): t for (p, n), t in stored.items()}.items():
+        loader.add(name, tensor, shard_id)
     loader.check_complete()
     resident = packing.unpack(loader.packed)
     generator = torch.Generator().manual_seed(0)
