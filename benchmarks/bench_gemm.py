@@ -55,7 +55,7 @@ def main(
     shape_names: Annotated[list[str], typer.Option("--shapes")] = ["llama-3-8b"],
     tp: Annotated[list[int], typer.Option(help="tensor-parallel sizes")] = [1],
     weight_type: Annotated[list[str], typer.Option()] = ["uint4b8"],
-    group_size: Annotated[int | None, typer.Option(help="-1: per channel")] = None,
+    group_size: Annotated[list[int], typer.Option(help="-1: per channel")] = [],
     act_dtype: Annotated[str, typer.Option(help="bfloat16 or float16")] = "bfloat16",
     phase: Annotated[list[str], typer.Option()] = ["decode", "prefill"],
     m: Annotated[list[int], typer.Option(help="only these numbers of tokens")] = [],
@@ -82,9 +82,10 @@ def main(
     folder = out or results_folder(device_spec(device).name, dry_run)
     files = {name: ResultFile(folder / f"gemm_{name}.csv") for name in phase}
     jobs = [
-        Job(n, k, weights.default_spec(each, group_size, k, dtype), tuple(wanted))
+        Job(n, k, spec, tuple(wanted))
         for each in types
         for n, k in chosen
+        for spec in weights.default_specs(each, group_size, k, dtype)
     ]
     if roofline:
         print_roofline(jobs, files, act_dtype, device)

@@ -71,7 +71,7 @@ def main(
     shape_names: Annotated[list[str], typer.Option("--shapes")] = ["llama-3-8b"],
     tp: Annotated[list[int], typer.Option(help="tensor-parallel sizes")] = [1],
     weight_type: Annotated[list[str], typer.Option()] = ["uint4b8"],
-    group_size: Annotated[int | None, typer.Option(help="-1: per channel")] = None,
+    group_size: Annotated[list[int], typer.Option(help="-1: per channel")] = [],
     bucket: Annotated[list[int], typer.Option(help="only these numbers of tokens")] = [],
     keep: Annotated[int, typer.Option(help="tiles measured per bucket")] = 16,
     out: Annotated[Path | None, typer.Option(help="folder of tune.csv")] = None,
@@ -101,7 +101,7 @@ def main(
         for buckets in [bucket or (DRY_BUCKETS if dry_run else BUCKETS)]
         for each in types
         for n, k in chosen
-        for spec in [weights.default_spec(each, group_size, k, torch.bfloat16)]
+        for spec in weights.default_specs(each, group_size, k, torch.bfloat16)
     ]
     measure_all(jobs, file, keep, device, seconds)
     tuned = tuned or (out if dry_run else tuning.FOLDER)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fusedq_kernels.cuda import gemm
+from fusedq_kernels.cuda.metadata import tile_metadata, vector_of, vector_ptrs
 from fusedq_kernels.geometry import BLOCK_K, group_geometry
 from fusedq_kernels.types import PackedWeight, TileConfig
 
@@ -22,11 +23,14 @@ def _load_only_kernel(
     scales_ptr,
     out_ptr,
     n_padded,
+    last_group,
     num_blocks,
     blocks_per_split,
     WORDS: tl.constexpr,
     STEPS: tl.constexpr,
     STEPS_PER_GROUP: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PAIRED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -39,13 +43,18 @@ def _load_only_kernel(
     first_block = pid_k * blocks_per_split
     last_block = tl.minimum(first_block + blocks_per_split, num_blocks)
     words = tl.zeros((BLOCK_N, WORDS), tl.int32)
-    metadata = tl.zeros((BLOCK_N,), tl.int32)
+    vectors_ptrs = vector_ptrs(scales_ptr, pid_n * BLOCK_N, BLOCK_N, VECTOR, PAIRED, False)
+    stride_vector = (n_padded // 2 if PAIRED else n_padded) * VECTOR
+    metadata = tl.load(vectors_ptrs)
     for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
         words ^= tl.load(qweight_ptrs + block * stride_block)
-        for sub in tl.static_range(STEPS):
-            group = 0 if STEPS_PER_GROUP == 0 else (block * STEPS + sub) // STEPS_PER_GROUP
-            metadata ^= tl.load(scales_ptr + offs_n + group * n_padded)
-    folded = tl.xor_sum(words, 1) ^ metadata
+        if STEPS_PER_GROUP != 0:
+            for sub in tl.static_range(0, STEPS, VECTOR):
+                vector = vector_of(block, sub, 0, last_group, STEPS, STEPS_PER_GROUP, VECTOR)
+                metadata ^= tl.load(vectors_ptrs + vector * stride_vector)
+    if VECTOR > 1:
+        metadata = tl.xor_sum(metadata, 1)
+    folded = tl.xor_sum(words, 1) ^ tile_metadata(metadata, 0, BLOCK_N, 1, PAIRED, False)
     tl.store(out_ptr + pid_k.to(tl.int64) * n_padded + offs_n, folded)
 
 
@@ -54,17 +63,18 @@ def load_only(packed: PackedWeight, tile: TileConfig) -> torch.Tensor:
     num_blocks, n_padded, words = packed.qweight.shape
     groups = group_geometry(packed.k, packed.spec.group_size, packed.phase)
     out = packed.qweight.new_empty((tile.split_k, n_padded))
-    single = groups.num_groups == 1
+    constants = gemm.weight_constants(packed.spec, groups)
     _load_only_kernel[(1, n_padded // tile.block_n, tile.split_k)](
         packed.qweight,
         packed.scales.view(torch.int32),
         out,
         n_padded,
+        groups.last_group,
         num_blocks,
         triton.cdiv(num_blocks, tile.split_k),
+        **{name: constants[name] for name in ("STEPS_PER_GROUP", "VECTOR", "PAIRED")},
         WORDS=words,
-        STEPS=1 if single else BLOCK_K // groups.step,
-        STEPS_PER_GROUP=0 if single else packed.spec.group_size // groups.step,
+        STEPS=BLOCK_K // groups.step,
         BLOCK_N=tile.block_n,
         NUM_STAGES=tile.num_stages,
         num_warps=tile.num_warps,

@@ -1,5 +1,6 @@
 """Random weights made on the device that is measured, and answers to check a kernel against."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -28,6 +29,14 @@ def default_spec(
     return QuantSpec(
         weight_type, k if group == -1 else group, torch.float32 if codebook else act_dtype
     )
+
+
+def default_specs(
+    weight_type: WeightType, group_sizes: Sequence[int], k: int, act_dtype: torch.dtype
+) -> list[QuantSpec]:
+    """`default_spec` for each group size; for none: what is published most, 128 and 32."""
+    usual = (None,) if weight_type.codebook is not None else (None, 32)
+    return [default_spec(weight_type, each, k, act_dtype) for each in group_sizes or usual]
 
 
 def random_weight(n: int, k: int, spec: QuantSpec, device: torch.device, seed=0) -> LogicalWeight:

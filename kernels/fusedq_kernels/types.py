@@ -190,8 +190,9 @@ class TileConfig:
     `split_k` programs share the K of a tile; with `segments` one program adds as many parts of K,
     each summed for itself, to the same bits. With `scale_weights` a group's scale multiplies its
     weights, rounded to 16 bits, instead of the fp32 partial product. With `x_descriptor` tiles of x
-    come by the tensor memory accelerator (sm_90 and newer). With `scale_steps` a per-channel scale
-    multiplies the sums of each step, like a group's, instead of the total.
+    come by the tensor memory accelerator (sm_90 and newer). `scale_steps` is for tcgen05, whose
+    sums a thread reads by rows: a per-channel scale multiplies the sums of each step, like a
+    group's, instead of the total, and each row's scale is read by itself.
     """
 
     block_m: int

@@ -23,13 +23,15 @@ def compiled(kernel, pointers, constants, num_warps):
     return compile_kernel(kernel, target, constants, pointers, num_warps=num_warps).asm["ptx"]
 
 
-ptx = compiled(
-    triton_kernels._load_only_kernel,
-    {{"qweight_ptr": "*i32", "scales_ptr": "*i32", "out_ptr": "*i32"}},
-    {{"WORDS": 16, "STEPS": 1, "STEPS_PER_GROUP": 1, "BLOCK_N": 128, "NUM_STAGES": 4}},
-    4,
-)
-assert "cp.async.cg.shared.global" in ptx
+for steps, vector in ((1, 1), (4, 4)):
+    ptx = compiled(
+        triton_kernels._load_only_kernel,
+        {{"qweight_ptr": "*i32", "scales_ptr": "*i32", "out_ptr": "*i32"}},
+        {{"WORDS": 16, "STEPS": steps, "STEPS_PER_GROUP": 1, "VECTOR": vector, "PAIRED": True,
+         "BLOCK_N": 128, "NUM_STAGES": 4}},
+        4,
+    )
+    assert "cp.async.cg.shared.global" in ptx
 for tile, warps in ((triton_kernels._SMALL_TILE, 4), (triton_kernels._LARGE_TILE, 8)):
     ptx = compiled(
         triton_kernels._tiled_gemm_kernel,

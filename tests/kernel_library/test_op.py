@@ -261,7 +261,7 @@ def test_fake_shape_and_checks() -> None:
         ({"bias": torch.ones(40)}, "bias must be torch.float16 .* got torch.float32"),
         ({"bias": torch.ones(80).half()[::2]}, r"bias must be contiguous, got strides \(2,\)"),
         ({"qweight": torch.ones(2, 128, 16)}, "qweight must be torch.int32"),
-        ({"scales": torch.ones(4, 128)}, r"scales must be torch.int32 \[4, 128\]"),
+        ({"scales": torch.ones(1, 128, 4)}, r"scales must be torch.int32 \[1, 128, 4\]"),
         ({"zeros": torch.ones(4, 16).int()}, "zeros must be absent, got one"),
         ({"phase": 32}, "phase 32 is not inside a group of 32 rows"),
         ({"scale_dtype": "float64"}, "scale_dtype must be one of .* got 'float64'"),

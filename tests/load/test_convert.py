@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from checkpoints import ALL_BUILDS, Tensors, replace, write_checkpoint, write_json
 from fusedq_kernels.choose.device import cpu_device, device_by_name
+from fusedq_kernels.layouts.packing import unpack
 from heads import config_with_head, quantized_head
 from vllm_fusedq.checkpoint.read import Checkpoint, read_checkpoint
 from vllm_fusedq.cli import app
@@ -132,6 +133,25 @@ def test_lm_head_biases_and_other_files_come_along(tmp_path: Path) -> None:
     assert section["source"]["quant_method"] == "gptq"
     assert section["source"]["config"]["bits"] == 4
     assert set(section["source"]["sha256"]) == {"config.json", "model.safetensors"}
+
+
+def test_layout_version_1_holds_plain_scales_whatever_stays_resident(tmp_path: Path) -> None:
+    """What a release wrote, a later one reads: scales `[G, N]`, two rows of which share a word."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_checkpoint(source, "gptq-sym", **SIZES)
+    convert(source, out)
+    stored, before = (load_file(path / "model.safetensors") for path in (out, source))
+    # GPTQ has them the same way round.
+    scales = before[f"{DOWN}.scales"]
+    assert scales.shape == (SIZES["intermediate"] // 32, SIZES["hidden"])
+    assert torch.equal(stored[f"{DOWN}.scales"], scales)
+    assert stored[f"{DOWN}.qweight"].shape == (SIZES["intermediate"] // 128, SIZES["hidden"], 16)
+    for rank, groups in ((0, slice(0, 6)), (1, slice(6, 12))):
+        loader = load(read_checkpoint(out), "gpu", 2, rank)[DOWN]
+        assert loader.packed.scales.shape == (2, SIZES["hidden"] // 2, 4)
+        logical = unpack(loader.packed)
+        # The second rank begins in the middle of a block: its six groups fill one and a half.
+        assert torch.equal(logical.scales, scales[groups].T)
 
 
 KILLED = """

@@ -120,8 +120,8 @@ def test_a_tied_embedding_is_resident_once(tmp_path: Path) -> None:
     plan = plan_model(checkpoint, Target(GPU, HALF))
     found = capacity_of(checkpoint, plan, HALF, Demand(), None)
     (layer,) = (each for each in plan.layers if each.prefix == EMBEDDING)
-    # Padded to 128 tokens: one byte a weight, fp32 scales for groups of 32
-    assert dict(layer.resident) == {"qweight": 128 * 128, "scales": 4 * 4 * 128}
+    # Padded to 128 tokens: one byte a weight, 16-bit scales for groups of 32
+    assert dict(layer.resident) == {"qweight": 128 * 128, "scales": 2 * 4 * 128}
     assert found.weights == sum(each.weight_bytes for each in plan.layers)
     # With two pipeline stages the first looks up and the last multiplies, each in a copy
     demand = Demand(pipeline_parallel_size=2)

@@ -98,7 +98,7 @@ def test_resident_bytes_are_those_of_the_packed_tensors(tmp_path: Path) -> None:
         if "down_proj" in layer.prefix
     )
     assert down.weight_bytes == 128 * 256 // 2
-    assert down.metadata_bytes == 128 * 2 * 4
+    assert down.metadata_bytes == 128 * 2 * 2
 
 
 def test_every_problem_of_every_layer_is_listed(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ def launch(block_m=16, block_n=64, split_k=1, **options) -> Launch:
 
 
 def pack(logical, act_dtype) -> PackedWeight:
-    """With NaN scales (as floats) behind the last group: steps of padding must not read them."""
+    """With NaN scales (in any dtype) behind the last group: steps of padding must not read them."""
     target = layout_for(KernelName.TRITON_GEMM, logical.spec.weight_type)
     packed = packing.pack(logical, target, act_dtype)
-    behind = torch.full_like(packed.scales[:1], torch.nan, dtype=torch.float32)
-    scales = torch.cat([packed.scales, behind.view(packed.scales.dtype).expand(4, -1)])
+    behind = torch.full((4, *packed.scales.shape[1:]), -1, dtype=torch.int32)
+    scales = torch.cat([packed.scales, behind.view(packed.scales.dtype)])
     scales = scales.to(DEVICE)[: len(packed.scales)]
     return replace(packed, qweight=packed.qweight.to(DEVICE), scales=scales)
 

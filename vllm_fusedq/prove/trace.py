@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from fusedq_kernels.choose.heuristics import DECLARED_KERNELS, select
 from fusedq_kernels.cpu.kernels import STRIPE_BYTES
 from fusedq_kernels.embedding import STRIPE_VALUES
-from fusedq_kernels.geometry import BLOCK_K
+from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, round_up
 from fusedq_kernels.types import (
     GatherName,
     GemmShape,
@@ -96,7 +96,7 @@ def judge(
     if lookup:
         allowed = lookup_bytes(plan, tokens, act_dtype)
     else:
-        allowed = allowed_bytes(plan, packed, tokens, target)
+        allowed = allowed_bytes(plan, tokens, target)
     resident = [
         list(t.shape) for t in (packed.qweight, packed.scales, packed.zeros) if t is not None
     ]
@@ -126,9 +126,9 @@ def judge(
     )
 
 
-def allowed_bytes(plan: LayerPlan, packed: PackedWeight, tokens: int, target: Target) -> int:
+def allowed_bytes(plan: LayerPlan, tokens: int, target: Target) -> int:
     """The largest single allocation that a call of `tokens` tokens may need."""
-    columns = max(packed.scales.shape[1], plan.n)
+    columns = round_up(plan.n, BLOCK_N)
     rows = max(plan.k, plan.rows) + 256
     largest = tokens * max(columns, rows) * target.act_dtype.itemsize
     if plan.kernel is KernelName.CPU_STRIPED:

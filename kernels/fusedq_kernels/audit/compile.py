@@ -24,6 +24,7 @@ from fusedq_kernels.choose.device import KNOWN_DEVICES
 from fusedq_kernels.cuda import gemm
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import GroupGeometry, group_geometry
+from fusedq_kernels.layouts.resident import scale_words
 from fusedq_kernels.types import DeviceSpec, QuantSpec
 
 # In-features of an audited weight: groups of this size or more are one group per channel.
@@ -31,6 +32,7 @@ AUDIT_K = 1 << 16
 TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _SCALE_NAMES = {DType.FLOAT16: "fp16", DType.BFLOAT16: "bf16", DType.FLOAT32: "fp32"}
 
+_SCALE_WORDS = {DType.INT32: "i32", DType.FLOAT32: "fp32"}
 _ALIGNED = [["tt.divisibility", gemm.ALIGNMENT]]
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _PREDICATE = re.compile(r"^@!?U?P\w+\s+")
@@ -83,7 +85,7 @@ def pointer_types(spec: QuantSpec, act_dtype: torch.dtype) -> dict[str, str]:
     return {
         **dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr", "out_ptr"), act),
         **dict.fromkeys(("qweight_ptr", "arrivals_ptr", "perm_ptr"), "*i32"),
-        "scales_ptr": "*i32" if spec.has_zero_points else "*fp32",
+        "scales_ptr": "*" + _SCALE_WORDS[scale_words(spec, audited_groups(spec)).dtype],
         "partial_ptr": "*fp32",
         "ids_ptr": "*i64",
     }

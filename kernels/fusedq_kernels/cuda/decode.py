@@ -7,9 +7,9 @@ A decoder has the signature
 
     decode(words, metadata, SUB, STEP, DTYPE, INTERPRET) -> weight
 
-`words` is the int32 tile, `metadata` the 4-byte `[BLOCK_N]` row of `PackedWeight.scales` for one
-group; STEP is 16, 32, 64 or 128. `weight` holds the unscaled values of columns
-`[SUB * STEP, SUB * STEP + STEP)` as DTYPE `[BLOCK_N, STEP]` in natural K order, exact for integers.
+`words` is the int32 tile, `metadata` `[BLOCK_N]` what `metadata.py` makes of one group; STEP is 16,
+32, 64 or 128. `weight` holds the unscaled values of columns `[SUB * STEP, SUB * STEP + STEP)` as
+DTYPE `[BLOCK_N, STEP]` in natural K order, exact for integers.
 
 `integers.py` and `codebook.py` have the decoders, `ptx.py` their assembly for NVIDIA GPUs, and
 `planes.py` puts values in order by renaming registers, so that the decoded weight never touches
@@ -17,7 +17,7 @@ shared memory.
 """
 
 # Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
-# ruff: noqa: RET505, SIM300
+# ruff: noqa: RET505
 
 import triton
 import triton.language as tl
@@ -49,32 +49,6 @@ def of_step(mask_k, offs_k, SUB: tl.constexpr, STEP: tl.constexpr):
         return mask_k & (offs_k // STEP == SUB % PARTS)
     else:
         return mask_k
-
-
-@triton.jit
-def group_of(
-    block,
-    sub,
-    first_step,
-    last_group,
-    STEPS: tl.constexpr,
-    STEPS_PER_GROUP: tl.constexpr,
-):
-    """The group of step `sub` of a K block; `first_step` is the phase in steps."""
-    group = (block * STEPS + sub + first_step) // STEPS_PER_GROUP
-    if STEPS > 1:
-        # Steps made of padding alone may lie beyond the last group.
-        group = tl.minimum(group, last_group)
-    return group
-
-
-@triton.jit
-def scale_of(metadata, SCALE_DTYPE: tl.constexpr):
-    """fp32 scales `[BLOCK_N]`: metadata itself, or with 16-bit SCALE_DTYPE its high half."""
-    if SCALE_DTYPE == tl.float32:
-        return metadata
-    else:
-        return (metadata >> 16).to(tl.int16).to(SCALE_DTYPE, bitcast=True).to(tl.float32)
 
 
 DECODERS = {

@@ -9,10 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, group_of, of_step, scale_of
+from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, of_step
 from fusedq_kernels.cuda.gemm import FP_FUSION, weight_constants
 from fusedq_kernels.cuda.gemm_kernel import scaled
 from fusedq_kernels.cuda.hooks import named_for_hooks
+from fusedq_kernels.cuda.metadata import row_metadata, scale_of, vector_of
 from fusedq_kernels.geometry import GroupGeometry, group_geometry
 from fusedq_kernels.types import PackedWeight, QuantSpec
 
@@ -37,6 +38,8 @@ def gather_kernel(
     last_group,
     DECODE: tl.constexpr,
     SCALE_DTYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PAIRED: tl.constexpr,
     WORDS: tl.constexpr,
     STEP: tl.constexpr,
     STEPS_PER_GROUP: tl.constexpr,
@@ -64,14 +67,12 @@ def gather_kernel(
     words = tl.load(qweight_ptr + first[:, None] + tl.arange(0, WORDS)[None, :])
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * K
     for sub in tl.static_range(STEPS):
-        if STEPS_PER_GROUP == 0:
-            metadata = tl.load(scales_ptr + rows)
-        else:
-            group = group_of(block, sub, 0, last_group, STEPS, STEPS_PER_GROUP)
-            metadata = tl.load(scales_ptr + group.to(tl.int64) * n_padded + rows)
+        vector = vector_of(block, sub, 0, last_group, STEPS, STEPS_PER_GROUP, VECTOR)
+        metadata = row_metadata(
+            scales_ptr, vector, rows, n_padded, known, sub % VECTOR, VECTOR, PAIRED
+        )
         weight = DECODE(words, metadata, sub // PARTS, ROWS, DTYPE, INTERPRET)
-        scale = tl.where(known, scale_of(metadata, SCALE_DTYPE), 0.0)
-        values = scaled(weight, scale, False, INTERPRET)
+        values = scaled(weight, scale_of(metadata, SCALE_DTYPE), False, INTERPRET)
         columns = block * BLOCK_K + sub // PARTS * ROWS + offs_k
         mask_k = of_step(columns < K, offs_k, sub, STEP)
         if HAS_PERM:

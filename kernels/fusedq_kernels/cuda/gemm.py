@@ -14,7 +14,7 @@ from fusedq_kernels.cuda.decode import DECODERS
 from fusedq_kernels.cuda.gemm_kernel import fused_gemm_kernel
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import GroupGeometry, group_geometry
-from fusedq_kernels.layouts.resident import TILED_WORDS
+from fusedq_kernels.layouts.resident import TILED_WORDS, scale_words
 from fusedq_kernels.types import (
     KernelName,
     Launch,
@@ -70,9 +70,12 @@ def kernel_constants(
 
 def weight_constants(spec: QuantSpec, groups: GroupGeometry) -> dict[str, object]:
     """The constexpr arguments of every kernel that reads a tiled weight."""
+    words = scale_words(spec, groups)
     return {
         "DECODE": DECODERS[spec.weight_type],
-        "SCALE_DTYPE": _TL_DTYPES[spec.scale_dtype] if spec.has_zero_points else tl.float32,
+        "SCALE_DTYPE": _TL_DTYPES[spec.scale_dtype],
+        "VECTOR": words.vector,
+        "PAIRED": words.rows == 2,
         "WORDS": TILED_WORDS[layout_for(KernelName.TRITON_GEMM, spec.weight_type)],
         "STEP": groups.step,
         "STEPS_PER_GROUP": spec.group_size // groups.step if groups.num_groups > 1 else 0,

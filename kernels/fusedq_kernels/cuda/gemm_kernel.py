@@ -24,8 +24,15 @@ are not used.
 import triton
 import triton.language as tl
 
-from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, group_of, of_step, scale_of
+from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, of_step
 from fusedq_kernels.cuda.hooks import named_for_hooks
+from fusedq_kernels.cuda.metadata import (
+    scale_of,
+    stored_scale,
+    tile_metadata,
+    vector_of,
+    vector_ptrs,
+)
 
 
 @triton.jit
@@ -52,13 +59,14 @@ def _dot(a, b, acc, INTERPRET: tl.constexpr):
 
 @triton.jit
 def scaled(weight, scale, NARROW_SCALE: tl.constexpr, INTERPRET: tl.constexpr):
-    """`weight * scale`, rounded once to the dtype of `weight`.
+    """`weight * scale`, rounded once to the dtype of `weight`; scale in any float dtype.
 
     NARROW_SCALE says that the scale is a number of that dtype: half the instructions, same bits.
     """
     if NARROW_SCALE and not INTERPRET:
         return weight * scale[:, None].to(weight.dtype)
     else:
+        scale = scale.to(tl.float32)
         return to_output(weight.to(tl.float32) * scale[:, None], weight.dtype, INTERPRET)
 
 
@@ -120,6 +128,8 @@ def fused_gemm_kernel(
     SCALE_STEPS: tl.constexpr,
     NARROW_SCALE: tl.constexpr,
     X_DESCRIPTOR: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PAIRED: tl.constexpr,
     WORDS: tl.constexpr,
     STEP: tl.constexpr,
     STEPS_PER_GROUP: tl.constexpr,
@@ -134,7 +144,7 @@ def fused_gemm_kernel(
     """One `[BLOCK_M, BLOCK_N]` tile of y over one split of K, or over SEGMENTS of them in order.
 
     Grid: `gemm.launch_grid`. `first_step` is the group phase in units of STEP; STEPS_PER_GROUP is 0
-    when one group spans all of K. With SPLIT_K above 1,
+    when one group spans all of K. `metadata.py` explains VECTOR and PAIRED. With SPLIT_K above 1,
     `partial_ptr` is fp32 `[SPLIT_K, M, N]` and `arrivals_ptr` int32, zero, one per tile. SPLIT_K or
     SEGMENTS is 1; both cut K every `blocks_per_part` blocks and add the parts in the same order.
     With X_DESCRIPTOR, `x_ptr` is a tensor descriptor of x in blocks of `[BLOCK_M, STEP]`, which the
@@ -146,6 +156,8 @@ def fused_gemm_kernel(
     # masked to zero.
     ROWS: tl.constexpr = decoded_rows(STEP)
     PARTS: tl.constexpr = ROWS // STEP
+    # tcgen05, as `TileConfig` says.
+    OWN_ROW: tl.constexpr = SCALE_STEPS
     SCALE_LAST: tl.constexpr = STEPS_PER_GROUP == 0 and not SCALE_STEPS
     SUMS_IN_FLIGHT: tl.constexpr = 8 if BLOCK_M * BLOCK_N <= 2048 else 1
     pid_m, pid_n, pid_k = tile_of(SPLIT_K)
@@ -160,10 +172,11 @@ def fused_gemm_kernel(
     if not X_DESCRIPTOR:
         x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
     qweight_ptrs = qweight_ptr + offs_n[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    scales_ptrs = scales_ptr + offs_n
+    scales_ptrs = vector_ptrs(scales_ptr, pid_n * BLOCK_N, BLOCK_N, VECTOR, PAIRED, OWN_ROW)
+    stride_vector = (n_padded // 2 if PAIRED else n_padded) * VECTOR
     stride_block = n_padded.to(tl.int64) * WORDS
     if STEPS_PER_GROUP == 0:
-        metadata = tl.load(scales_ptrs)
+        metadata = tile_metadata(tl.load(scales_ptrs), 0, BLOCK_N, VECTOR, PAIRED, OWN_ROW)
     mask = mask_m[None, :] & (offs_n < N)[:, None]
     offs_y = offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
 
@@ -176,24 +189,32 @@ def fused_gemm_kernel(
             words = tl.load(qweight_ptrs + block * stride_block)
             for sub in tl.static_range(STEPS):
                 if STEPS_PER_GROUP != 0:
-                    group = group_of(block, sub, first_step, last_group, STEPS, STEPS_PER_GROUP)
-                    metadata = tl.load(scales_ptrs + group * n_padded)
-                # Not named, because a name would make a run-time value of it.
-                k = block * BLOCK_K + sub // PARTS * ROWS - pad
+                    if sub % VECTOR == 0:
+                        vector = vector_of(
+                            *(block, sub, first_step, last_group),
+                            *(STEPS, STEPS_PER_GROUP, VECTOR),
+                        )
+                        vectors = tl.load(scales_ptrs + vector * stride_vector)
+                    metadata = tile_metadata(
+                        vectors, sub % VECTOR, BLOCK_N, VECTOR, PAIRED, OWN_ROW
+                    )
+                k = block * BLOCK_K - pad
+                # Not named, because a name would make a run-time value of `sub // PARTS * ROWS`.
                 if X_DESCRIPTOR:
                     # What lies outside x, before the first feature too, reads as zero.
-                    tokens = tl.trans(x_ptr.load([pid_m * BLOCK_M, k]))
+                    tokens = tl.trans(x_ptr.load([pid_m * BLOCK_M, k + sub // PARTS * ROWS]))
                 else:
-                    rows = k + offs_k
-                    mask_k = of_step((rows >= 0) & (rows < K), offs_k, sub, STEP)
-                    tokens = tl.load(x_ptrs + k, mask=mask_m[None, :] & mask_k[:, None], other=0.0)
+                    # Negative rows are large unsigned ones.
+                    rows = (k + (offs_k + sub // PARTS * ROWS)).to(tl.uint32)
+                    mask_k = of_step(rows < K.to(tl.uint32), offs_k, sub, STEP)
+                    mask_x = mask_m[None, :] & mask_k[:, None]
+                    tokens = tl.load(x_ptrs + k + sub // PARTS * ROWS, mask=mask_x, other=0.0)
                 weight = DECODE(words, metadata, sub // PARTS, ROWS, DTYPE, INTERPRET)
                 if SCALE_LAST:
                     acc = _dot(weight, tokens, acc, INTERPRET)
                 elif SCALE_WEIGHTS:
-                    weight = scaled(
-                        weight, scale_of(metadata, SCALE_DTYPE), NARROW_SCALE, INTERPRET
-                    )
+                    scale = stored_scale(metadata, SCALE_DTYPE)
+                    weight = scaled(weight, scale, NARROW_SCALE, INTERPRET)
                     acc = _dot(weight, tokens, acc, INTERPRET)
                 else:
                     scale = scale_of(metadata, SCALE_DTYPE)

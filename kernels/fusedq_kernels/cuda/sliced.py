@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 
 from fusedq_kernels.choose.slices import slice_rows
-from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, group_of, of_step, scale_of
+from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, of_step
 from fusedq_kernels.cuda.gemm import FP_FUSION, check_operands, weight_constants
 from fusedq_kernels.cuda.gemm_kernel import scaled
 from fusedq_kernels.cuda.hooks import named_for_hooks
+from fusedq_kernels.cuda.metadata import row_metadata, scale_of, vector_of
 from fusedq_kernels.geometry import GroupGeometry, group_geometry
 from fusedq_kernels.types import KernelName, Launch, PackedWeight, QuantSpec, layout_for
 
@@ -42,6 +43,8 @@ def dequantize_slice_kernel(
     last_group,
     DECODE: tl.constexpr,
     SCALE_DTYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PAIRED: tl.constexpr,
     WORDS: tl.constexpr,
     STEP: tl.constexpr,
     STEPS_PER_GROUP: tl.constexpr,
@@ -66,10 +69,10 @@ def dequantize_slice_kernel(
     words = tl.load(qweight_ptrs, mask=mask_n[:, None], other=0)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * K + offs_k[None, :]
     for sub in tl.static_range(STEPS):
-        group = 0
-        if STEPS_PER_GROUP != 0:
-            group = group_of(block, sub, first_step, last_group, STEPS, STEPS_PER_GROUP)
-        metadata = tl.load(scales_ptr + offs_n + group * n_padded, mask=mask_n, other=0)
+        vector = vector_of(block, sub, first_step, last_group, STEPS, STEPS_PER_GROUP, VECTOR)
+        metadata = row_metadata(
+            scales_ptr, vector, offs_n, n_padded, mask_n, sub % VECTOR, VECTOR, PAIRED
+        )
         weight = DECODE(words, metadata, sub // PARTS, ROWS, DTYPE, INTERPRET)
         weight = scaled(weight, scale_of(metadata, SCALE_DTYPE), False, INTERPRET)
         k = block * BLOCK_K + sub // PARTS * ROWS - pad

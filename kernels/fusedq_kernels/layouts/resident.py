@@ -15,6 +15,7 @@ from fusedq_kernels.geometry import (
     BLOCK_K,
     BLOCK_N,
     WNA16_ALIGNMENT,
+    GroupGeometry,
     group_geometry,
     round_up,
     wna16_geometry,
@@ -29,6 +30,8 @@ TILED_WORDS = {Layout.P4: 16, Layout.P8: 32, Layout.PL4: 16}
 WNA16_BLOCK_N = 16
 
 PERM_DTYPE = DType.INT32
+# A vector of scales is one 16-byte copy at most.
+_MAX_VECTOR = 4
 
 
 class ResidentTensor(NamedTuple):
@@ -40,6 +43,38 @@ class ResidentTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+class ScaleWords(NamedTuple):
+    """How a tiled layout lays out its scales: `[vectors, n_padded // rows, vector]` of `dtype`.
+
+    `rows` neighbours of N (rows r and r + 8 of 16) share a word, `vector` neighbouring groups lie
+    side by side: those of a K block, which the kernel then fetches by one copy.
+    """
+
+    rows: int
+    vector: int
+    vectors: int
+    dtype: DType
+
+    def shape(self, n_padded: int) -> tuple[int, int, int]:
+        return self.vectors, n_padded // self.rows, self.vector
+
+
+def scale_words(spec: QuantSpec, groups: GroupGeometry) -> ScaleWords:
+    """The one rule for the scales of a weight in a tiled layout.
+
+    An asynchronous copy moves 4 bytes at least. A 16-bit scale shares its word with the zero point
+    where there is one, else with the scale of another row; a 32-bit one has it to itself.
+    """
+    alone = spec.has_zero_points or spec.scale_dtype.itemsize == 4
+    vector = min(_MAX_VECTOR, BLOCK_K // groups.step) if groups.step == spec.group_size else 1
+    vectors = groups.num_groups
+    if vector > 1:
+        # Whole blocks, so that a load beyond the last group reads what nothing multiplies.
+        vectors = groups.k_padded // (groups.step * vector)
+    dtype = DType.FLOAT32 if spec.scale_dtype is DType.FLOAT32 else DType.INT32
+    return ScaleWords(1 if alone else 2, vector, vectors, dtype)
 
 
 def resident_tensors(
@@ -71,10 +106,10 @@ def _tiled(
     geometry = group_geometry(k, spec.group_size, phase)
     n_padded = round_up(n, BLOCK_N)
     num_blocks = geometry.k_padded // BLOCK_K
-    scale_dtype = DType.INT32 if spec.has_zero_points else DType.FLOAT32
+    words = scale_words(spec, geometry)
     return {
         "qweight": ResidentTensor((num_blocks, n_padded, TILED_WORDS[layout]), DType.INT32),
-        "scales": ResidentTensor((geometry.num_groups, n_padded), scale_dtype),
+        "scales": ResidentTensor(words.shape(n_padded), words.dtype),
     }
 
 

@@ -15,11 +15,15 @@ PL4, 16 words: bits `8j + 4b .. 8j + 4b + 3` of word `[kb, n, w]` hold the code 
 `128 kb + 32 j + 2 w + b` (j < 4, b < 2): pairs are adjacent, so that a byte permute on two bytes
 yields whole pairs of values.
 
-scales, `[G, n_padded]`: fp32 without stored zero points; with them int32
-`(16-bit scale << 16) | zero point`, because a 16-bit scale alone is a load that the compiler does
-not pipeline.
+scales, `[vectors, n_padded // rows, vector]` (`resident.scale_words`), words of 32 bits because
+the compiler does not pipeline a narrower load. Group g of row n is in vector `g // vector`, element
+`g % vector`:
+  - with stored zero points int32, rows 1: `(16-bit scale << 16) | zero point`;
+  - 16-bit scales without: int32, rows 2: word `8u + j` holds rows `16u + j` and, in its upper half,
+    `16u + j + 8`, the two rows of 16 that a thread of a tensor core holds;
+  - 32-bit scales: fp32, rows 1.
 
-`packing.py` is the public side; `bits.py` moves the codes.
+`packing.py` is the public side; `bits.py` moves the codes, `scales.py` the scales.
 """
 
 from collections.abc import Callable
@@ -29,6 +33,7 @@ import torch
 
 from fusedq_kernels.geometry import group_geometry
 from fusedq_kernels.layouts import bits
+from fusedq_kernels.layouts import scales as scale_rows
 from fusedq_kernels.types import Layout, PackedWeight
 
 
@@ -48,23 +53,15 @@ class TiledCodec:
         self, packed: PackedWeight, start: int, scales: torch.Tensor, zeros: torch.Tensor | None
     ) -> None:
         """Write the scales and zero points of outputs from `start` on."""
-        target = packed.scales[:, start : start + scales.shape[0]]
-        if zeros is None:
-            target.copy_(scales.t())
-            return
-        bits.check_below(zeros, self.zero_bound, "zeros")
-        target.copy_(scales.contiguous().view(torch.int16).t())
-        target.bitwise_left_shift_(16).bitwise_or_(zeros.t())
+        if zeros is not None:
+            bits.check_below(zeros, self.zero_bound, "zeros")
+        scale_rows.write(packed, start, scales, zeros)
 
     def read_groups(
         self, packed: PackedWeight, start: int, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scales and zero points `[stop - start, G]` of outputs `[start, stop)`."""
-        groups = packed.scales[:, start:stop].t().contiguous()
-        if not packed.spec.has_zero_points:
-            return groups.to(packed.spec.scale_dtype.torch), None
-        scales = (groups >> 16).to(torch.int16).view(packed.spec.scale_dtype.torch)
-        return scales, groups.to(torch.uint8)
+        return scale_rows.read(packed, start, stop)
 
     def write_codes(
         self, packed: PackedWeight, start: int, codes: torch.Tensor, zeros: torch.Tensor | None
@@ -84,9 +81,8 @@ class TiledCodec:
         self, packed: PackedWeight, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes, scales and zero points of outputs `rows`, int64 `[M]`."""
-        qweight, scales = (each.index_select(1, rows) for each in (packed.qweight, packed.scales))
-        few = replace(packed, qweight=qweight, scales=scales, n=len(rows))
-        return self.read_codes(few, 0, few.n), *self.read_groups(few, 0, few.n)
+        few = replace(packed, qweight=packed.qweight.index_select(1, rows), n=len(rows))
+        return self.read_codes(few, 0, few.n), *scale_rows.gather(packed, rows)
 
     def padded_codes(self, packed: PackedWeight, start: int, stop: int) -> torch.Tensor:
         """Codes uint8 `[stop - start, k_padded]` of outputs `[start, stop)`."""

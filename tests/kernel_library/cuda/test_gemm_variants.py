@@ -45,6 +45,17 @@ def test_scaled_steps_add_up_to_the_same(weight_type, options):
     assert torch.equal(one_hot, reference.dequantize(problem.logical, HALF).t().to(HALF))
 
 
+@pytest.mark.parametrize("scale_dtype", [HALF, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("group_size", "phase"), [(8, 0), (16, 0), (32, 16), (64, 48), (96, 80), (128, 16), (256, 208)]
+)
+def test_a_row_finds_its_scale_by_itself(group_size, phase, scale_dtype):
+    spec = QuantSpec(WeightType.UINT4B8, group_size, scale_dtype)
+    logical = testing.random_logical(72, 400, spec, phase)
+    y = run(testing.one_hot(400), pack(logical, HALF), None, launch(512, 128, scale_steps=True))
+    assert torch.equal(y, reference.dequantize(logical, HALF).t().to(HALF))
+
+
 @pytest.mark.parametrize("act_dtype", gemm.ACT_DTYPES)
 @pytest.mark.parametrize("scale_dtype", [HALF, torch.bfloat16])
 @pytest.mark.parametrize("weight_type", [WeightType.UINT4, WeightType.UINT8B128, WeightType.NF4])

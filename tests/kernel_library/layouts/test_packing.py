@@ -119,7 +119,7 @@ def test_p8_by_hand() -> None:
     packed = packing.pack(logical, Layout.P8, HALF)
     assert int(packed.qweight[0, 0, 0]) & 0xFFFFFFFF == 0x78563412
     assert int(packed.qweight[0, 0, 31]) & 0xFFFFFFFF == 0xFF000000
-    assert int(packed.scales[0, 0]) & 0xFFFFFFFF == 0xBC0000FF
+    assert int(packed.scales[0, 0, 0]) & 0xFFFFFFFF == 0xBC0000FF
 
 
 def test_pl4_by_hand() -> None:
@@ -133,22 +133,91 @@ def test_pl4_by_hand() -> None:
     assert int(packed.qweight[0, 0, 0]) & 0xFFFFFFFF == 0x87654321
     assert int(packed.qweight[0, 0, 15]) & 0xFFFFFFFF == 0xF0000000
     assert packed.scales.dtype == torch.float32
-    assert torch.equal(packed.scales[:, :1], scales)
+    assert torch.equal(packed.scales[:, :1], scales[:, :, None])
 
 
-def test_p4_groups_by_hand() -> None:
+def test_zero_points_by_hand() -> None:
     codes = torch.zeros((2, 32), dtype=torch.uint8)
     scales = torch.tensor([[1.0, 2.0], [-1.0, 0.5]], dtype=HALF)
     zeros = torch.tensor([[3, 16], [0, 15]], dtype=torch.uint8)
-    asymmetric = LogicalWeight(codes, scales, zeros, spec_of(WeightType.UINT4, 16))
-    packed = packing.pack(asymmetric, Layout.P4, HALF)
-    words = [[int(word) & 0xFFFFFFFF for word in row] for row in packed.scales[:, :3]]
-    assert words == [[0x3C000003, 0xBC000000, 0], [0x40000010, 0x3800000F, 0]]
-    symmetric = LogicalWeight(codes, scales, None, spec_of(WeightType.UINT4B8, 16))
-    packed = packing.pack(symmetric, Layout.P4, HALF)
-    assert packed.zeros is None
-    assert packed.scales.dtype == torch.float32
-    assert packed.scales[:, :3].tolist() == [[1.0, -1.0, 0.0], [2.0, 0.5, 0.0]]
+    packed = packing.pack(
+        LogicalWeight(codes, scales, zeros, spec_of(WeightType.UINT4, 16)), Layout.P4, HALF
+    )
+    # Groups of 16 come in vectors of four, eight to a block of 128.
+    assert packed.scales.shape == (2, 128, 4)
+    words = [[int(word) & 0xFFFFFFFF for word in row] for row in packed.scales[0, :3, :3]]
+    assert words == [[0x3C000003, 0x40000010, 0], [0xBC000000, 0x3800000F, 0], [0, 0, 0]]
+    assert not packed.scales[1].any()
+
+
+def test_two_rows_share_a_word_by_hand() -> None:
+    """Rows j and j + 8 of 16, the second one in the upper half; scales 1.0 to 20.0 and 0.5."""
+    scales = torch.stack([torch.arange(1.0, 21.0), torch.full((20,), 0.5)], 1).to(HALF)
+    codes = torch.zeros((20, 64), dtype=torch.uint8)
+    packed = packing.pack(
+        LogicalWeight(codes, scales, None, spec_of(WeightType.UINT4B8, 32)), Layout.P4, HALF
+    )
+    assert (packed.scales.shape, packed.scales.dtype) == ((1, 64, 4), torch.int32)
+    words = [[int(word) & 0xFFFFFFFF for word in row] for row in packed.scales[0, :12, :3]]
+    pairs = (0x48803C00, 0x49004000, 0x49804200, 0x4A004400, 0x4A804500, 0x4B004600, 0x4B804700)
+    assert words[:8] == [[pair, 0x38003800, 0] for pair in (*pairs, 0x4C004800)]
+    # Rows 16 to 19 have no partners.
+    assert words[8:] == [[pair, 0x3800, 0] for pair in (0x4C40, 0x4C80, 0x4CC0, 0x4D00)]
+    assert not packed.scales[0, 12:].any()
+
+
+@pytest.mark.parametrize("group_size", [8, 16, 24, 32, 64, 96, 128, 256, PER_CHANNEL])
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weight_type", WeightType, ids=lambda t: t.value)
+def test_every_bit_of_a_scale_survives(
+    weight_type: WeightType, scale_dtype: torch.dtype, group_size: int
+) -> None:
+    """Any bits, those of infinities and NaN too, of all rows and of some."""
+    if weight_type.has_zero_points and scale_dtype is torch.float32:
+        return
+    tiled = layout_for(KernelName.TRITON_GEMM, weight_type)
+    bits = {2: torch.int16, 4: torch.int32}[scale_dtype.itemsize]
+    generator = torch.Generator().manual_seed(group_size)
+    for n, k, phase in itertools.product((1, 40, 136), (8, 272, 1000), (0, 8, 13)):
+        if phase >= group_size:
+            continue
+        spec = spec_of(weight_type, group_size, scale_dtype)
+        logical = random_logical(n, k, spec, phase)
+        limits = torch.iinfo(bits)
+        shape = logical.scales.shape
+        scales = torch.randint(limits.min, limits.max, shape, generator=generator, dtype=bits)
+        logical = replace(logical, scales=scales.view(scale_dtype))
+        packed = packing.pack(logical, tiled, HALF)
+        assert torch.equal(packing.unpack(packed).scales.view(bits), scales)
+        rows = torch.randint(n, (5,), generator=generator)
+        found = packing.gather(packed, rows)
+        assert torch.equal(found.scales.view(bits), scales[rows])
+        assert torch.equal(found.codes, logical.codes[rows])
+        assert found.zeros is None or torch.equal(found.zeros, logical.zeros[rows])
+
+
+@pytest.mark.parametrize(
+    ("weight_type", "scale_dtype", "group_size", "bits"),
+    [
+        (WeightType.UINT4B8, torch.float16, 128, 4.125),
+        (WeightType.UINT4B8, torch.bfloat16, 64, 4.25),
+        (WeightType.UINT4B8, torch.float16, 32, 4.5),
+        (WeightType.UINT4B8, torch.float16, 16, 5.0),
+        (WeightType.UINT8B128, torch.bfloat16, 128, 8.125),
+        (WeightType.NF4, torch.float16, 64, 4.25),
+        (WeightType.NF4, torch.float32, 64, 4.5),
+        (WeightType.UINT4B8, torch.float32, 128, 4.25),
+        (WeightType.UINT4, torch.float16, 128, 4.25),
+        (WeightType.UINT4, torch.float16, 32, 5.0),
+    ],
+)
+def test_bits_per_weight(
+    weight_type: WeightType, scale_dtype: torch.dtype, group_size: int, bits: float
+) -> None:
+    spec = spec_of(weight_type, group_size, scale_dtype)
+    tiled = layout_for(KernelName.TRITON_GEMM, weight_type)
+    packed = packing.empty_packed(tiled, 4096, 4096, spec, 0, HALF, "meta")
+    assert 8 * sum(packing.weight_bytes(packed).values()) == bits * 4096 * 4096
 
 
 @pytest.mark.parametrize(
@@ -276,7 +345,7 @@ def test_weight_bytes() -> None:
     assert packing.weight_bytes(packed) == {"qweight": 128 * 256 // 2, "scales": 8 * 128 * 4}
     eight = spec_of(WeightType.UINT8B128, 32)
     packed = packing.empty_packed(Layout.P8, 100, 256, eight, 0, HALF, "meta")
-    assert packing.weight_bytes(packed) == {"qweight": 128 * 256, "scales": 8 * 128 * 4}
+    assert packing.weight_bytes(packed) == {"qweight": 128 * 256, "scales": 8 * 128 * 2}
     packed = packing.empty_packed(Layout.CPU_WNA16, 100, 256, spec, 0, HALF, "meta")
     expected = {"qweight": 128 * 256 // 2, "scales": 8 * 128 * 2, "zeros": 8 * 128 // 2}
     assert packing.weight_bytes(packed) == expected
