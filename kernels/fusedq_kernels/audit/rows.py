@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.geometry import BLOCK_K
-from fusedq_kernels.types import TileConfig
+from fusedq_kernels.types import TileConfig, WeightType
 
 WARP_SIZE = 32
 _MAX_REGISTERS = 255
@@ -31,6 +31,9 @@ _INSTRUCTIONS = {
     **{"64x256": 3.15, "64x128": 4.3, "64x64": 4.5, "128x128": 4.9},
     **{"64x128s": 7.2, "128x128s": 7.4, "256x128s": 7.8},
 }
+# The same with groups of 32, and what a zero point per group takes there.
+_INSTRUCTIONS_GROUPS_OF_32 = {"8x128": 3.2, "16x128": 3.45}
+_ZERO_POINTS_GROUPS_OF_32 = 0.3
 # What another weight type may spend beyond that: the codes of 8 bits take more loads, an entry of a
 # codebook more permutes.
 _BEYOND = {"uint4": 0, "uint4b8": 0, "uint8": 0.3, "uint8b128": 0.2, "nf4": 1.3, "fp4": 1.1}
@@ -154,12 +157,16 @@ class AuditRow(CompiledRow):
         return found
 
     def _budget(self) -> float:
-        """mma.sync and small groups repeat work that the budget does not count."""
-        wgmma = device_by_name(self.target).capability[0] == 9
-        counted = wgmma and self.group_size % BLOCK_K == 0 and self.tile.segments == 1
-        if not counted or self.tile_name not in _INSTRUCTIONS:
+        """mma.sync and groups of other sizes repeat work that the budget does not count."""
+        if device_by_name(self.target).capability[0] != 9 or self.tile.segments != 1:
             return float("inf")
-        return _INSTRUCTIONS[self.tile_name] + _BEYOND[self.weight_type]
+        budgets, more = {}, _BEYOND[self.weight_type]
+        if self.group_size % BLOCK_K == 0:
+            budgets = _INSTRUCTIONS
+        elif self.group_size == 32:
+            budgets = _INSTRUCTIONS_GROUPS_OF_32
+            more += _ZERO_POINTS_GROUPS_OF_32 * WeightType(self.weight_type).has_zero_points
+        return budgets.get(self.tile_name, float("inf")) + more
 
 
 def tile_name(tile: TileConfig) -> str:

@@ -21,14 +21,22 @@ from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.choose.heuristics import tiles_for
 from fusedq_kernels.types import TileConfig, WeightType
 
-# Arguments of the command. Types with stored zero points do all that those without do, and more.
+# Arguments of the command. Types with stored zero points do all that those without do, and more,
+# but for scales of which two share a word.
 RUNS = {
     "sm_90": "--target sm_90 --act-dtype bf16 --weight-type uint4",
     "sm_90-8bit": "--target sm_90 --act-dtype bf16 --weight-type uint8",
     "sm_90-fp16": "--target sm_90 --act-dtype fp16 --weight-type uint4 --tile 16x128 64x256",
     "sm_90-groups": (
-        "--target sm_90 --act-dtype bf16 --weight-type uint4b8 --tile 16x128 64x128 "
+        "--target sm_90 --act-dtype bf16 --weight-type uint4b8 --tile 8x128 16x128 64x128 "
         "--group-size 32 64 131072"
+    ),
+    "sm_90-symmetric": (
+        "--target sm_90 --act-dtype bf16 --weight-type uint4b8 "
+        "--tile 8x128 16x64 32x256 64x256 128x128s 256x128s --scale-dtype fp16"
+    ),
+    "sm_90-zeros-groups": (
+        "--target sm_90 --act-dtype bf16 --weight-type uint4 --tile 8x128 16x128 --group-size 32"
     ),
     "sm_90-8bit-groups": (
         "--target sm_90 --act-dtype bf16 --weight-type uint8b128 --tile 16x128 64x128 "
@@ -66,6 +74,9 @@ RUNS = {
     "sm_86": "--target sm_86 --act-dtype fp16 --weight-type uint4b8 --tile 16x128",
     "sm_89": "--target sm_89 --act-dtype bf16 --weight-type uint4 --tile 64x128",
     "sm_100": "--target sm_100 --act-dtype bf16 --weight-type uint4 --tile 16x128 32x128 64x256",
+    "sm_100-symmetric": (
+        "--target sm_100 --act-dtype bf16 --weight-type uint4b8 --tile 16x128 --group-size 32 128"
+    ),
     "sm_100-8bit": "--target sm_100 --act-dtype bf16 --weight-type uint8 --tile 64x256",
     "sm_100-fine": (
         "--target sm_100 --act-dtype bf16 --weight-type uint4b8 --tile 16x128 --group-size 16"
@@ -234,6 +245,9 @@ GOOD = rows.AuditRow(
         ({"loop_instructions": 500, "group_size": 64}, ()),
         ({"loop_instructions": 500, "group_size": 192}, ()),
         ({"loop_instructions": 500, "group_size": 1 << 16}, ("instructions",)),
+        ({"loop_instructions": 470, "group_size": 32}, ()),
+        ({"loop_instructions": 490, "group_size": 32}, ("instructions",)),
+        ({"loop_instructions": 460, "group_size": 32, "weight_type": "uint4b8"}, ("instructions",)),
     ],
 )
 def test_every_problem_is_found(changes, problems):
