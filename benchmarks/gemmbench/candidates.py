@@ -1,7 +1,7 @@
 """Launches worth measuring for a problem, and the tuned rows that measurements add up to."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from fusedq_kernels.choose import tuning
@@ -46,8 +46,8 @@ def candidates(
     """The `keep` tiles with the shortest predicted times, what the rules choose before all others.
 
     The tiles are those of the rules, which are known to compile without spills, with a stage more
-    or less and every sensible split of K. Whichever split the decode rows are to share, the best
-    tiles of its neighbours are there to compare: for each split at least one stays.
+    or less and every sensible split of K. Of twice and half the splits that the rules choose at
+    least one tile stays.
     """
     chosen = select(shape, spec, device, table_for=lambda _: None).tile
     assert chosen is not None
@@ -83,10 +83,8 @@ def splits_for(k: int) -> list[int]:
 def tuned_rows(measurements: Iterable[Measurement]) -> list[tuning.TunedRow]:
     """The fastest tile of each problem, as rows of a tuned table.
 
-    Up to `tuning.MAX_DECODE_M` tokens all rows of a shape share the split whose tiles are fastest
-    in the geometric mean, among the splits measured for each of them. Shapes without a row for
-    `MAX_DECODE_M` are not finished and left out. Where sliced-cublas is the fastest it gets a row
-    beside that of the fastest tile, which serves where it is forbidden.
+    Shapes without a row for `MAX_DECODE_M` are not finished and left out. Where sliced-cublas is
+    the fastest it gets a row beside that of the fastest tile, which serves where it is forbidden.
     """
     shapes: dict[tuple[WeightType, int, int, int], list[Measurement]] = {}
     for each in measurements:
@@ -94,40 +92,23 @@ def tuned_rows(measurements: Iterable[Measurement]) -> list[tuning.TunedRow]:
         shapes.setdefault(key, []).append(each)
     rows = []
     for key, members in shapes.items():
-        decode = [each for each in members if each.shape.m <= tuning.MAX_DECODE_M]
-        prefill = [each for each in members if each.shape.m > tuning.MAX_DECODE_M]
-        split = _shared_split(decode)
-        if split is None or not any(each.shape.m == tuning.MAX_DECODE_M for each in decode):
+        if all(each.tile is None or each.shape.m != tuning.MAX_DECODE_M for each in members):
             continue
-        decode = [each for each in decode if each.tile.split_k == split]
-        for m in sorted({each.shape.m for each in (*decode, *prefill)}):
-            ranked = sorted(
-                (each for each in (*decode, *prefill) if each.shape.m == m),
-                key=lambda each: each.us,
-            )
+        fused_until = 0
+        for m in sorted({each.shape.m for each in members}):
+            ranked = sorted((e for e in members if e.shape.m == m), key=lambda each: each.us)
             fused = next((each for each in ranked if each.tile is not None), None)
             if fused is None:
                 continue
-            rows += [
-                tuning.TunedRow(*key, m, each.kernel, each.tile, each.us)
-                for each in dict.fromkeys((fused, ranked[0]))
-            ]
+            rows.append(tuning.TunedRow(*key, m, fused.kernel, fused.tile, fused.us))
+            if ranked[0] is fused:
+                fused_until = m
+                continue
+            # Half-way, in factors, from the last number of tokens at which a tile was faster.
+            min_m = math.isqrt(fused_until * m) + 1
+            rows.append(tuning.TunedRow(*key, m, ranked[0].kernel, None, ranked[0].us, min_m))
+            fused_until = 0
     return rows
-
-
-def _shared_split(decode: Sequence[Measurement]) -> int | None:
-    buckets = {each.shape.m for each in decode}
-    totals = {}
-    for split in {each.tile.split_k for each in decode}:
-        best = {
-            m: min(
-                (e.us for e in decode if e.shape.m == m and e.tile.split_k == split), default=None
-            )
-            for m in buckets
-        }
-        if all(best.values()):
-            totals[split] = sum(math.log(us) for us in best.values())
-    return min(totals, key=lambda split: (totals[split], split), default=None)
 
 
 def _suits(tile: TileConfig, shape: GemmShape) -> bool:

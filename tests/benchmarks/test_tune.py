@@ -42,15 +42,9 @@ def test_candidates_begin_with_the_rules_and_can_all_run(n: int, m: int) -> None
         assert tile.num_stages >= 2
 
 
-def test_decode_candidates_offer_a_common_split() -> None:
-    splits = [
-        {
-            tile.split_k
-            for tile in candidates.candidates(GemmShape(m, 4096, 4096), INT4, H200, RATES, keep=6)
-        }
-        for m in candidates.DECODE_BUCKETS
-    ]
-    assert len(set.intersection(*splits)) >= 2
+def test_twice_and_half_the_splits_of_the_rules_are_tried() -> None:
+    found = candidates.candidates(GemmShape(16, 6144, 4096), INT4, H200, RATES, keep=4)
+    assert {4, 8, 2} <= {tile.split_k for tile in found}
 
 
 def test_a_split_leaves_no_split_empty() -> None:
@@ -59,19 +53,17 @@ def test_a_split_leaves_no_split_empty() -> None:
     assert 3 in candidates.splits_for(128 * 9)
 
 
-def test_decode_rows_share_the_split_that_is_best_together() -> None:
-    # Split 8 wins at 8 tokens by less than split 4 wins at 64.
+def test_a_row_is_the_fastest_tile_of_its_tokens() -> None:
     found = candidates.tuned_rows(
         [
             *(measured(8, 8, 4.0), measured(8, 4, 4.4), measured(8, 4, 4.2, num_stages=5)),
             *(measured(64, 8, 9.0), measured(64, 4, 6.0), measured(512, 1, 50.0)),
-            *(measured(512, 2, 40.0), measured(64, 2, 1.0)),
         ]
     )
-    assert [(row.max_m, row.tile.split_k, row.tile.num_stages, row.us) for row in found] == [
-        (8, 4, 5, 4.2),
-        (64, 4, 4, 6.0),
-        (512, 2, 4, 40.0),
+    assert [(row.max_m, row.tile.split_k, row.us) for row in found] == [
+        (8, 8, 4.0),
+        (64, 4, 6.0),
+        (512, 1, 50.0),
     ]
 
 
@@ -80,16 +72,20 @@ def test_an_unfinished_shape_gets_no_rows() -> None:
 
 
 def test_where_slices_are_fastest_the_fastest_tile_stands_beside_them() -> None:
-    def sliced(us: float) -> candidates.Measurement:
-        shape = GemmShape(512, 4096, 4096)
+    def sliced(us: float, m: int = 512) -> candidates.Measurement:
+        shape = GemmShape(m, 4096, 4096)
         return candidates.Measurement(shape, INT4, None, us, KernelName.SLICED_CUBLAS)
 
     tiles = [measured(64, 4, 6.0), measured(512, 1, 50.0), measured(512, 2, 40.0)]
-    found = candidates.tuned_rows([*tiles, sliced(30.0)])
-    assert [(row.max_m, row.kernel, row.us) for row in found] == [
-        (64, KernelName.TRITON_GEMM, 6.0),
-        (512, KernelName.TRITON_GEMM, 40.0),
-        (512, KernelName.SLICED_CUBLAS, 30.0),
+    more = [measured(2048, 1, 200.0), sliced(100.0, 2048)]
+    found = candidates.tuned_rows([*tiles, sliced(30.0), *more])
+    assert [(row.max_m, row.kernel, row.us, row.min_m) for row in found] == [
+        (64, KernelName.TRITON_GEMM, 6.0, 1),
+        (512, KernelName.TRITON_GEMM, 40.0, 1),
+        # Between 64 tokens, where the tile won, and 512.
+        (512, KernelName.SLICED_CUBLAS, 30.0, 182),
+        (2048, KernelName.TRITON_GEMM, 200.0, 1),
+        (2048, KernelName.SLICED_CUBLAS, 100.0, 1),
     ]
     assert len(candidates.tuned_rows([*tiles, sliced(60.0)])) == 2
     assert len(candidates.tuned_rows([tiles[0], sliced(60.0)])) == 1

@@ -12,12 +12,11 @@ from math import prod
 
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import round_up
-from fusedq_kernels.types import Launch
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.formats.shared.vocabulary import INPUT_EMBEDDINGS, LM_HEADS, is_head, is_tied
 from vllm_fusedq.plan.attention import kv_heads
-from vllm_fusedq.plan.layer import DECODE_TOKENS, PREFILL_TOKENS, LayerPlan
+from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.plan.model import ModelPlan
 from vllm_fusedq.plan.shards import VOCAB_PADDING, ParallelStyle, style_of
 
@@ -26,8 +25,6 @@ KV_DTYPE_BYTES = {"auto": None, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3
 
 # What vLLM runs in one step at most by default, for the estimate of the activations.
 MAX_BATCHED_TOKENS = 8192
-# Below this many tokens the split of K is the same for every number of them.
-_DECODE_LIMIT = 64
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 _FINAL_NORMS = frozenset({"norm", "ln_f", "final_layernorm", "final_layer_norm"})
@@ -183,17 +180,9 @@ def kv_bytes_per_layer(
 
 def workspace_bytes(plan: LayerPlan) -> int:
     """The largest of what a call can need beside its output: the slice of a sliced prefill, or the
-    partial sums of split K, fp32, at the most tokens for which the launch holds."""
-    return max(
-        plan.declared.workspace_bytes if plan.declared else 0,
-        _split_bytes(plan.decode, max(DECODE_TOKENS, _DECODE_LIMIT), plan.n),
-        _split_bytes(plan.prefill, PREFILL_TOKENS, plan.n),
-    )
-
-
-def _split_bytes(launch: Launch, tokens: int, n: int) -> int:
-    splits = launch.tile.split_k if launch.tile else 1
-    return 4 * splits * tokens * n if splits > 1 else 0
+    partial sums of split K."""
+    sliced = plan.declared.workspace_bytes if plan.declared else 0
+    return max(sliced, plan.partial_sum_bytes)
 
 
 def _loaded_as_stored(checkpoint: Checkpoint, plan: ModelPlan) -> list[TensorInfo]:

@@ -62,8 +62,9 @@ class LayerPlan:
     `spec`, `phase` and `rows` (along K) are those of the resident weight. Where `ordered`, the
     activation is gathered into `rows` features once before the kernel. `resident` is the bytes of
     each tensor that stays in memory, by `PackedWeight` field name. `declared` is what else than
-    `kernel` some number of tokens reaches, with its workspace. `gather` looks up the rows of an
-    embedding; it is `kernel` too unless the embedding is also the lm_head.
+    `kernel` some number of tokens reaches, with its workspace; `partial_sum_bytes` is the most that
+    splits of K store in one call. `gather` looks up the rows of an embedding; it is `kernel` too
+    unless the embedding is also the lm_head.
     """
 
     shard: LayerShard
@@ -78,6 +79,7 @@ class LayerPlan:
     resident: tuple[tuple[str, int], ...]
     declared: heuristics.DeclaredLaunch | None = None
     gather: GatherName | None = None
+    partial_sum_bytes: int = 0
 
     @property
     def prefix(self) -> str:
@@ -162,6 +164,7 @@ def plan_layer(
         resident=resident,
         declared=choice.declared,
         gather=gather,
+        partial_sum_bytes=choice.partial_sum_bytes,
     )
 
 
@@ -190,6 +193,7 @@ class _Choice(NamedTuple):
     launches: tuple[Launch, ...] = ()
     resident: tuple[tuple[str, int], ...] = ()
     declared: heuristics.DeclaredLaunch | None = None
+    partial_sum_bytes: int = 0
 
 
 # A model has a handful of shapes, repeated in every block and on every rank.
@@ -204,7 +208,7 @@ def _choose(
     (n, rows), device, act_dtype = size, target.device, target.act_dtype
     if reasons := unsupported_reasons(n, rows, spec, phase, device, gather):
         return _Choice(reasons)
-    declared = None
+    declared, sums = None, 0
     if gather:
         launches = (heuristics.select_gather(device),) * 2
     else:
@@ -216,12 +220,15 @@ def _choose(
             )
             for m in (DECODE_TOKENS, PREFILL_TOKENS)
         )
+        sums = heuristics.partial_sum_bytes(
+            *(n, rows, spec, device), batch_invariant=target.batch_invariant
+        )
         if target.sliced_prefill and not target.batch_invariant:
             declared = heuristics.declared_launch(n, rows, spec, device)
     form = layout_for(launches[0].kernel, spec.weight_type)
     tensors = resident_tensors(form, n, rows, spec, phase, act_dtype)
     resident = tuple((name, tensor.nbytes) for name, tensor in tensors.items())
-    return _Choice((), launches, resident, declared)
+    return _Choice((), launches, resident, declared, sums)
 
 
 def _check_insisted(shard: LayerShard, spec: QuantSpec, kernel: KernelName | None) -> None:

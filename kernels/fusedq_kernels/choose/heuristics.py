@@ -2,8 +2,8 @@
 
 `device.py` supplies the `DeviceSpec`; `cuda/` and `cpu/` run the `Launch`. Nothing here asks a
 driver, so the answer given while planning is the answer at run time. `tiles.py` has the tiles of
-the rules, `tuning.py` the measured rows, which come before them; `refusals.py` says which problems
-get none.
+the rules, `waves.py` picks one, `tuning.py` has the measured rows, which come before them;
+`refusals.py` says which problems get none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from fusedq_kernels.choose import tuning
+from fusedq_kernels.choose import tuning, waves
 from fusedq_kernels.choose.slices import workspace_bytes
 from fusedq_kernels.choose.tiles import Rule, rules_for
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, group_geometry, round_up, whole_splits
@@ -35,13 +35,10 @@ DECLARED_KERNELS = (KernelName.SLICED_CUBLAS,)
 # With 8 tokens Triton 3.6 chooses mma.sync where it has wgmma for more.
 _MIN_INVARIANT_M = 16
 
-# Split-K: fill about two 128-wide tiles per SM, with at least four K blocks per split.
-_TILES_PER_SM = 2.1
+# The split of a batch-invariant layer: about two 128-wide tiles per SM, each four K blocks long.
+_INVARIANT_TILES_PER_SM = 2.1
 _MIN_BLOCKS_PER_SPLIT = 4
 _MAX_SPLIT_K = 16
-
-# A tile of this width is used from this N up, unless it is the last of its rule.
-_MIN_N = {256: 4096, 128: 2049}
 
 
 class DeclaredLaunch(NamedTuple):
@@ -91,11 +88,10 @@ def select(
 ) -> Launch:
     """The kernel and tile for one problem that `support.unsupported_reasons` has passed.
 
-    Up to 64 tokens `split_k` depends on N and K alone, so a row's sum is cut at the same places
-    whatever batch it arrives in. With `batch_invariant` that holds for any number of tokens, and
-    so does all else that decides a row's bits: one place for the scale, one kind of tensor-core
-    instruction, the parts of K added in one order. Measured rows, which `table_for` supplies and
-    which otherwise come before the rules, promise none of this and are not asked. Rows of declared
+    With `batch_invariant` all that decides a row's bits is the same whatever batch it arrives in:
+    K is cut at the same places, which N and K alone decide, the scale has one place, and there is
+    one kind of tensor-core instruction. Measured rows, which `table_for` supplies and which
+    otherwise come before the rules, promise none of this and are not asked. Rows of declared
     kernels count with `sliced_prefill` only.
     """
     kernel = kernel_for(device, spec.weight_type)
@@ -112,12 +108,12 @@ def select(
     # Fewer tokens may run on another kind of tensor-core instruction.
     tokens = max(shape.m, _MIN_INVARIANT_M) if batch_invariant else shape.m
     rule = next(rule for rule in rules if rule.max_m is None or tokens <= rule.max_m)
-    fitting = (c for c in rule.choices if step >= c.min_step and _fits(c.tile, shape.n))
-    tile = next(fitting, rule.choices[-1]).tile
-    if batch_invariant and shape.m > tuning.MAX_DECODE_M:
-        tile = replace(tile, segments=_decode_split(shape, device))
-    else:
-        tile = replace(tile, split_k=_split_k(shape, tile, device))
+    fitting = [c for c in rule.choices if c.suits(step) and tuning.divides(c.tile, shape.n)]
+    tile = waves.pick(fitting, shape, spec.weight_type.bits, device)
+    if batch_invariant:
+        split = _invariant_split(shape, device)
+        many = shape.m > tuning.MAX_DECODE_M
+        tile = replace(tile, split_k=1 if many else split, segments=split if many else 1)
     return Launch(kernel, tile, _rule_source(rules, rule, tile, batch_invariant))
 
 
@@ -128,7 +124,7 @@ def tiles_for(
     layout = layout_for(KernelName.TRITON_GEMM, weight_type)
     rules = rules_for(device, layout, step, batch_invariant)
     choices = (choice for rule in rules for choice in rule.choices)
-    return tuple(dict.fromkeys(choice.tile for choice in choices if step >= choice.min_step))
+    return tuple(dict.fromkeys(choice.tile for choice in choices if choice.suits(step)))
 
 
 def reachable_launches(
@@ -179,14 +175,29 @@ def declared_launch(
     return None
 
 
+def partial_sum_bytes(
+    n: int,
+    k: int,
+    spec: QuantSpec,
+    device: DeviceSpec,
+    *,
+    batch_invariant: bool = False,
+    table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
+) -> int:
+    """The most bytes of fp32 sums that the splits of one call store, whatever its tokens."""
+    table = table_for(device)
+    borders = {8, 16, 32, *range(64, tuning.OPEN_END + 1, 64)}
+    borders |= set() if table is None else {row.max_m for row in table.rows}
+    options = {"batch_invariant": batch_invariant, "table_for": table_for}
+    tiles = {m: select(GemmShape(m, n, k), spec, device, **options).tile for m in borders}
+    return max(4 * t.split_k * m * n if t and t.split_k > 1 else 0 for m, t in tiles.items())
+
+
 def _row_borders(table: tuning.TunedTable | None) -> set[int]:
     """The fewest tokens that a measured row can serve, beside 1."""
-    return set() if table is None else {row.max_m + 1 for row in table.rows}
-
-
-def _fits(tile: TileConfig, n: int) -> bool:
-    divides = round_up(n, BLOCK_N) % tile.block_n == 0
-    return divides and n >= _MIN_N.get(tile.block_n, 0)
+    if table is None:
+        return set()
+    return {row.max_m + 1 for row in table.rows} | {row.min_m for row in table.rows}
 
 
 def _rule_source(rules: Sequence[Rule], rule: Rule, tile: TileConfig, batch_invariant: bool) -> str:
@@ -201,24 +212,12 @@ def _rule_source(rules: Sequence[Rule], rule: Rule, tile: TileConfig, batch_inva
     return ", ".join(parts)
 
 
-def _decode_split(shape: GemmShape, device: DeviceSpec) -> int:
-    """The split of K for up to 64 tokens, from N and K alone."""
-    tiles = round_up(shape.n, BLOCK_N) // BLOCK_N
-    return _split_for(tiles, shape.k, device)
-
-
-def _split_k(shape: GemmShape, tile: TileConfig, device: DeviceSpec) -> int:
-    if shape.m <= tuning.MAX_DECODE_M:
-        return _decode_split(shape, device)
-    tiles = round_up(shape.n, tile.block_n) // tile.block_n
-    return _split_for(tiles * -(-shape.m // tile.block_m), shape.k, device)
-
-
-def _split_for(tiles: int, k: int, device: DeviceSpec) -> int:
-    num_blocks = -(-k // BLOCK_K)
+def _invariant_split(shape: GemmShape, device: DeviceSpec) -> int:
+    """From N and K alone."""
+    tiles, num_blocks = round_up(shape.n, BLOCK_N) // BLOCK_N, -(-shape.k // BLOCK_K)
     split_k = 1
     while (
-        2 * split_k * tiles <= _TILES_PER_SM * device.num_sms
+        2 * split_k * tiles <= _INVARIANT_TILES_PER_SM * device.num_sms
         and num_blocks >= _MIN_BLOCKS_PER_SPLIT * split_k
         and split_k < _MAX_SPLIT_K
     ):

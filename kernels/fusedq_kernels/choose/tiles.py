@@ -1,11 +1,12 @@
-"""The tiles of the Triton kernel, by layout and kind of tensor core; `heuristics.py` chooses.
+"""The tiles of the Triton kernel, by layout and kind of tensor core; `waves.py` chooses among them.
 
-The tables come from ahead-of-time compilation (`audit/`; Triton 3.6, 3.7 and 3.9), not from
-timing runs: no tile spills, stores a decoded weight to shared memory, or waits for a plain global
-load. Wider tiles read x less often, narrower ones fill the GPU when N is small. On `mma.sync`
-targets a tile of 32 or more tokens keeps its warps along N where it can, because warps spread over
-tokens decode the same weights again. A tcgen05 tile has 32 rows of weight per warp: fewer make
-Triton store the decoded weight to shared memory.
+Every tile comes from ahead-of-time compilation (`audit/`; Triton 3.6 to 3.9): none spills, stores a
+decoded weight to shared memory, or waits for a plain global load. For wgmma the widths, warps and
+`per_sm` are those that were fastest on an H200 with 4 bits (benchmarks/results/h200); no other GPU
+was measured. Wider tiles read x less often, narrower ones fill the GPU when N is small. On
+`mma.sync` targets a tile of 32 or more tokens keeps its warps along N where it can, because warps
+spread over tokens decode the same weights again. A tcgen05 tile has 32 rows of weight per warp:
+fewer make Triton store the decoded weight to shared memory.
 
 wgmma runs beside other instructions, so beyond 64 tokens, where it sets the pace, the scale
 multiplies the weight instead of a partial product that would have to be waited for. mma.sync waits
@@ -14,15 +15,30 @@ in any case, and for tcgen05 Triton would store the scaled weight to shared memo
 
 from dataclasses import dataclass, replace
 
+from fusedq_kernels.geometry import BLOCK_K
 from fusedq_kernels.types import DeviceSpec, Layout, TileConfig
+
+# Programs of few warps share a multiprocessor: about as many warps as hide each other's waits.
+_WARPS_PER_SM = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A tile, and the `GroupGeometry.step` below which it would spill registers."""
+    """A tile, and when it comes into question.
+
+    `per_sm` programs keep a multiprocessor busy. One that `may_split` takes as many splits of K as
+    fill the GPU; the others are for weights with enough outputs. Groups of a `GroupGeometry.step`
+    below `min_step` would spill registers, those above `max_step` have a better tile.
+    """
 
     tile: TileConfig
+    per_sm: int
+    may_split: bool = True
     min_step: int = 32
+    max_step: int = BLOCK_K
+
+    def suits(self, step: int) -> bool:
+        return self.min_step <= step <= self.max_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +66,33 @@ class Rules:
 
 
 def _tile(
-    block_m: int, block_n: int, num_warps: int, num_stages: int, min_step: int = 32
+    block_m: int,
+    block_n: int,
+    num_warps: int,
+    num_stages: int,
+    min_step: int = 32,
+    max_step: int = BLOCK_K,
+    per_sm: int | None = None,
 ) -> Choice:
-    return Choice(TileConfig(block_m, block_n, 1, num_warps, num_stages), min_step)
+    tile = TileConfig(block_m, block_n, 1, num_warps, num_stages)
+    per_sm = per_sm or _WARPS_PER_SM // num_warps
+    return Choice(tile, per_sm, min_step=min_step, max_step=max_step)
 
 
-def _scaling(
-    block_m: int, block_n: int, num_warps: int, num_stages: int, min_step: int = 32
-) -> Choice:
-    shape = (block_m, block_n, 1, num_warps, num_stages)
-    return Choice(TileConfig(*shape, scale_weights=True, x_descriptor=True), min_step)
+def _wide(*sizes: int, **options: int) -> Choice:
+    """Unsplit only: with splits a narrower tile has fewer sums to add up alone."""
+    return replace(_tile(*sizes, **options), may_split=False)
+
+
+def _scaling(*sizes: int, **options: int) -> Choice:
+    choice = _tile(*sizes, **options)
+    return replace(choice, tile=replace(choice.tile, scale_weights=True, x_descriptor=True))
 
 
 def _fine(block_m: int, block_n: int, num_warps: int, num_stages: int) -> tuple[Rule, ...]:
     """Few tokens first; narrower tiles than these load x two bytes at a time."""
-    few, many = _tile(16, 128, 4, 3, 8), _tile(block_m, block_n, num_warps, num_stages, 8)
+    few = _tile(16, 128, 4, 3, min_step=8)
+    many = _tile(block_m, block_n, num_warps, num_stages, min_step=8)
     return Rule(16, (few,)), Rule(None, (many,))
 
 
@@ -87,36 +115,53 @@ def _scaling_steps(rules: Rules) -> Rules:
     )
 
 
-def _scaled_prefill(middle: Choice, narrow: Choice) -> tuple[Rule, ...]:
-    return (
-        Rule(128, (middle, narrow)),
-        Rule(None, (_scaling(256, 128, 8, 3, 128), middle, narrow)),
-    )
-
-
+# Up to 256 tokens a wider tile would be mostly empty. Two programs of one warpgroup share an SM:
+# one decodes while the other multiplies, where the warpgroups of one program wait for each other.
+_ONE_WARPGROUP = (_scaling(128, 64, 4, 3), _scaling(64, 64, 4, 4))
 _WGMMA = Rules(
     decode=(
-        Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
-        Rule(16, (_tile(16, 128, 4, 4), _tile(16, 64, 4, 4))),
-        Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 8, 4), _tile(32, 64, 4, 4))),
-        Rule(64, (_tile(64, 256, 8, 4, 64), _tile(64, 128, 8, 4), _tile(64, 64, 4, 4))),
+        Rule(8, (_wide(8, 128, 4, 4), _tile(8, 64, 2, 4, per_sm=6))),
+        Rule(16, (_wide(16, 128, 4, 4), _tile(16, 64, 4, 4, per_sm=4))),
+        Rule(32, (_wide(32, 128, 4, 4), _tile(32, 64, 4, 4, per_sm=3))),
+        Rule(64, (_wide(64, 128, 8, 4), _tile(64, 64, 4, 4))),
     ),
-    # With 8 warps and fp16 scales under bf16, one Triton or another stores to shared memory.
-    prefill=_scaled_prefill(_scaling(128, 128, 4, 2, 64), _scaling(64, 128, 8, 4)),
+    prefill=(
+        Rule(256, _ONE_WARPGROUP),
+        Rule(
+            None,
+            (_scaling(256, 128, 8, 3, min_step=128), _scaling(128, 128, 8, 3), *_ONE_WARPGROUP),
+        ),
+    ),
     in_order=TileConfig(64, 128, 1, 8, 4),
     fine=_fine(64, 128, 8, 4),
 )
-# Scaled values of a codebook pass through shared memory, in some combinations of dtypes.
+# Scaled values of a codebook pass through shared memory, in some combinations of dtypes; of the
+# exact tiles 128x64 spills.
+_EXACT = (_wide(64, 128, 8, 4), _tile(64, 64, 4, 4))
 _PL4_WGMMA = replace(
-    _WGMMA, prefill=(Rule(None, (_tile(128, 128, 8, 3, 64), _tile(64, 128, 8, 4))),)
+    _WGMMA, prefill=(Rule(256, _EXACT), Rule(None, (_tile(128, 128, 8, 3, min_step=64), *_EXACT)))
 )
-# So do 8-bit values less a zero point, in the narrow tile with Triton 3.6; with per-channel scales
-# 4 warps spill.
+# Two programs of three stages do not fit an SM's shared memory.
+_P8_ONE_WARPGROUP = (_scaling(128, 64, 4, 2), _scaling(64, 64, 4, 4))
 _P8_WGMMA = replace(
-    _WGMMA, prefill=_scaled_prefill(_scaling(128, 128, 8, 2, 64), _tile(64, 128, 8, 4))
+    _WGMMA,
+    prefill=(
+        Rule(256, _P8_ONE_WARPGROUP),
+        Rule(
+            None,
+            (
+                *(_scaling(256, 128, 8, 3, min_step=128), _scaling(128, 128, 8, 2, min_step=64)),
+                *_P8_ONE_WARPGROUP,
+            ),
+        ),
+    ),
 )
 _MMA_SYNC_IN_ORDER = TileConfig(32, 64, 1, 2, 4)
 _MMA_SYNC_FINE = _fine(32, 128, 4, 3)
+_MMA_SYNC_FEW = (
+    Rule(8, (_wide(8, 128, 4, 4), _tile(8, 64, 4, 4, per_sm=4))),
+    Rule(16, (_wide(16, 128, 4, 4), _tile(16, 64, 4, 4, per_sm=4))),
+)
 
 
 def _as_decode(decode: tuple[Rule, ...], in_order: TileConfig, fine: tuple[Rule, ...]) -> Rules:
@@ -128,8 +173,15 @@ _TCGEN05 = _as_decode(
     (
         Rule(8, (_tile(8, 128, 4, 4),)),
         Rule(16, (_tile(16, 128, 4, 5),)),
-        Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4))),
-        Rule(64, (_tile(64, 256, 8, 3, 64), _tile(64, 128, 4, 3, 64), _tile(32, 128, 4, 4))),
+        Rule(32, (_wide(32, 256, 8, 4), _tile(32, 128, 4, 4))),
+        Rule(
+            64,
+            (
+                _wide(64, 256, 8, 3, min_step=64),
+                _tile(64, 128, 4, 3, min_step=64),
+                _tile(32, 128, 4, 4, max_step=32),
+            ),
+        ),
     ),
     TileConfig(32, 128, 1, 4, 4),
     _fine(16, 128, 4, 3),
@@ -138,23 +190,22 @@ _TCGEN05 = _as_decode(
 _P8_TCGEN05 = replace(
     _TCGEN05,
     coarse=_as_decode(
-        (*_TCGEN05.decode[:2], Rule(64, (_tile(64, 256, 8, 3), _tile(64, 128, 4, 3)))),
+        (*_TCGEN05.decode[:2], Rule(64, (_wide(64, 256, 8, 3), _tile(64, 128, 4, 3)))),
         _TCGEN05.in_order,
         _TCGEN05.fine,
     ),
 )
+_MMA_SYNC_NARROW = _tile(32, 64, 2, 4, per_sm=6)
+_MMA_SYNC_FINE_STEPS = replace(_MMA_SYNC_NARROW, max_step=32)
 _P4_MMA_SYNC = _as_decode(
     (
-        Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
-        Rule(16, (_tile(16, 128, 4, 4), _tile(16, 64, 4, 4))),
-        Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
+        *_MMA_SYNC_FEW,
+        Rule(32, (_wide(32, 256, 8, 4), _wide(32, 128, 4, 4), _MMA_SYNC_NARROW)),
         Rule(
             64,
             (
-                _tile(64, 256, 8, 3, 128),
-                _tile(64, 128, 8, 3),
-                _tile(64, 64, 4, 3, 64),
-                _tile(32, 64, 2, 4),
+                *(_wide(64, 256, 8, 3, min_step=128), _wide(64, 128, 8, 3)),
+                *(_tile(64, 64, 4, 3, min_step=64), _MMA_SYNC_FINE_STEPS),
             ),
         ),
     ),
@@ -163,20 +214,26 @@ _P4_MMA_SYNC = _as_decode(
 )
 _P8_MMA_SYNC = _as_decode(
     (
-        Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
-        Rule(16, (_tile(16, 128, 4, 4, 128), _tile(16, 64, 4, 4))),
-        Rule(32, (_tile(32, 256, 8, 3), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
-        Rule(64, (_tile(64, 128, 8, 3, 64), _tile(32, 64, 2, 4))),
+        _MMA_SYNC_FEW[0],
+        Rule(16, (_wide(16, 128, 4, 4, min_step=128), _tile(16, 64, 4, 4, per_sm=4))),
+        Rule(32, (_wide(32, 256, 8, 3), _wide(32, 128, 4, 4), _MMA_SYNC_NARROW)),
+        Rule(64, (_tile(64, 128, 8, 3, min_step=64), _MMA_SYNC_FINE_STEPS)),
     ),
     _MMA_SYNC_IN_ORDER,
     _MMA_SYNC_FINE,
 )
 _PL4_MMA_SYNC = _as_decode(
     (
-        Rule(8, (_tile(8, 128, 4, 4), _tile(8, 64, 4, 4))),
-        Rule(16, (_tile(16, 64, 4, 4),)),
-        Rule(32, (_tile(32, 256, 8, 4), _tile(32, 128, 4, 4), _tile(32, 64, 2, 4))),
-        Rule(64, (_tile(64, 128, 8, 3), _tile(64, 64, 4, 3, 64), _tile(32, 64, 2, 4))),
+        _MMA_SYNC_FEW[0],
+        Rule(16, (_tile(16, 64, 4, 4, per_sm=4),)),
+        Rule(32, (_wide(32, 256, 8, 4), _wide(32, 128, 4, 4), _MMA_SYNC_NARROW)),
+        Rule(
+            64,
+            (
+                *(_wide(64, 128, 8, 3), _tile(64, 64, 4, 3, min_step=64)),
+                _MMA_SYNC_FINE_STEPS,
+            ),
+        ),
     ),
     # The narrow tile spills with several segments.
     TileConfig(32, 128, 1, 4, 4),
@@ -200,5 +257,5 @@ def rules_for(
     if step >= 64 and rules.coarse is not None:
         rules = rules.coarse
     if batch_invariant:
-        return (*rules.decode, Rule(None, (Choice(rules.in_order),)))
+        return (*rules.decode, Rule(None, (Choice(rules.in_order, per_sm=1),)))
     return (*rules.decode, *rules.prefill)

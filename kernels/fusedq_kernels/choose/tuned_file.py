@@ -15,13 +15,14 @@
   next.
 - `weight_type`, `group_size`, `n` (out_features) and `k` (in_features) are those of one rank's
   weight; a per-channel scheme has `group_size >= k`. Rows that agree in them form a shape.
-- A row serves the tokens above the next smaller `max_m` of its shape, up to its own. `max_m` 64
-  must be there, and rows up to it share one `split_k`: a row's sum is cut at the same places
-  whatever batch it arrives in. More tokens than the largest `max_m` are left to the rules.
+- A row serves the tokens above the next smaller `max_m` of its shape, up to its own; the largest
+  serves more tokens too if it is OPEN_END or more, else they are left to the rules. `max_m` 64 must
+  be there, so that no shape has rows for prefill alone. Batch-invariant layers ask no rows: the
+  split of K may differ from row to row.
 - `kernel` and the tile: every field of `types.TileConfig` but `segments`, which belongs to
   batch-invariant layers; those with a default may be left out. A kernel without a tile has none:
   `sliced-cublas`, for more than 64 tokens only. Beside its row stands one of `triton-gemm` with the
-  same `max_m`, for servers that forbid it.
+  same `max_m`, for servers that forbid it and for fewer tokens than its `min_m` (1 if left out).
 - `us` is the measured time in microseconds, for people to read.
 
 Rows are numbered from 1 within their table, in file order.
@@ -29,7 +30,7 @@ Rows are numbered from 1 within their table, in file order.
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,11 @@ from fusedq_kernels.geometry import (
 )
 from fusedq_kernels.types import KernelName, TileConfig, WeightType, runs
 
-# Up to this many tokens `split_k` depends on N and K alone.
+# Up to this many tokens are decoding: rows for them come first, and weights stay exact.
 MAX_DECODE_M = 64
+
+# From this many tokens on a GPU is full for many waves, and more tokens take the same launch.
+OPEN_END = 2048
 
 # A shape borrows the rows of another whose N and K differ by at most this factor together.
 NEAREST_FACTOR = 2
@@ -66,6 +70,7 @@ class TunedRow:
     kernel: KernelName
     tile: TileConfig | None
     us: float
+    min_m: int = 1
 
     @property
     def step(self) -> int:
@@ -140,6 +145,8 @@ def _as_json(row: TunedRow) -> dict[str, Any]:
     for name, field in _TILE_FIELDS.items():
         if row.tile is not None and getattr(row.tile, name) != field.default:
             cells[name] = getattr(row.tile, name)
+    if row.min_m > 1:
+        cells["min_m"] = row.min_m
     return cells | {"us": row.us}
 
 
@@ -151,7 +158,7 @@ def _keys(found: Any, expected: set[str], where: str) -> Mapping[str, Any]:
 
 
 def _parse_row(cells: Mapping[str, Any], device: str, where: str) -> TunedRow:
-    unknown = set(cells) - {*_KEY_FIELDS, *_TILE_FIELDS, "us"}
+    unknown = set(cells) - {*_KEY_FIELDS, *_TILE_FIELDS, "us", "min_m"}
     missing = {*_KEY_FIELDS, "us"} - set(cells)
     if unknown or missing:
         raise ValueError(f"{where}: unknown {sorted(unknown)}, missing {sorted(missing)}")
@@ -167,6 +174,7 @@ def _parse_row(cells: Mapping[str, Any], device: str, where: str) -> TunedRow:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     sizes = {name: cells[name] for name in ("group_size", "n", "k", "max_m")}
+    sizes["min_m"] = cells.get("min_m", 1)
     row = TunedRow(weight_type, kernel=kernel, tile=tile, us=cells["us"], **sizes)
     _check_row(row, sizes, where)
     _check_tile(row, device, where)
@@ -196,12 +204,16 @@ def _check_tile(row: TunedRow, device: str, where: str) -> None:
         return
     if not divides(row.tile, row.n):
         raise ValueError(f"{where}: block_n {row.tile.block_n} does not divide the padded N")
-    if row.tile != split_evenly(row.tile, row.k):
+    num_blocks = -(-row.k // BLOCK_K)
+    if row.tile.split_k != whole_splits(num_blocks, row.tile.split_k):
         raise ValueError(f"{where}: split_k {row.tile.split_k} leaves a split of K empty")
     tiles = -(-row.max_m // row.tile.block_m) * (round_up(row.n, BLOCK_N) // row.tile.block_n)
-    if row.tile.split_k > 1 and tiles * NEAREST_FACTOR > MAX_TILES:
-        limit = MAX_TILES // NEAREST_FACTOR
-        raise ValueError(f"{where}: split_k of {tiles} output tiles, at most {limit} can be split")
+    if row.tile.split_k > 1 and tiles > MAX_TILES:
+        raise ValueError(
+            f"{where}: split_k of {tiles} output tiles, at most {MAX_TILES} can be split"
+        )
+    if row.tile.split_k > 1 and row.max_m >= OPEN_END:
+        raise ValueError(f"{where}: split_k of a row for any number of tokens from {OPEN_END} on")
     if row.tile.x_descriptor and (row.step < 16 or device_by_name(device).capability < (9, 0)):
         raise ValueError(f"{where}: x_descriptor needs sm_90 or newer and groups of whole 16 rows")
 
@@ -220,24 +232,12 @@ def _check_shapes(rows: Iterable[TunedRow], where: str) -> None:
             raise ValueError(f"{name}: no row with a tile beside those for max_m {alone}")
         if MAX_DECODE_M not in tokens:
             raise ValueError(f"{name}: no row for max_m {MAX_DECODE_M}")
-        decode = [row.tile for row in members if row.max_m <= MAX_DECODE_M]
-        splits = {tile.split_k for tile in decode if tile is not None}
-        if len(splits) != 1 or None in decode:
-            raise ValueError(
-                f"{name}: rows up to max_m {MAX_DECODE_M} must have a tile and share one split_k, "
-                f"got {sorted(splits)}"
-            )
+        if any(row.tile is None for row in members if row.max_m <= MAX_DECODE_M):
+            raise ValueError(f"{name}: rows up to max_m {MAX_DECODE_M} must have a tile")
+        if any(row.tile is not None and row.min_m > 1 for row in members):
+            raise ValueError(f"{name}: min_m of a row with a tile, which nothing stands in for")
 
 
 def divides(tile: TileConfig | None, n: int) -> bool:
     """Whether the tile's width divides the padded N."""
     return tile is None or round_up(n, BLOCK_N) % tile.block_n == 0
-
-
-def split_evenly(tile: TileConfig | None, k: int) -> TileConfig | None:
-    """The tile with as many splits as leave none of them empty."""
-    if tile is None:
-        return None
-    cells = asdict(tile)
-    cells["split_k"] = whole_splits(-(-k // BLOCK_K), tile.split_k)
-    return TileConfig(**cells)

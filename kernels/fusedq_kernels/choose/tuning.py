@@ -13,11 +13,11 @@ from pathlib import Path
 from fusedq_kernels.choose.tuned_file import (
     MAX_DECODE_M,
     NEAREST_FACTOR,
+    OPEN_END,
     TunedRow,
     TunedTable,
     divides,
     read,
-    split_evenly,
     write,
 )
 from fusedq_kernels.geometry import group_geometry
@@ -47,7 +47,8 @@ def find(
     """The measured launch for a problem, or None where no shape is near enough.
 
     The shape is chosen first, from weight type, group step, N and K alone, then its row by M;
-    `Launch.source` names the row, and its shape where it is another.
+    `Launch.source` names the row, and its shape where it is another. How often K is split fits one
+    shape alone, so another one gets no such row.
     Rows of kernels other than `kernels` do not count; of two for one `max_m` the faster serves.
     """
     step = group_geometry(shape.k, spec.group_size, 0).step
@@ -66,14 +67,20 @@ def find(
     (distance, key), rows = min(near.items())
     if distance > log2(NEAREST_FACTOR):
         return None
-    fitting = [(row.max_m, row.us, number, row) for number, row in rows if shape.m <= row.max_m]
+    largest = max(row.max_m for _, row in rows)
+    m = min(shape.m, largest) if largest >= OPEN_END else shape.m
+    fitting = [
+        (row.max_m, row.us, number, row) for number, row in rows if row.min_m <= m <= row.max_m
+    ]
     if not fitting:
         return None
     *_, number, row = min(fitting, key=lambda entry: entry[:3])
+    if distance and row.tile is not None and row.tile.split_k > 1:
+        return None
     source = f"tuned:{table.device} row {number}"
     if distance:
         source += f", nearest shape {key[0]}x{key[1]}"
-    return Launch(row.kernel, split_evenly(row.tile, shape.k), source)
+    return Launch(row.kernel, row.tile, source)
 
 
 def _distance(one: tuple[int, int], other: tuple[int, int]) -> float:

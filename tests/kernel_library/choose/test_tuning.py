@@ -50,24 +50,26 @@ def test_more_tokens_than_were_measured_are_left_to_the_rules(tmp_path):
 
 def test_another_shape_borrows_the_nearest_and_says_so(tmp_path):
     rows = [*ROWS, *(row | {"n": 6144} for row in ROWS)]
-    found = find(tmp_path, 1, n=5120, rows=rows)
-    assert found.source == "tuned:h200 row 4, nearest shape 6144x4096"
-    # Eleven K blocks in four splits of three leave none empty, in the measured four of eight.
-    assert find(tmp_path, 1, k=2816).tile.split_k == 4
-    assert find(tmp_path, 1, k=2176 + 128, n=4096).tile.split_k == 4
-    assert find(tmp_path, 1, n=4096, k=8192).source.endswith("nearest shape 4096x4096")
-    assert find(tmp_path, 1, n=4096, k=8320) is None
-    assert find(tmp_path, 1, n=8192, k=8192) is None
+    found = find(tmp_path, 256, n=5120, rows=rows)
+    assert found.source == "tuned:h200 row 6, nearest shape 6144x4096"
+    assert find(tmp_path, 256, n=4096, k=8192).source.endswith("nearest shape 4096x4096")
+    assert find(tmp_path, 256, n=4096, k=8320) is None
+    assert find(tmp_path, 256, n=8192, k=8192) is None
 
 
-def test_a_borrowed_split_leaves_no_split_empty(tmp_path):
-    rows = [row | {"k": 2048, "split_k": 8} for row in ROWS[:2]]
-    # Nine blocks in eight splits are two each: five splits hold them.
-    assert find(tmp_path, 1, k=1152, rows=rows).tile.split_k == 5
+def test_a_split_fits_its_own_shape_alone(tmp_path):
+    assert find(tmp_path, 1).tile.split_k == 4
+    assert find(tmp_path, 1, n=4224) is None
+
+
+def test_the_last_row_of_prefill_serves_more_tokens_too(tmp_path):
+    rows = [*ROWS[:2], ROWS[2] | {"max_m": 2048}]
+    assert find(tmp_path, 1 << 16, rows=rows).source == "tuned:h200 row 3"
+    assert find(tmp_path, 1 << 16, rows=[*rows[:2], ROWS[2] | {"max_m": 2047}]) is None
 
 
 def test_a_borrowed_tile_must_divide_the_weight(tmp_path):
-    rows = [row | {"block_n": 256} for row in ROWS]
+    rows = [row | {"block_n": 256, "split_k": 1} for row in ROWS]
     assert find(tmp_path, 1, n=4096 + 128, rows=rows) is None
     assert find(tmp_path, 1, n=4096 + 256, rows=rows) is not None
 
@@ -98,12 +100,6 @@ def test_every_border_between_rows_is_reachable(tmp_path):
     (table,) = read(tmp_path, table_of(*rows))
     found = reachable_launches(4096, 4096, SPEC, H200, 300, table_for=lambda device: table)
     assert [m for m, _ in found] == [1, 9, 65, 78, 257]
-
-
-def test_the_split_of_up_to_64_tokens_is_the_shapes_alone(tmp_path):
-    for n in (4096, 4352, 6144, 2560):
-        splits = {find(tmp_path, m, n=n).tile.split_k for m in range(1, 65)}
-        assert len(splits) == 1
 
 
 def test_a_table_serves_the_minor_version_of_its_triton(tmp_path, monkeypatch):
@@ -159,6 +155,19 @@ def test_of_two_kernels_for_one_max_m_the_faster_that_is_allowed_serves(tmp_path
     assert tuning.find(table, shape, SPEC, both[:1]).source == "tuned:h200 row 4"
     (table,) = read(tmp_path, table_of(*ROWS[:2], SLICED, ROWS[2] | {"us": 20.0}))
     assert tuning.find(table, shape, SPEC, both).source == "tuned:h200 row 4"
+    late = SLICED | {"min_m": 200}
+    (table,) = read(tmp_path, table_of(*ROWS[:2], late, ROWS[2] | {"us": 40.0}))
+    served = [tuning.find(table, GemmShape(m, 4096, 4096), SPEC, both).source for m in (199, 200)]
+    assert served == ["tuned:h200 row 4", "tuned:h200 row 3"]
+    border = [
+        m
+        for m, _ in reachable_launches(
+            4096, 4096, SPEC, H200, 256, sliced_prefill=True, table_for=lambda device: table
+        )
+    ]
+    assert border == [1, 9, 65, 200]
+    tuning.write(tmp_path / "h200.json", [table])
+    assert tuning.read(tmp_path / "h200.json") == (table,)
 
 
 @pytest.mark.parametrize(
@@ -193,12 +202,17 @@ def test_sliced_rows_stand_beside_fused_ones(tmp_path, rows, message):
         ({"block_n": 96}, "block_n 96 does not divide"),
         ({"segments": 2}, r"unknown \['segments'\]"),
         (
-            {"n": 114688, "block_n": 128, "max_m": 64, "block_m": 16},
-            "split_k of 3584 output tiles, at most 2048 can be split",
+            {"n": 229376, "block_n": 128, "max_m": 64, "block_m": 16},
+            "split_k of 7168 output tiles, at most 4096 can be split",
         ),
         ({"x_descriptor": True, "group_size": 8}, "x_descriptor needs sm_90 or newer and groups"),
         ({"split_k": 12}, "split_k 12 leaves a split of K empty"),
-        ({"split_k": 8}, r"must have a tile and share one split_k, got \[4, 8\]"),
+        (
+            {"max_m": 2048, "block_m": 128},
+            "row 1: split_k of a row for any number of tokens from 2048 on",
+        ),
+        ({"min_m": 2}, "min_m of a row with a tile, which nothing stands in for"),
+        ({"min_m": 0}, "must be positive integers"),
         ({"max_m": 64}, "two rows with one max_m"),
     ],
 )
