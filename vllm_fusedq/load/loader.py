@@ -101,12 +101,14 @@ class LayerLoader:
         """Full names of the tensors that have not arrived; empty once the layer is packed."""
         if self._packed_once and not self._slices:
             return []
-        return [
+        missing = [
             f"{part.module}.{stored.name}"
             for part, fmt in self._all_parts()
             for stored in fmt.tensors
             if (part, stored.name) not in self._slices
         ]
+        # Several ranges of a module's rows miss the same tensor
+        return list(dict.fromkeys(missing))
 
     def check_complete(self) -> None:
         """Raise WeightLoadError unless every tensor arrived and the layer is packed."""
