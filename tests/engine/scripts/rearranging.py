@@ -1,4 +1,4 @@
-"""Starts `vllm.LLM` with a model class of its own that rolls the columns of one module's tensors.
+"""Starts `vllm.LLM` with a model class of its own that rolls the columns of one tensor.
 
 Request: {"engine": {"model": directory of a Falcon}}. It must not get as far as an answer.
 """
@@ -16,7 +16,7 @@ from vllm.model_executor.models.falcon import FalconForCausalLM
 class RollingFalcon(FalconForCausalLM):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return super().load_weights(
-            (name, tensor.roll(64, -1) if ".self_attention.dense." in name else tensor)
+            (name, tensor.roll(64, -1) if name.endswith("dense.qweight") else tensor)
             for name, tensor in weights
         )
 
