@@ -26,14 +26,14 @@ from fusedq_kernels.types import TileConfig, WeightType
 RUNS = {
     "sm_90": "--target sm_90 --act-dtype bf16 --weight-type uint4",
     "sm_90-8bit": "--target sm_90 --act-dtype bf16 --weight-type uint8",
-    "sm_90-fp16": "--target sm_90 --act-dtype fp16 --weight-type uint4 --tile 16x128 64x256",
+    "sm_90-fp16": "--target sm_90 --act-dtype fp16 --weight-type uint4 --tile 16x128 64x64",
     "sm_90-groups": (
-        "--target sm_90 --act-dtype bf16 --weight-type uint4b8 --tile 8x128 16x128 64x128 "
+        "--target sm_90 --act-dtype bf16 --weight-type uint4b8 --tile 8x128 16x128 64x64 64x64s "
         "--group-size 32 64 131072"
     ),
     "sm_90-symmetric": (
         "--target sm_90 --act-dtype bf16 --weight-type uint4b8 "
-        "--tile 8x128 16x64 32x256 64x256 128x128s 256x128s --scale-dtype fp16"
+        "--tile 8x128 16x64 32x128 64x64 64x64s 128x128s 256x128s --scale-dtype fp16"
     ),
     "sm_90-zeros-groups": (
         "--target sm_90 --act-dtype bf16 --weight-type uint4 --tile 8x128 16x128 --group-size 32"
@@ -43,7 +43,7 @@ RUNS = {
         "--group-size 32 131072"
     ),
     "sm_90-codebook": (
-        "--target sm_90 --act-dtype bf16 --weight-type nf4 --tile 8x128 64x128 128x128 "
+        "--target sm_90 --act-dtype bf16 --weight-type nf4 --tile 8x128 64x64 128x128 "
         "--group-size 64 128"
     ),
     "sm_90-fine": "--target sm_90 --act-dtype bf16 --weight-type uint4b8 --group-size 48",
@@ -60,7 +60,7 @@ RUNS = {
         "--scale-dtype fp16"
     ),
     "sm_90-split": (
-        "--target sm_90 --act-dtype bf16 --weight-type uint4 --tile 8x128 64x256 --split-k 16"
+        "--target sm_90 --act-dtype bf16 --weight-type uint4 --tile 8x64 64x64 128x64s --split-k 16"
     ),
     "sm_100-channel": (
         "--target sm_100 --act-dtype bf16 --weight-type uint4 uint8b128 --tile 16x128 64x128 "
