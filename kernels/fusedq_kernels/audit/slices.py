@@ -33,7 +33,7 @@ from fusedq_kernels.geometry import BLOCK_K
 from fusedq_kernels.types import QuantSpec, WeightType
 
 _WIDE = {"128", "256"}
-# SASS instructions per weight of the whole kernel, with Triton 3.9: 8 to 12, the most with groups
+# SASS instructions per weight of the whole kernel, with Triton 3.9: 5 to 12, the most with groups
 # of 8 rows. Writing 16 bits per weight to L2 leaves time for about 10.
 _MAX_INSTRUCTIONS = 13.0
 
@@ -87,7 +87,7 @@ def compile_slice(
     return compile_kernel(
         sliced.dequantize_slice_kernel,
         target_of(device_by_name(target)),
-        sliced.slice_constants(spec, audited_groups(spec)),
+        sliced.slice_constants(spec, audited_groups(spec), act_dtype),
         pointer_types(spec, act_dtype),
         num_warps=sliced.NUM_WARPS,
     )

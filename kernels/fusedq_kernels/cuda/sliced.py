@@ -45,6 +45,7 @@ def dequantize_slice_kernel(
     SCALE_DTYPE: tl.constexpr,
     VECTOR: tl.constexpr,
     PAIRED: tl.constexpr,
+    NARROW_SCALE: tl.constexpr,
     WORDS: tl.constexpr,
     STEP: tl.constexpr,
     STEPS_PER_GROUP: tl.constexpr,
@@ -74,15 +75,20 @@ def dequantize_slice_kernel(
             scales_ptr, vector, offs_n, n_padded, mask_n, sub % VECTOR, VECTOR, PAIRED
         )
         weight = DECODE(words, metadata, sub // PARTS, ROWS, DTYPE, INTERPRET)
-        weight = scaled(weight, scale_of(metadata, SCALE_DTYPE), False, INTERPRET)
+        weight = scaled(weight, scale_of(metadata, SCALE_DTYPE), NARROW_SCALE, INTERPRET)
         k = block * BLOCK_K + sub // PARTS * ROWS - pad
         mask_k = of_step((k + offs_k >= 0) & (k + offs_k < K), offs_k, sub, STEP)
         tl.store(out_ptrs + k, weight, mask=mask_n[:, None] & mask_k[None, :])
 
 
-def slice_constants(spec: QuantSpec, groups: GroupGeometry) -> dict[str, object]:
+def slice_constants(
+    spec: QuantSpec, groups: GroupGeometry, act_dtype: torch.dtype
+) -> dict[str, object]:
     """The constexpr arguments of `dequantize_slice_kernel`; shared with the audit."""
-    return weight_constants(spec, groups) | {"BLOCK_N": BLOCK_N}
+    return weight_constants(spec, groups) | {
+        "NARROW_SCALE": spec.scale_dtype.torch == act_dtype,
+        "BLOCK_N": BLOCK_N,
+    }
 
 
 def dequantize(packed: PackedWeight, out: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -108,7 +114,7 @@ def dequantize(packed: PackedWeight, out: torch.Tensor, start: int = 0) -> torch
         groups.pad,
         groups.first_step,
         groups.last_group,
-        **slice_constants(packed.spec, groups),
+        **slice_constants(packed.spec, groups, out.dtype),
         num_warps=NUM_WARPS,
         enable_fp_fusion=FP_FUSION,
     )

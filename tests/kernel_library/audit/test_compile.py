@@ -271,6 +271,9 @@ def test_a_slice_is_dequantized_16_bytes_at_a_time(compiling):
     assert len(rows) == 7
     assert [row for row in rows if row["problems"]] == []
     assert {(row["mma"], row["hazards"]) for row in rows} == {("", 0)}
+    # Scales of the output's dtype multiply two weights at once: 9.5 without.
+    (codebook,) = (row for row in rows if row["weight_type"] == "nf4")
+    assert codebook["instructions_per_weight"] < 8
 
 
 GOOD_SLICE = slices.SliceRow(
