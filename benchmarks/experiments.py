@@ -5,7 +5,7 @@
     python benchmarks/experiments.py 1 --dry-run    # no GPU: each variant, tiny, in the interpreter
 
 Writes benchmarks/results/<device>/experiment-<number>.csv in the columns of `bench_gemm.py` (3 and
-6: what is compared bit by bit). It stops after `--seconds`; the same command goes on. A variant
+5: what is compared bit by bit). It stops after `--seconds`; the same command goes on. A variant
 with a wrong answer is a row without a time.
 """
 
@@ -37,7 +37,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command(help=__doc__)
 def main(
-    number: Annotated[list[int] | None, typer.Argument(help="1 to 9")] = None,
+    number: Annotated[list[int] | None, typer.Argument(help="1 to 8")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the CSV files")] = None,
     seconds: Annotated[float, typer.Option(help="stop after this long")] = 540,
     dry_run: Annotated[bool, typer.Option(help="tiny, on a CPU; times mean nothing")] = False,

@@ -7,8 +7,7 @@ the decoder, the counters that split-K counts in.
 # Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
 # ruff: noqa: SIM300
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,6 @@ import triton.language as tl
 
 from fusedq_kernels.choose.heuristics import select
 from fusedq_kernels.cuda import gemm
-from fusedq_kernels.cuda.arrivals import MAX_TILES
 from fusedq_kernels.cuda.decode import DECODERS
 from fusedq_kernels.cuda.integers import code_pairs, portable_integers
 from fusedq_kernels.cuda.planes import halves
@@ -37,9 +35,6 @@ from gemmbench.weights import packed_bytes, packed_for_gpu
 
 _KERNEL = KernelName.TRITON_GEMM
 _BF16_BITS = tl.constexpr(0x43004300)
-# Far from the number of splits: no program is ever the last one.
-_NEVER = -(1 << 30)
-_REDUCE_BLOCK = 1024
 
 
 @triton.jit
@@ -74,24 +69,12 @@ PORTABLE = {WeightType.UINT4B8: _uint4b8_portable}
 RAW_MAGIC = {WeightType.UINT4B8: _uint4b8_raw}
 
 
-@triton.jit
-def _reduce_kernel(partial_ptr, y_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """`y = partial.sum(0)` for fp32 `[SPLITS, size]`, rounded to the dtype of y."""
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(partial_ptr + split * size + offsets, mask=mask, other=0.0)
-    tl.store(y_ptr + offsets, total.to(y_ptr.dtype.element_ty), mask=mask)
-
-
 @dataclass(frozen=True)
 class Variant:
     """The fused kernel at `tile`, or with `change` applied to the tile that `select` gives.
 
-    `split_k` 0 takes the split of `select`. With `sums` False nobody adds the partial sums up, with
-    `second_kernel` a kernel of its own does; with `decodes` False the decoders give other values
-    than the codes mean. Neither's answer is checked.
+    `split_k` 0 takes the split of `select`. With `decodes` False the decoders give other values
+    than the codes mean, and the answer is not checked.
     """
 
     name: str
@@ -99,8 +82,6 @@ class Variant:
     change: tuple[tuple[str, object], ...] = ()
     split_k: int = 0
     decoders: tuple[tuple[WeightType, object], ...] = ()
-    sums: bool = True
-    second_kernel: bool = False
     decodes: bool = True
 
     def version(self) -> str:
@@ -129,18 +110,15 @@ class Variant:
 
         def run(x: torch.Tensor) -> torch.Tensor:
             tile = self.tile_for(logical, x.shape[0])
-            with decoding(decoders), counting(self.sums):
-                y = gemm.fused_gemm(x, packed, None, Launch(_KERNEL, tile, "experiment"))
-            if self.second_kernel and tile.split_k > 1:
-                _reduce(y, tile.split_k)
-            return y
+            with decoding(decoders):
+                return gemm.fused_gemm(x, packed, None, Launch(_KERNEL, tile, "experiment"))
 
         return Prepared(
             run,
             size,
             fused_dram_bytes(size, n, k),
             lambda m: describe(self.tile_for(logical, m)) if self.decodes else "wrong by design",
-            checked=self.sums and self.decodes,
+            checked=self.decodes,
         )
 
 
@@ -160,32 +138,3 @@ def decoding(decoders: dict[WeightType, object]) -> Iterator[None]:
         yield
     finally:
         DECODERS.update(real)
-
-
-@contextmanager
-def counting(sums: bool) -> Iterator[None]:
-    """The kernel with its own counters, or with some by which no program ever is the last."""
-    real: Callable[[torch.device], torch.Tensor] = gemm.arrival_counters
-    if not sums:
-        gemm.arrival_counters = _never_complete
-    try:
-        yield
-    finally:
-        gemm.arrival_counters = real
-
-
-@functools.cache
-def _never_complete(device: torch.device) -> torch.Tensor:
-    return torch.full((MAX_TILES,), _NEVER, dtype=torch.int32, device=device)
-
-
-def _reduce(y: torch.Tensor, split_k: int) -> None:
-    """Adds up as many partial sums of y's size as a second kernel would have to."""
-    partial = _partial_sums(split_k, y.numel(), y.device)
-    grid = (triton.cdiv(y.numel(), _REDUCE_BLOCK),)
-    _reduce_kernel[grid](partial, y, y.numel(), SPLITS=split_k, BLOCK=_REDUCE_BLOCK, num_warps=4)
-
-
-@functools.cache
-def _partial_sums(split_k: int, size: int, device: torch.device) -> torch.Tensor:
-    return torch.zeros((split_k, size), dtype=torch.float32, device=device)

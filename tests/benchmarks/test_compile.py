@@ -51,12 +51,6 @@ for weight_type in (WeightType.UINT4B8, WeightType.NF4):
         loops.append(row.instructions_per_weight)
     assert loops[0] + 0.5 < loops[1] < loops[2] - 0.5, loops
 
-compiled(
-    variants._reduce_kernel,
-    {{"partial_ptr": "*fp32", "y_ptr": "*bf16"}},
-    {{"SPLITS": 4, "BLOCK": 1024}},
-    4,
-)
 portable = "16x128 warps 4 stages 4 portable"
 tiles = [each for each in EXPERIMENTS[1].variants if each.name == portable]
 (line,) = compiled_rows(tiles)

@@ -97,11 +97,11 @@ def test_what_fails_is_named_and_the_rest_goes_on(capfd: pytest.CaptureFixture[s
 def test_a_day_without_time_and_unknown_steps() -> None:
     done = CliRunner().invoke(gpu_day.app, ["bits", "tune", "--seconds", "0"])
     assert done.exit_code == 1
-    assert "bits: no time left for experiments.py 3 6: run it again" in done.output
+    assert "bits: no time left for experiments.py 3 5: run it again" in done.output
     assert "tune: no time left for tune.py" in done.output
     done = CliRunner().invoke(gpu_day.app, ["dance"])
     assert done.exit_code == 2
     assert "unknown steps ['dance']; known: predict, sane" in " ".join(done.output.split())
     done = CliRunner().invoke(gpu_day.app, [])
     assert done.exit_code == 0
-    assert "    python benchmarks/experiments.py 3 6\n" in done.output
+    assert "    python benchmarks/experiments.py 3 5\n" in done.output

@@ -27,9 +27,8 @@ _TENSOR_CORES = {9: "wgmma", 10: "tcgen05"}
 # the weights it may be in fp32: without the dtype of the activations that takes 3 more.
 _INSTRUCTIONS = {
     **{"8x128": 2.7, "8x64": 3.5, "16x128": 2.75, "16x64": 3.6},
-    **{"32x256": 2.9, "32x128": 3.8, "32x64": 4.0},
-    **{"64x256": 3.15, "64x128": 4.3, "64x64": 4.5, "128x128": 4.9},
-    **{"64x128s": 7.2, "128x128s": 7.4, "256x128s": 7.8},
+    **{"32x128": 3.8, "32x64": 4.0, "64x128": 4.3, "64x64": 4.5, "128x128": 4.9},
+    **{"64x64s": 7.2, "128x64s": 7.2, "128x128s": 7.4, "256x128s": 7.8},
 }
 # The same with groups of 32, and what a zero point per group takes there.
 _INSTRUCTIONS_GROUPS_OF_32 = {"8x128": 3.2, "16x128": 3.45}
