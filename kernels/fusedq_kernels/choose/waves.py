@@ -30,14 +30,14 @@ def pick(
 
     `choices` are those that suit the weight, the widest first.
     """
-    tile = None
+    choice, split_k = None, 1
     for choice in choices:
         split_k = split_for(choice, shape, weight_bits, device) if choice.may_split else 1
-        tile = replace(choice.tile, split_k=split_k)
-        if fullness(_tiles(tile, shape) * split_k, choice.per_sm * device.num_sms) >= _FULL:
+        programs = _tiles(choice.tile, shape) * split_k
+        if fullness(programs, choice.per_sm * device.num_sms) >= _FULL:
             break
-    assert tile is not None, "a rule has a tile for every weight"
-    return tile
+    assert choice is not None, "a rule has a tile for every weight"
+    return choice.tile if split_k == 1 else replace(choice.tile, split_k=split_k)
 
 
 def split_for(choice: Choice, shape: GemmShape, weight_bits: int, device: DeviceSpec) -> int:

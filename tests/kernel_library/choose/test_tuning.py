@@ -8,7 +8,7 @@ import torch
 
 from fusedq_kernels.choose import tuning
 from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
-from fusedq_kernels.choose.heuristics import reachable_launches, select
+from fusedq_kernels.choose.heuristics import declared_launch, reachable_launches, select
 from fusedq_kernels.types import GemmShape, KernelName, Launch, QuantSpec, TileConfig, WeightType
 
 H200 = device_by_name("h200")
@@ -244,3 +244,27 @@ def test_a_file_belongs_to_one_device(tmp_path):
         read(tmp_path, device="h100")
     with pytest.raises(ValueError, match=r"expected the keys .* got \['rows', 'triton'\]"):
         read(tmp_path, {"triton": "3.9.0", "rows": []})
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "first"),
+    [(6144, 4096, 1025), (4096, 4096, 1025), (28672, 4096, 1025), (4096, 14336, 4097)],
+)
+def test_an_h200_slices_prefill_as_measured_unless_forbidden(monkeypatch, n, k, first):
+    monkeypatch.setattr(tuning, "_triton_version", lambda: "3.6.0")
+    declared = declared_launch(n, k, SPEC, H200)
+    assert (declared.min_tokens, declared.launch.kernel) == (first, KernelName.SLICED_CUBLAS)
+    assert declared.workspace_bytes <= 32 << 20
+
+    def kernel(m, **options):
+        return select(GemmShape(m, n, k), SPEC, H200, **options).kernel
+
+    for m in (first, 8192, 1 << 16):
+        assert kernel(m, sliced_prefill=True) is KernelName.SLICED_CUBLAS
+        assert kernel(m, sliced_prefill=False) is KernelName.TRITON_GEMM
+        options = {"sliced_prefill": True, "batch_invariant": True}
+        assert kernel(m, **options) is KernelName.TRITON_GEMM
+    assert kernel(first - 1, sliced_prefill=True) is KernelName.TRITON_GEMM
+    assert declared_launch(n, k, SPEC, device_by_name("h100")) is None
+    monkeypatch.setattr(tuning, "_triton_version", lambda: "3.9.0")
+    assert declared_launch(n, k, SPEC, H200) is None
