@@ -26,8 +26,8 @@ _TENSOR_CORES = {9: "wgmma", 10: "tcgen05"}
 # allows about 4 for up to 16 tokens, and 8 where a weight has 8 bits. Where the scale multiplies
 # the weights it may be in fp32: without the dtype of the activations that takes 3 more.
 _INSTRUCTIONS = {
-    **{"8x128": 2.7, "8x64": 3.5, "16x128": 2.75, "16x64": 3.6},
-    **{"32x128": 3.8, "32x64": 4.0, "64x128": 4.3, "64x64": 4.5, "128x128": 4.9},
+    **{"8x128": 2.7, "8x64": 2.9, "16x128": 2.75, "16x64": 3.6},
+    **{"32x128": 3.2, "32x64": 4.0, "64x128": 4.3, "64x64": 4.8, "128x128": 4.9},
     **{"64x64s": 7.2, "128x64s": 7.2, "128x128s": 7.4, "256x128s": 7.8},
 }
 # The same with groups of 32, and what a zero point per group takes there.
