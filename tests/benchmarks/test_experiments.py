@@ -54,7 +54,7 @@ def test_every_variant_is_timed_and_right(tmp_path: Path, number: int) -> None:
 def test_tiles_do_not_change_a_bit(tmp_path: Path) -> None:
     dry_run(3, tmp_path)
     rows = ResultFile(tmp_path / "experiment-3.csv", COLUMNS).rows()
-    assert len({row["variant"] for row in rows}) == len(rows) >= 10
+    assert len({row["variant"] for row in rows}) == len(rows) >= 8
     assert {row["value"] for row in rows} == {"0"}
 
 
