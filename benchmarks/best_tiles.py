@@ -19,7 +19,7 @@ import typer
 
 from fusedq_kernels.choose import tuning
 from fusedq_kernels.choose.device import device_by_name
-from fusedq_kernels.choose.heuristics import DECLARED_KERNELS, select, tiles_for
+from fusedq_kernels.choose.heuristics import SLICED, select, tiles_for
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import GemmShape, QuantSpec, TileConfig, WeightType
 from gemmbench import candidates, measured
@@ -76,7 +76,7 @@ def measurements(folder: Path, device: str) -> Iterator[candidates.Measurement]:
     many = {(each.shape.n, each.shape.k) for each in timings if each.shape.m > 64}
     for each in timings:
         right = measured.is_right_form(each) and replace(each.tile, split_k=1) in known
-        if (each.shape.n, each.shape.k) in many and (right or each.kernel in DECLARED_KERNELS):
+        if (each.shape.n, each.shape.k) in many and (right or each.kernel == SLICED):
             shape = replace(each.shape, m=ROW_OF.get(each.shape.m, each.shape.m))
             yield candidates.Measurement(shape, SPEC, each.tile, each.us, each.kernel)
 

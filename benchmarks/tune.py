@@ -27,12 +27,11 @@ import typer
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fusedq_kernels import launchers
+from fusedq_kernels import ops
 from fusedq_kernels.choose import tuning
 from fusedq_kernels.choose.device import KNOWN_DEVICES
 from fusedq_kernels.types import (
     GemmShape,
-    KernelName,
     Launch,
     PackedWeight,
     QuantSpec,
@@ -46,7 +45,7 @@ from gemmbench.results import Problem, ResultFile, Row, commit, environment, res
 from gemmbench.roofline import rates_for
 from gemmbench.timing import copies_for, measure
 
-KERNEL = KernelName.TRITON_GEMM
+KERNEL = "triton-gemm"
 COLUMNS = (
     *("run", "weight_type", "group_size", "act_dtype", "n", "k", "m", "kernel"),
     *(*candidates.TILE_FIELDS, "us", "iqr_us", "rms_error", "note"),
@@ -158,7 +157,7 @@ class Weight:
         problem = _problem(n, k, self._spec, m)._asdict()
         launches = [Launch(KERNEL, tile, "candidate") for tile in tiles]
         if m >= candidates.MIN_SLICED_M:
-            launches.append(Launch(KernelName.SLICED_CUBLAS, None, "candidate"))
+            launches.append(Launch("sliced-cublas", None, "candidate"))
         return [{**problem, **_cells(launch), **self._time(launch, x)} for launch in launches]
 
     def _pack(self) -> PackedWeight:
@@ -166,13 +165,12 @@ class Weight:
 
     def _time(self, launch: Launch, x: torch.Tensor) -> Row:
         try:
-            y = launchers.run(x, self._copies[0], None, launch)
+            y = ops.run(x, self._copies[0], None, launch)
             error = weights.rms_error(y, x, self._logical)
             if error > weights.MAX_RMS_ERROR:
                 return {"us": "", "note": f"WRONG: RMS error {error:.2e}"}
             calls = [
-                lambda packed=packed: launchers.run(x, packed, None, launch)
-                for packed in self._copies
+                lambda packed=packed: ops.run(x, packed, None, launch) for packed in self._copies
             ]
             timing = measure(calls, self._device)
         except Exception as error:
@@ -207,12 +205,12 @@ def _measurement(row: dict[str, str]) -> candidates.Measurement:
     )
     cells = {name: row[name] for name in candidates.TILE_FIELDS if row[name]}
     tile = TileConfig(**{name: _parse(text) for name, text in cells.items()}) if cells else None
-    return candidates.Measurement(shape, spec, tile, float(row["us"]), KernelName(row["kernel"]))
+    return candidates.Measurement(shape, spec, tile, float(row["us"]), row["kernel"])
 
 
 def _cells(launch: Launch) -> Row:
     tile = dict.fromkeys(candidates.TILE_FIELDS, "") if launch.tile is None else asdict(launch.tile)
-    return {"kernel": launch.kernel.value, **tile}
+    return {"kernel": launch.kernel, **tile}
 
 
 def _parse(text: str) -> int | bool:

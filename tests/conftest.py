@@ -37,11 +37,11 @@ def wna16_op() -> None:
     """Registers vLLM's CPU operator; skips where the installed vLLM is a GPU build."""
     from vllm.platforms import current_platform
 
-    from fusedq_kernels.cpu.kernels import wna16_available
+    from fusedq_kernels.cpu import wna16
 
     if current_platform.is_cpu():
         current_platform.import_kernels()
-    if not wna16_available():
+    if not wna16.available():
         pytest.skip("the installed vLLM registers no CPU operator cpu_gemm_wna16")
 
 
@@ -51,11 +51,11 @@ def sliced_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
 
     Row 3 sends 65 to 128 tokens to sliced-cublas; row 2 is the fused one beside it.
     """
-    from fusedq_kernels import op
+    from fusedq_kernels import prepared
     from fusedq_kernels.choose import tuning
     from vllm_fusedq.plan import layer
 
-    caches = (tuning._packaged, op._launch, layer._choose)
+    caches = (tuning._packaged, prepared.prepared, layer._choose)
     tile = {"block_m": 16, "block_n": 64, "split_k": 1, "num_warps": 4, "num_stages": 3}
     rows = []
 

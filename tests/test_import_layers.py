@@ -23,6 +23,22 @@ ORDER = [
     "names",
     "errors",
 ]
+# Rooms of the kernel library by floor: each imports those of lower floors, and itself.
+FLOORS = [
+    {"audit"},
+    {"testing", "warmup"},
+    {"ops"},
+    {"prepared"},
+    {"catalogue"},
+    {"cpu", "cuda"},
+    {"choose", "layouts", "reference"},
+    {"call"},
+    {"types"},
+    {"encodings", "geometry"},
+    {"dtype", "lazy"},
+]
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+KERNELS = ROOT / "kernels" / "fusedq_kernels"
 SOURCES = sorted((ROOT / "vllm_fusedq").rglob("*.py")) + sorted(
     (ROOT / "kernels" / "fusedq_kernels").rglob("*.py")
 )
@@ -50,6 +66,13 @@ def test_imports_go_one_way(source: Path) -> None:
     roots = {module.partition(".")[0] for module in modules}
     if relative.parts[0] == "kernels":
         assert not roots & {"vllm", "vllm_fusedq", "transformers"}
+        room = relative.with_suffix("").parts[2]
+        assert "triton" not in roots or room in ("cuda", "audit")
+        assert "torch" not in roots or room != "choose"
+        for module in modules:
+            other = module.split(".")[1:2]
+            if module.startswith("fusedq_kernels.") and room != "__init__" and [room] != other:
+                assert FLOOR_OF[other[0]] > FLOOR_OF[room], f"{relative} imports {module}"
         return
     if "integration" not in relative.parts:
         assert "vllm" not in roots
@@ -65,6 +88,11 @@ def test_every_package_file_has_a_place_in_the_order() -> None:
     for source in (ROOT / "vllm_fusedq").iterdir():
         if source.suffix == ".py" or (source / "__init__.py").exists():
             assert source.stem in (*ORDER, "__init__")
+
+
+def test_every_room_of_the_kernel_library_has_a_floor() -> None:
+    rooms = {path.stem for path in KERNELS.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert {room for room in rooms if not room.startswith("__")} == set(FLOOR_OF)
 
 
 def in_clean_process(code: str) -> str:
@@ -88,6 +116,22 @@ def test_planning_imports_neither_vllm_nor_torch() -> None:
     code = (
         "import sys, vllm_fusedq.plan.advice, vllm_fusedq.report.document, vllm_fusedq.settings\n"
         "print({'vllm', 'torch', 'triton'} & set(sys.modules))"
+    )
+    assert in_clean_process(code) == "set()\n"
+
+
+def test_choosing_imports_neither_torch_nor_triton() -> None:
+    modules = [f"fusedq_kernels.choose.{path.stem}" for path in (KERNELS / "choose").glob("*.py")]
+    names = ", ".join(sorted({*modules, "fusedq_kernels.catalogue", "fusedq_kernels.call"}))
+    code = f"import sys, {names}; print({{'vllm', 'torch', 'triton'}} & set(sys.modules))"
+    assert in_clean_process(code) == "set()\n"
+
+
+def test_only_the_kernels_of_a_gpu_import_triton() -> None:
+    code = (
+        "import sys, fusedq_kernels.warmup, fusedq_kernels.layouts.packing\n"
+        "import fusedq_kernels.cpu.wna16, fusedq_kernels.cpu.striped, fusedq_kernels.cpu.gather\n"
+        "print({'vllm', 'triton'} & set(sys.modules))"
     )
     assert in_clean_process(code) == "set()\n"
 

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from fusedq_kernels.catalogue import kernels_for
 from fusedq_kernels.choose.device import cpu_device, device_by_name
-from fusedq_kernels.choose.heuristics import kernels_for
-from fusedq_kernels.types import KernelName
 from vllm_fusedq.errors import SettingsError
 from vllm_fusedq.settings import Settings, parse_settings
 
@@ -61,13 +60,13 @@ def test_wrong_reports_are_refused(report: object, message: str) -> None:
 
 def test_striped_kernel_can_be_asked_for_on_a_cpu() -> None:
     device = Settings("cpu-striped").device(cpu_device(fused_op=True))
-    assert kernels_for(device) == (KernelName.CPU_STRIPED,)
+    assert [each.name for each in kernels_for(device)] == ["cpu-striped"]
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     device = Settings("triton-gemm").device(cpu_device(fused_op=True))
-    assert kernels_for(device) == (KernelName.TRITON_GEMM,)
+    assert [each.name for each in kernels_for(device)] == ["triton-gemm"]
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(SettingsError, match="interpreter only; set TRITON_INTERPRET=1"):
         Settings("triton-gemm").device(cpu_device(fused_op=True))

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fusedq_kernels.catalogue import KERNELS, Op, kernels_for
 from fusedq_kernels.choose.device import device_by_name
-from fusedq_kernels.choose.heuristics import DECLARED_KERNELS, kernels_for
-from fusedq_kernels.types import DeviceSpec, KernelName
+from fusedq_kernels.types import DeviceSpec
 from vllm_fusedq.errors import SettingsError
 
 PREFILL = ("auto", "fused")
@@ -25,8 +25,8 @@ class Settings:
     report: str | None = None
 
     @property
-    def insisted(self) -> KernelName | None:
-        return None if self.kernel == "auto" else KernelName(self.kernel)
+    def insisted(self) -> str | None:
+        return None if self.kernel == "auto" else self.kernel
 
     @property
     def sliced_prefill(self) -> bool:
@@ -39,12 +39,13 @@ class Settings:
         Raises:
             SettingsError: the device cannot run that kernel.
         """
-        kernels = kernels_for(found)
-        if self.insisted in (None, kernels[0]):
+        names = [kernel.name for kernel in kernels_for(found)]
+        if self.insisted in (None, names[0]):
             return found
-        if self.insisted is KernelName.CPU_STRIPED and self.insisted in kernels:
+        if self.insisted in names:
+            # The one before it needs the operator
             return replace(found, cpu_isa="")
-        if found.kind == "cpu" and self.insisted is KernelName.TRITON_GEMM:
+        if found.kind == "cpu" and KERNELS[self.insisted].device == "cuda":
             if os.environ.get("TRITON_INTERPRET") == "1":
                 return replace(device_by_name("sm_90"), name="interpreter")
             raise SettingsError(
@@ -53,7 +54,7 @@ class Settings:
             )
         raise SettingsError(
             f'additional-config "fusedq": kernel {self.kernel!r} does not run on {found.name}; '
-            f"supported there: {', '.join(kernel.value for kernel in kernels)}"
+            f"supported there: {', '.join(names)}"
         )
 
 
@@ -74,7 +75,8 @@ def parse_settings(section: Any) -> Settings:
             f"supported: {', '.join(known)}"
         )
     settings = Settings(**section)
-    allowed = ["auto", *(name.value for name in KernelName if name not in DECLARED_KERNELS)]
+    by_rule = (each for each in KERNELS.values() if each.op is Op.MATMUL and not each.by_rows)
+    allowed = ["auto", *(each.name for each in by_rule)]
     if settings.kernel not in allowed:
         raise SettingsError(
             f'additional-config "fusedq": kernel {settings.kernel!r} does not exist; '

@@ -10,7 +10,6 @@ from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, group_geometry, round_up, 
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,
-    KernelName,
     QuantSpec,
     TileConfig,
     WeightType,
@@ -37,7 +36,7 @@ class Measurement:
     spec: QuantSpec
     tile: TileConfig | None
     us: float
-    kernel: KernelName = KernelName.TRITON_GEMM
+    kernel: str = "triton-gemm"
 
 
 def candidates(

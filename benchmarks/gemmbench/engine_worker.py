@@ -75,7 +75,7 @@ def count_kernels(worker: Any) -> dict[str, int]:
             continue
         loader = getattr(module, "fusedq_loader", None)
         if loader is not None:
-            counts[loader.plan.kernel.value] += 1
+            counts[loader.plan.kernel] += 1
             continue
         holder = getattr(module, "scheme", method)
         counts[type(getattr(holder, "kernel", holder)).__name__] += 1

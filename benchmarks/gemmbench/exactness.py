@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusedq_kernels import launchers, reference
+from fusedq_kernels import ops, reference
 from fusedq_kernels.choose.heuristics import select, tiles_for
 from fusedq_kernels.choose.slices import slice_rows
 from fusedq_kernels.dtype import DType
@@ -16,9 +16,9 @@ from fusedq_kernels.geometry import round_up
 from fusedq_kernels.layouts.packing import count_groups, group_geometry
 from fusedq_kernels.types import (
     GemmShape,
-    KernelName,
     Launch,
     LogicalWeight,
+    Policy,
     QuantSpec,
     TileConfig,
     WeightType,
@@ -26,8 +26,8 @@ from fusedq_kernels.types import (
 from gemmbench.own import device_spec
 from gemmbench.weights import default_spec, packed_for_gpu, random_tokens, random_weight
 
-KERNEL = KernelName.TRITON_GEMM
-SLICED = Launch(KernelName.SLICED_CUBLAS, None, "check")
+KERNEL = "triton-gemm"
+SLICED = Launch("sliced-cublas", None, "check")
 # Largest and RMS error over the RMS of the answer. Rounding y to 16 bits costs 1.65e-3 (bf16) and
 # 2.1e-4 (fp16) RMS; weights scaled in 16 bits add 1.4e-3 and 1.8e-4. The largest of many outputs is
 # 5 to 6 times the RMS, rounded to half a unit in its last place.
@@ -69,7 +69,7 @@ class Subject:
         """What `select` gives for `m` tokens."""
         shape = GemmShape(m, self.case.n, self.case.k)
         hardware = device_spec(self.device)
-        return select(shape, self.case.spec, hardware, batch_invariant=batch_invariant)
+        return select(shape, self.case.spec, hardware, policy=Policy(batch_invariant))
 
     def launches(self, m: int) -> Iterator[Launch]:
         """The selected launch, then every other tile of the rules that can take `m` tokens."""
@@ -89,7 +89,7 @@ class Subject:
         shapes = ((x.shape[0], n), (slice_rows(n, k), k))
         poison = [x.new_full(shape, torch.nan) for shape in shapes]
         del poison
-        return launchers.run(x, self.packed, self.bias, launch)
+        return ops.run(x, self.packed, self.bias, launch)
 
     def tokens(self, m: int) -> torch.Tensor:
         return random_tokens(m, self.case.k, self.case.act_dtype, self.device)
@@ -141,9 +141,9 @@ def check_batch_invariant(subject: Subject, tokens: list[int]) -> str:
     """A row's bits are the same in every batch and at every place in it, in that mode."""
     largest = max(tokens)
     x = subject.tokens(largest)
-    expected = subject.run(x, subject.launch(largest, batch_invariant=True))
+    expected = subject.run(x, subject.launch(largest, policy=Policy(True)))
     for m in tokens:
-        launch = subject.launch(m, batch_invariant=True)
+        launch = subject.launch(m, policy=Policy(True))
         for start in {0, largest - m}:
             part = x[start : start + m].contiguous()
             y = subject.run(part, launch)
@@ -202,7 +202,7 @@ def _check_graph(
         subject.run(x, launch)
         stream.synchronize()
         with torch.cuda.graph(graph, stream=stream):
-            y = launchers.run(x, subject.packed, subject.bias, launch)
+            y = ops.run(x, subject.packed, subject.bias, launch)
     for index in range(runs):
         y.fill_(torch.nan)
         graph.replay()

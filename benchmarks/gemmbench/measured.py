@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusedq_kernels.types import GemmShape, KernelName, TileConfig
+from fusedq_kernels.types import GemmShape, TileConfig
 
 FILES = ("tiles.csv", "changes.csv", "changes-2.csv")
 _TILE = re.compile(r"(\d+)x(\d+) w(\d+) s(\d+) k(\d+)(.*)")
-_KERNELS = {"cublas": None, "sliced": KernelName.SLICED_CUBLAS}
+_KERNELS = {"cublas": None, "sliced": "sliced-cublas"}
 _SCALED = {"scaled", "scale_weights"}
 # The shipped kernel's decoder, its wait and its order of tiles; the others were not worth it.
 _KEPT = {"asm", "wait", "group8"}
@@ -28,7 +28,7 @@ class Timing:
     changes of the kernel that `FILES` list beside the tile."""
 
     shape: GemmShape
-    kernel: KernelName | None
+    kernel: str | None
     tile: TileConfig | None
     form: frozenset[str]
     us: float
@@ -64,12 +64,12 @@ def _timing(row: dict[str, str], file: str) -> Iterator[Timing]:
         x_descriptor=scaled,
     )
     form = frozenset(words & _KEPT)
-    yield Timing(shape, KernelName.TRITON_GEMM, tile, form, float(row["us"]), file)
+    yield Timing(shape, "triton-gemm", tile, form, float(row["us"]), file)
 
 
 def is_right_form(timing: Timing) -> bool:
     """Whether the tile's wgmmas cannot run on into the next block's decoding, whatever the shape:
     few tokens multiply step by step, scaled weights wait."""
-    if timing.kernel is not KernelName.TRITON_GEMM or timing.tile is None:
+    if timing.kernel != "triton-gemm" or timing.tile is None:
         return False
     return "wait" in timing.form or not timing.tile.scale_weights

@@ -5,13 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusedq_kernels import reference
+from fusedq_kernels import ops, reference
 from fusedq_kernels.choose.heuristics import tiles_for
-from fusedq_kernels.cuda import gemm
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, whole_splits
 from fusedq_kernels.types import (
-    KernelName,
     Launch,
     LogicalWeight,
     PackedWeight,
@@ -24,7 +22,7 @@ from gemmbench.results import Row
 from gemmbench.variants import RAW_MAGIC, decoding, describe
 from gemmbench.weights import default_spec, packed_for_gpu, random_tokens, random_weight
 
-_KERNEL = KernelName.TRITON_GEMM
+_KERNEL = "triton-gemm"
 _GROUP = 128
 _SPLIT = 4
 COLUMNS = ("run", "weight_type", "act_dtype", "n", "k", "m", "variant", "quantity", "value")
@@ -112,7 +110,7 @@ def cancelling_problem(
 
 
 def _run(x: torch.Tensor, packed: PackedWeight, tile: TileConfig) -> torch.Tensor:
-    return gemm.fused_gemm(x, packed, None, Launch(_KERNEL, tile, "experiment"))
+    return ops.run(x, packed, None, Launch(_KERNEL, tile, "experiment"))
 
 
 def _row(spec: QuantSpec, act_dtype: torch.dtype, n: int, k: int, m: int) -> Row:

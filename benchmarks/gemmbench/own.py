@@ -14,12 +14,12 @@ from fusedq_kernels.choose.heuristics import select
 from fusedq_kernels.choose.slices import slice_rows
 from fusedq_kernels.cuda.sliced import dequantize
 from fusedq_kernels.dtype import DType
-from fusedq_kernels.types import DeviceSpec, GemmShape, KernelName, LogicalWeight
+from fusedq_kernels.types import DeviceSpec, GemmShape, LogicalWeight, Policy
 from gemmbench.contender import Prepared, fused_dram_bytes, tensor_bytes
 from gemmbench.triton_kernels import tiled_gemm
 from gemmbench.weights import packed_bytes, packed_for_gpu
 
-_KERNEL = KernelName.TRITON_GEMM
+_KERNEL = "triton-gemm"
 
 
 def device_spec(device: torch.device) -> DeviceSpec:
@@ -35,7 +35,7 @@ class Fused:
 
     name: str = "fusedq"
     batch_invariant: bool = False
-    kernel: KernelName = _KERNEL
+    kernel: str = _KERNEL
 
     def version(self) -> str:
         return f"triton {triton.__version__}"
@@ -46,15 +46,15 @@ class Fused:
         size = packed_bytes(packed)
         device = device_spec(logical.codes.device)
 
-        options = {"batch_invariant": self.batch_invariant, "sliced_prefill": True}
+        policy = Policy(batch_invariant=self.batch_invariant)
 
         def source(m: int) -> str:
-            if self.kernel is not _KERNEL:
+            if self.kernel != _KERNEL:
                 return f"{slice_rows(n, k)} outputs per slice"
-            return select(GemmShape(m, n, k), logical.spec, device, **options).source
+            return select(GemmShape(m, n, k), logical.spec, device, policy).source
 
         def run(x: torch.Tensor) -> torch.Tensor:
-            return fusedq_kernels.matmul(x, packed, None, self.kernel, **options)
+            return fusedq_kernels.matmul(x, packed, None, self.kernel, policy)
 
         return Prepared(run, size, fused_dram_bytes(size, n, k), source)
 
@@ -108,7 +108,7 @@ class Unfused:
 OWN = (
     Fused(),
     Fused("fusedq-invariant", batch_invariant=True),
-    Fused("fusedq-sliced", kernel=KernelName.SLICED_CUBLAS),
+    Fused("fusedq-sliced", kernel="sliced-cublas"),
     Cublas(),
     Unfused("dequant+cublas", lambda x, w: torch.mm(x, w.t())),
     Unfused("dequant+tiled", tiled_gemm),

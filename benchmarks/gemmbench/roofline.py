@@ -11,13 +11,12 @@ from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, group_geometry, round_up
 from fusedq_kernels.layouts.resident import resident_tensors
 from fusedq_kernels.types import (
+    TILED_LAYOUTS,
     DeviceSpec,
     GemmShape,
-    KernelName,
     QuantSpec,
     TileConfig,
     WeightType,
-    layout_for,
 )
 
 # Start of a kernel to its first store with nothing to do, and the pass of the last arriver.
@@ -129,7 +128,7 @@ def rates_for(device: DeviceSpec) -> Rates | None:
 
 def packed_bytes(n: int, k: int, spec: QuantSpec) -> int:
     """Resident bytes of a packed weight `[n, k]` in its tiled layout, padding included."""
-    layout = layout_for(KernelName.TRITON_GEMM, spec.weight_type)
+    layout = TILED_LAYOUTS[spec.weight_type]
     shapes = resident_tensors(layout, n, k, spec, 0, DType.BFLOAT16)
     return sum(tensor.nbytes for tensor in shapes.values())
 

@@ -15,16 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedq_kernels.call import Call
+from fusedq_kernels.catalogue import KERNELS
 from fusedq_kernels.choose.heuristics import select
-from fusedq_kernels.cuda import gemm
 from fusedq_kernels.cuda.decode import DECODERS
 from fusedq_kernels.cuda.integers import code_pairs, portable_integers
 from fusedq_kernels.cuda.planes import halves
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, round_up, whole_splits
 from fusedq_kernels.types import (
     GemmShape,
-    KernelName,
-    Launch,
     LogicalWeight,
     TileConfig,
     WeightType,
@@ -33,7 +32,7 @@ from gemmbench.contender import Prepared, Unavailable, fused_dram_bytes
 from gemmbench.own import device_spec
 from gemmbench.weights import packed_bytes, packed_for_gpu
 
-_KERNEL = KernelName.TRITON_GEMM
+_KERNEL = "triton-gemm"
 _BF16_BITS = tl.constexpr(0x43004300)
 
 
@@ -110,8 +109,11 @@ class Variant:
 
         def run(x: torch.Tensor) -> torch.Tensor:
             tile = self.tile_for(logical, x.shape[0])
+            call, out = Call.of(packed, _KERNEL, x.dtype), x.new_empty((x.shape[0], packed.n))
             with decoding(decoders):
-                return gemm.fused_gemm(x, packed, None, Launch(_KERNEL, tile, "experiment"))
+                launch = KERNELS[_KERNEL].prepare(call, tile)
+                launch(x, packed.qweight, packed.scales, packed.zeros, None, out)
+            return out
 
         return Prepared(
             run,

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from fusedq_kernels import layout_for, pack, reference, weight_bytes
+from fusedq_kernels import pack, reference, weight_bytes
 from fusedq_kernels.layouts.packing import count_groups
-from fusedq_kernels.types import KernelName, LogicalWeight, PackedWeight, QuantSpec, WeightType
+from fusedq_kernels.types import TILED_LAYOUTS, LogicalWeight, PackedWeight, QuantSpec, WeightType
 
 # Outputs of 16-bit kernels differ from float64 by about 2e-3 RMS (rounding of y, of scaled weights,
 # of scales to the activation dtype); a wrong order of codes, groups or zero points by about 1.
@@ -56,7 +56,7 @@ def random_weight(n: int, k: int, spec: QuantSpec, device: torch.device, seed=0)
 
 def packed_for_gpu(logical: LogicalWeight, act_dtype: torch.dtype) -> PackedWeight:
     """In the layout of our Triton kernels, on the device of `logical`."""
-    return pack(logical, layout_for(KernelName.TRITON_GEMM, logical.spec.weight_type), act_dtype)
+    return pack(logical, TILED_LAYOUTS[logical.spec.weight_type], act_dtype)
 
 
 def packed_bytes(packed: PackedWeight) -> int:

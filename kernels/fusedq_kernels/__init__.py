@@ -9,33 +9,31 @@ from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,
-    KernelName,
     Launch,
     Layout,
     LogicalWeight,
     PackedWeight,
+    Policy,
     QuantSpec,
     Reason,
     TileConfig,
     WeightType,
-    layout_for,
 )
 
 __all__ = [
     "DType",
     "DeviceSpec",
     "GemmShape",
-    "KernelName",
     "Launch",
     "Layout",
     "LogicalWeight",
     "PackedWeight",
+    "Policy",
     "QuantSpec",
     "Reason",
     "TileConfig",
     "WeightType",
     "empty_packed",
-    "layout_for",
     "matmul",
     "pack",
     "pack_rows",
@@ -46,7 +44,7 @@ __all__ = [
 
 
 _LAYOUT_NAMES = ("empty_packed", "pack", "pack_rows", "packed_shapes", "unpack", "weight_bytes")
-_IMPORTED_WHEN_USED = {"matmul": "op", **dict.fromkeys(_LAYOUT_NAMES, "layouts.packing")}
+_IMPORTED_WHEN_USED = {"matmul": "ops", **dict.fromkeys(_LAYOUT_NAMES, "layouts.packing")}
 
 
 def __getattr__(name: str) -> object:

@@ -1,7 +1,7 @@
 """The nouns of the kernel library: weight types, problem shapes, devices, launches, weights.
 
 Plain frozen data. `layouts/` turns a `LogicalWeight` into a `PackedWeight`, `choose/` picks a
-`Launch`, `op.py` runs it.
+`Launch`, `ops.py` runs it.
 """
 
 from dataclasses import dataclass
@@ -74,26 +74,7 @@ class Layout(Enum):
     CPU_WNA16 = "CPU_WNA16"
 
 
-class KernelName(Enum):
-    """Every implementation of `torch.ops.fusedq.matmul`.
-
-    A plan names exactly one, and beside triton-gemm a declared one where measured rows lead there.
-    """
-
-    TRITON_GEMM = "triton-gemm"
-    SLICED_CUBLAS = "sliced-cublas"
-    CPU_WNA16 = "cpu-wna16"
-    CPU_STRIPED = "cpu-striped"
-
-
-class GatherName(Enum):
-    """Every implementation of `torch.ops.fusedq.embedding`."""
-
-    TRITON_GATHER = "triton-gather"
-    CPU_GATHER = "cpu-gather"
-
-
-_TILED_LAYOUTS = {
+TILED_LAYOUTS = {
     WeightType.UINT4: Layout.P4,
     WeightType.UINT4B8: Layout.P4,
     WeightType.UINT8: Layout.P8,
@@ -101,40 +82,15 @@ _TILED_LAYOUTS = {
     WeightType.NF4: Layout.PL4,
     WeightType.FP4: Layout.PL4,
 }
-_KERNEL_LAYOUTS = {
-    KernelName.TRITON_GEMM: _TILED_LAYOUTS,
-    KernelName.SLICED_CUBLAS: _TILED_LAYOUTS,
-    KernelName.CPU_WNA16: {
-        WeightType.UINT4: Layout.CPU_WNA16,
-        WeightType.UINT4B8: Layout.CPU_WNA16,
-    },
-    KernelName.CPU_STRIPED: _TILED_LAYOUTS,
-    # What a weight that is gathered only is kept in; the gathers read those of the others too.
-    GatherName.TRITON_GATHER: _TILED_LAYOUTS,
-    GatherName.CPU_GATHER: _TILED_LAYOUTS,
-}
+"""The tiled layout of each weight type, which the Triton and the striped CPU kernel read."""
 
-
-def runs(kernel: KernelName, weight_type: WeightType) -> bool:
-    """Whether `kernel` has a layout for `weight_type`."""
-    return weight_type in _KERNEL_LAYOUTS[kernel]
+WNA16_LAYOUTS = dict.fromkeys((WeightType.UINT4, WeightType.UINT4B8), Layout.CPU_WNA16)
+"""What vLLM's CPU operator reads."""
 
 
 def holds(layout: Layout, weight_type: WeightType) -> bool:
     """Whether weights of `weight_type` can be packed in `layout`."""
-    return layout in {layouts.get(weight_type) for layouts in _KERNEL_LAYOUTS.values()}
-
-
-def layout_for(kernel: KernelName | GatherName, weight_type: WeightType) -> Layout:
-    """The layout in which `kernel` reads weights of `weight_type`.
-
-    Raises ValueError, naming the weight types of the kernel, where there is none.
-    """
-    layouts = _KERNEL_LAYOUTS[kernel]
-    if weight_type not in layouts:
-        known = ", ".join(each.value for each in layouts)
-        raise ValueError(f"kernel {kernel.value} runs {known}, got {weight_type.value}")
-    return layouts[weight_type]
+    return layout in (TILED_LAYOUTS.get(weight_type), WNA16_LAYOUTS.get(weight_type))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +140,21 @@ class DeviceSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Policy:
+    """What a server demands of every launch.
+
+    With `batch_invariant` a row of y has the same bits in any batch. Without `sliced_prefill` no
+    measured row may lead to sliced-cublas.
+    """
+
+    batch_invariant: bool = False
+    sliced_prefill: bool = True
+
+
+DEFAULT_POLICY = Policy()
+
+
+@dataclass(frozen=True, slots=True)
 class TileConfig:
     """Launch geometry: block_m tokens x block_n out_features, K walked in steps of 128.
 
@@ -208,9 +179,10 @@ class TileConfig:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A chosen kernel; `source` says why ("rule: ..." or "tuned:<device> row <i>")."""
+    """A chosen kernel, by its name in `catalogue.KERNELS`; `source` says why ("rule: ..." or
+    "tuned:<device> row <i>")."""
 
-    kernel: KernelName | GatherName
+    kernel: str
     tile: TileConfig | None
     source: str
 
@@ -231,9 +203,9 @@ class LogicalWeight:
     value subtracted from a code) or None. Row k belongs to group `(k + phase) // group_size`, so
     `G == ceil((K + phase) / group_size)`: a shard may begin and end inside a group.
 
-    With `perm`, int32 `[K]`, row k reads input feature `perm[k]` of `in_features` (activation
-    reordering); a row of padding reads any feature and its code is worth zero. Without it row k
-    reads feature k and `in_features` means nothing.
+    With `perm`, int32 `[K]`, row k reads input feature `perm[k]` (activation reordering); a row of
+    padding reads any feature and its code is worth zero. Without it row k reads feature k.
+    `in_features` is the number of features that tokens have, K where it is not given.
     """
 
     codes: "torch.Tensor"
@@ -244,12 +216,15 @@ class LogicalWeight:
     perm: "torch.Tensor | None" = None
     in_features: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "in_features", self.in_features or self.codes.shape[1])
+
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """The kernel ABI: the only resident form of a quantized weight.
 
-    Shapes and dtypes of the tensors depend on `layout` (see `layout.packed_shapes`). `n` and `k`
+    Shapes and dtypes of the tensors depend on `layout` (see `packing.packed_shapes`). `n` and `k`
     are the logical sizes, without padding. `perm` and `in_features` are those of `LogicalWeight`.
     """
 
@@ -263,3 +238,6 @@ class PackedWeight:
     phase: int = 0
     perm: "torch.Tensor | None" = None
     in_features: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "in_features", self.in_features or self.k)

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import kernels_correct
-from fusedq_kernels import launchers
+from fusedq_kernels import ops
 from fusedq_kernels.types import QuantSpec, WeightType
 from gemmbench import exactness
 from gemmbench.results import ResultFile
@@ -45,27 +45,27 @@ def test_shards_of_the_cases_are_all_of_them() -> None:
 
 
 def test_a_slightly_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = launchers.run
-    monkeypatch.setattr(launchers, "run", lambda *a: real(*a) * 1.001)
+    real = ops.run
+    monkeypatch.setattr(ops, "run", lambda *a: real(*a) * 1.001)
     with pytest.raises(AssertionError, match=r"M=3 Launch.*: RMS error 1\.0\de-03, bound 2\.8e"):
         exactness.check_right(subject(), 3, every_tile=False)
 
 
 def test_an_output_that_is_never_written_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = launchers.run
+    real = ops.run
 
     def forgetful(*arguments: object) -> torch.Tensor:
         y = real(*arguments)
         y[-1, -1] = torch.nan
         return y
 
-    monkeypatch.setattr(launchers, "run", forgetful)
+    monkeypatch.setattr(ops, "run", forgetful)
     with pytest.raises(AssertionError, match="RMS error nan"):
         exactness.check_right(subject(), 3, every_tile=False)
 
 
 def test_bits_that_change_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = launchers.run, []
+    real, calls = ops.run, []
 
     def wavering(*arguments: object) -> torch.Tensor:
         calls.append(1)
@@ -74,12 +74,10 @@ def test_bits_that_change_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
             y[0, 0] += 1
         return y
 
-    monkeypatch.setattr(launchers, "run", wavering)
+    monkeypatch.setattr(ops, "run", wavering)
     with pytest.raises(AssertionError, match="M=2: run 1 differs"):
         exactness.check_repeatable(subject(), 2, runs=3)
-    monkeypatch.setattr(
-        launchers, "run", lambda x, *rest: real(x, *rest) + (1 if x.shape[0] == 1 else 0)
-    )
+    monkeypatch.setattr(ops, "run", lambda x, *rest: real(x, *rest) + (1 if x.shape[0] == 1 else 0))
     with pytest.raises(AssertionError, match=r"M=1 at 0, Launch.*: 72 outputs differ"):
         exactness.check_batch_invariant(subject(), [1, 2])
 

@@ -12,7 +12,7 @@ import tune
 from fusedq_kernels.choose import tuning
 from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.choose.heuristics import select
-from fusedq_kernels.types import GemmShape, KernelName, QuantSpec, TileConfig, WeightType
+from fusedq_kernels.types import GemmShape, QuantSpec, TileConfig, WeightType
 from gemmbench import candidates
 from gemmbench.results import ResultFile
 from gemmbench.roofline import rates_for
@@ -74,18 +74,18 @@ def test_an_unfinished_shape_gets_no_rows() -> None:
 def test_where_slices_are_fastest_the_fastest_tile_stands_beside_them() -> None:
     def sliced(us: float, m: int = 512) -> candidates.Measurement:
         shape = GemmShape(m, 4096, 4096)
-        return candidates.Measurement(shape, INT4, None, us, KernelName.SLICED_CUBLAS)
+        return candidates.Measurement(shape, INT4, None, us, "sliced-cublas")
 
     tiles = [measured(64, 4, 6.0), measured(512, 1, 50.0), measured(512, 2, 40.0)]
     more = [measured(2048, 1, 200.0), sliced(100.0, 2048)]
     found = candidates.tuned_rows([*tiles, sliced(30.0), *more])
     assert [(row.max_m, row.kernel, row.us, row.min_m) for row in found] == [
-        (64, KernelName.TRITON_GEMM, 6.0, 1),
-        (512, KernelName.TRITON_GEMM, 40.0, 1),
+        (64, "triton-gemm", 6.0, 1),
+        (512, "triton-gemm", 40.0, 1),
         # Between 64 tokens, where the tile won, and 512.
-        (512, KernelName.SLICED_CUBLAS, 30.0, 182),
-        (2048, KernelName.TRITON_GEMM, 200.0, 1),
-        (2048, KernelName.SLICED_CUBLAS, 100.0, 1),
+        (512, "sliced-cublas", 30.0, 182),
+        (2048, "triton-gemm", 200.0, 1),
+        (2048, "sliced-cublas", 100.0, 1),
     ]
     assert len(candidates.tuned_rows([*tiles, sliced(60.0)])) == 2
     assert len(candidates.tuned_rows([tiles[0], sliced(60.0)])) == 1
@@ -121,14 +121,12 @@ def test_a_dry_run_measures_slices_for_many_tokens(tmp_path: Path) -> None:
     assert {(row["m"], row["block_m"]) for row in found} == {("512", "")}
     assert all(float(row["us"]) > 0 for row in found)
     (table,) = tuning.read(tmp_path / "h200.json")
-    assert KernelName.TRITON_GEMM in {row.kernel for row in table.rows if row.max_m == 512}
+    assert "triton-gemm" in {row.kernel for row in table.rows if row.max_m == 512}
 
 
 def test_tables_of_another_triton_stay(tmp_path: Path) -> None:
     path = tmp_path / "h200.json"
-    row = tuning.TunedRow(
-        *(WeightType.UINT4B8, 128, 4096, 4096, 64, tuning.KernelName.TRITON_GEMM, TILE, 5.0)
-    )
+    row = tuning.TunedRow(*(WeightType.UINT4B8, 128, 4096, 4096, 64, "triton-gemm", TILE, 5.0))
     tuning.write(path, [tuning.TunedTable("h200", "2.9.0", "2026-01-01", "abc", (row,))])
     run("--dry-run", "--keep", 1, "--bucket", 64, "--out", tmp_path)
     assert [len(table.rows) for table in tuning.read(path)] == [1, 2]

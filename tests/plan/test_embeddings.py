@@ -19,8 +19,8 @@ from checkpoints import (
 )
 from embeddings import EMBEDDING, VOCABULARY, write_with_embedding
 from fusedq_kernels.choose.device import cpu_device, device_by_name
-from fusedq_kernels.embedding import embedding
 from fusedq_kernels.layouts.packing import unpack
+from fusedq_kernels.ops import embedding
 from fusedq_kernels.reference import dequantize
 from vllm_fusedq.checkpoint.read import Checkpoint, read_checkpoint
 from vllm_fusedq.errors import PreflightError
@@ -259,7 +259,7 @@ def test_selfcheck_looks_rows_up(
     def wrong(ids, packed, gather, dtype):
         return embedding(ids, packed, gather, dtype).roll(1, 0)
 
-    monkeypatch.setattr("vllm_fusedq.prove.selfcheck.embedding", wrong)
+    monkeypatch.setattr("vllm_fusedq.prove.selfcheck.ops.embedding", wrong)
     assert not check_layer(checkpoint, plan, target, torch.device("cpu")).passed
 
 

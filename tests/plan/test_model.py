@@ -8,7 +8,7 @@ import torch
 
 from checkpoints import BUILDS, drop, replace, write_checkpoint
 from fusedq_kernels.choose.device import KNOWN_DEVICES, cpu_device, device_by_name
-from fusedq_kernels.types import KernelName, WeightType
+from fusedq_kernels.types import Policy, WeightType
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.plan.layer import Target, plan_layer
@@ -43,20 +43,20 @@ def test_every_linear_is_planned_in_vllms_fused_layers(tmp_path: Path, build: st
     assert [part.shard_id for part in qkv.shard.parts] == ["q", "k", "v"]
     assert (qkv.n, qkv.k) == (192, 64)
     assert plan.unquantized == ("lm_head", "model.embed_tokens")
-    assert {layer.kernel for layer in plan.layers} == {KernelName.CPU_WNA16}
+    assert {layer.kernel for layer in plan.layers} == {"cpu-wna16"}
 
 
 @pytest.mark.parametrize("name", KNOWN_DEVICES)
 def test_every_known_gpu_gets_the_fused_kernel(tmp_path: Path, name: str) -> None:
     write_checkpoint(tmp_path, "awq")
     plan = plan_model(read_checkpoint(tmp_path), Target(device_by_name(name), torch.float16))
-    assert {layer.kernel for layer in plan.layers} == {KernelName.TRITON_GEMM}
+    assert {layer.kernel for layer in plan.layers} == {"triton-gemm"}
     assert all(layer.decode.tile and layer.prefill.tile for layer in plan.layers)
 
 
 def test_a_kernel_insisted_on_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "gptq-sym")
-    insisting = dataclasses.replace(CPU, insisted=KernelName.CPU_WNA16)
+    insisting = dataclasses.replace(CPU, insisted="cpu-wna16")
     layer = plan_model(read_checkpoint(tmp_path), insisting).layers[0]
     formats = {
         part.module: dataclasses.replace(
@@ -64,7 +64,7 @@ def test_a_kernel_insisted_on_is_refused_where_it_cannot_run(tmp_path: Path) -> 
         )
         for part, fmt in zip(layer.shard.parts, layer.formats, strict=True)
     }
-    assert plan_layer(layer.shard, formats, CPU).kernel is KernelName.CPU_STRIPED
+    assert plan_layer(layer.shard, formats, CPU).kernel == "cpu-striped"
     with pytest.raises(PreflightError) as error:
         plan_layer(layer.shard, formats, insisting)
     (problem,) = error.value.problems
@@ -77,11 +77,11 @@ def test_a_kernel_insisted_on_is_refused_where_it_cannot_run(tmp_path: Path) -> 
 def test_batch_invariant_mode_is_planned_or_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "gptq-sym")
     checkpoint = read_checkpoint(tmp_path)
-    plan = plan_model(checkpoint, dataclasses.replace(H200, batch_invariant=True))
+    plan = plan_model(checkpoint, dataclasses.replace(H200, policy=Policy(batch_invariant=True)))
     launches = [launch for layer in plan.layers for launch in (layer.decode, layer.prefill)]
     assert all(launch.source.endswith("batch-invariant") for launch in launches)
     with pytest.raises(PreflightError) as error:
-        plan_model(checkpoint, dataclasses.replace(CPU, batch_invariant=True))
+        plan_model(checkpoint, dataclasses.replace(CPU, policy=Policy(batch_invariant=True)))
     (problem,) = error.value.problems
     assert problem.layer == "device cpu"
     kernels = "(cpu-wna16, cpu-striped)"

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from torch.profiler import ProfilerActivity, profile
 
 from checkpoints import write_checkpoint
-from fusedq_kernels import op, reference
+from fusedq_kernels import ops, reference
 from fusedq_kernels.choose import slices
 from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.layouts.packing import unpack
-from fusedq_kernels.types import KernelName
+from fusedq_kernels.types import Policy
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.capacity import workspace_bytes
@@ -68,11 +68,9 @@ def test_a_plan_names_kernel_tokens_and_workspace(checkpoint: Path) -> None:
     assert set(row["declared"]) == set(known["required"])
 
 
-@pytest.mark.parametrize("change", [{"sliced_prefill": False}, {"batch_invariant": True}])
-def test_nothing_is_declared_where_it_may_not_run(
-    checkpoint: Path, change: dict[str, bool]
-) -> None:
-    plan = planned(checkpoint, replace(TARGET, **change))
+@pytest.mark.parametrize("policy", [Policy(sliced_prefill=False), Policy(batch_invariant=True)])
+def test_nothing_is_declared_where_it_may_not_run(checkpoint: Path, policy: Policy) -> None:
+    plan = planned(checkpoint, replace(TARGET, policy=policy))
     assert {layer.declared for layer in plan.layers} == {None}
     assert "sliced-cublas" not in render(plan_table(plan.layers), width=400)
     assert {row["declared"] for row in layers_json(plan.layers)} == {None}
@@ -96,7 +94,7 @@ def trace(path: Path, call: Callable[..., object]) -> LayerTrace:
 
 
 def sliced(x: torch.Tensor, packed: object) -> torch.Tensor:
-    return op.matmul(x, packed, None, KernelName.TRITON_GEMM, sliced_prefill=True)
+    return ops.matmul(x, packed, None, "triton-gemm")
 
 
 def test_a_trace_proves_that_no_more_than_a_slice_was_dequantized(

@@ -83,8 +83,10 @@ def test_a_kernel_that_reads_wrongly_is_found(
     from vllm_fusedq.prove import selfcheck
 
     write_checkpoint(tmp_path, "awq", hidden=128, intermediate=192)
-    original = selfcheck.op.matmul
-    monkeypatch.setattr(selfcheck.op, "matmul", lambda x, *rest: original(x.roll(1, dims=1), *rest))
+    original = selfcheck.ops.matmul
+    monkeypatch.setattr(
+        selfcheck.ops, "matmul", lambda x, *rest: original(x.roll(1, dims=1), *rest)
+    )
     for check in check_all(tmp_path):
         assert check.wrong_values == 0
         assert check.max_error > check.limit

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from torch.profiler import ProfilerActivity, profile
 
 from checkpoints import write_checkpoint
-from fusedq_kernels import op, reference
+from fusedq_kernels import ops, reference
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.cuda import gemm_kernel
 from fusedq_kernels.layouts.packing import unpack
-from fusedq_kernels.types import KernelName
+from fusedq_kernels.types import Policy
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.layer import Target
@@ -55,7 +55,7 @@ def trace(loader: LayerLoader, call: Callable[[torch.Tensor], object]) -> LayerT
 
 
 def fused(loader: LayerLoader, x: torch.Tensor) -> torch.Tensor:
-    return op.matmul(x, loader.packed, None, KernelName.CPU_WNA16)
+    return ops.matmul(x, loader.packed, None, "cpu-wna16")
 
 
 def test_a_fused_layer_is_proven(wna16_op: None, loader: LayerLoader) -> None:
@@ -126,7 +126,7 @@ def gpu_event(
 def test_only_the_fused_kernel_is_evidence_on_a_gpu(
     loader: LayerLoader, kernel: str, problems: tuple[str, ...]
 ) -> None:
-    plan = replace(loader.plan, kernel=KernelName.TRITON_GEMM)
+    plan = replace(loader.plan, kernel="triton-gemm")
     operator = gpu_event("fusedq::matmul_out", kernels=(kernel,))
     call = gpu_event(MARK + plan.prefix, operator)
     found = judge(plan, loader.packed, [call], TOKENS, Target(device_by_name("h200"), DTYPE))
@@ -139,11 +139,11 @@ def test_the_budget_is_that_of_the_launch_that_runs(
 ) -> None:
     """By hand: K in 2 parts is 2 x 64 x 1536 fp32 partial sums. Batch-invariant launches of more
     than 64 tokens keep them in registers and have no such excuse."""
-    plan = replace(loader.plan, kernel=KernelName.TRITON_GEMM)
+    plan = replace(loader.plan, kernel="triton-gemm")
     kernels = (gemm_kernel.fused_gemm_kernel.__name__,)
     sums = gpu_event("aten::empty", allocated=4 * 2 * 64 * 1536)
     call = gpu_event(MARK + plan.prefix, gpu_event("fusedq::matmul_out", sums, kernels=kernels))
-    target = Target(device_by_name("h200"), DTYPE, batch_invariant=batch_invariant)
+    target = Target(device_by_name("h200"), DTYPE, policy=Policy(batch_invariant))
     found = judge(plan, loader.packed, [call], tokens, target)
     assert bool(found.problems) == batch_invariant
     parts = 0 if batch_invariant else 4 * 2 * tokens * 1536

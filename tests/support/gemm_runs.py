@@ -4,21 +4,21 @@ from dataclasses import replace
 
 import torch
 
-from fusedq_kernels.cuda import gemm
+from fusedq_kernels import ops
 from fusedq_kernels.layouts import packing
-from fusedq_kernels.types import KernelName, Launch, PackedWeight, TileConfig, layout_for
+from fusedq_kernels.types import TILED_LAYOUTS, Launch, PackedWeight, TileConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def launch(block_m=16, block_n=64, split_k=1, **options) -> Launch:
     tile = TileConfig(block_m, block_n, split_k, num_warps=4, num_stages=2, **options)
-    return Launch(KernelName.TRITON_GEMM, tile, "test")
+    return Launch("triton-gemm", tile, "test")
 
 
 def pack(logical, act_dtype) -> PackedWeight:
     """With NaN scales (in any dtype) behind the last group: steps of padding must not read them."""
-    target = layout_for(KernelName.TRITON_GEMM, logical.spec.weight_type)
+    target = TILED_LAYOUTS[logical.spec.weight_type]
     packed = packing.pack(logical, target, act_dtype)
     behind = torch.full((4, *packed.scales.shape[1:]), -1, dtype=torch.int32)
     scales = torch.cat([packed.scales, behind.view(packed.scales.dtype)])
@@ -36,4 +36,4 @@ def surrounded_by_nan(x) -> torch.Tensor:
 
 def run(x, packed, bias, chosen) -> torch.Tensor:
     bias = None if bias is None else bias.to(DEVICE)
-    return gemm.fused_gemm(surrounded_by_nan(x), packed, bias, chosen).cpu()
+    return ops.run(surrounded_by_nan(x), packed, bias, chosen).cpu()

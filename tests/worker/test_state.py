@@ -13,7 +13,7 @@ from safetensors import safe_open
 from checkpoints import write_checkpoint
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.layouts.packing import empty_packed
-from fusedq_kernels.types import KernelName, QuantSpec, WeightType, layout_for
+from fusedq_kernels.types import TILED_LAYOUTS, QuantSpec, WeightType
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.layer import Target
@@ -93,9 +93,9 @@ CELLS = [(tensor, stage, data) for data in (0, 1) for stage in (0, 1) for tensor
 
 def test_the_interpreter_compiles_nothing(tmp_path: Path) -> None:
     spec = QuantSpec(WeightType.UINT4B8, 128, torch.float16)
-    form = layout_for(KernelName.TRITON_GEMM, spec.weight_type)
+    form = TILED_LAYOUTS[spec.weight_type]
     packed = empty_packed(form, 128, 128, spec, 0, torch.float16, "cpu")
-    layer = LoadedLayer(packed, KernelName.TRITON_GEMM, has_bias=False)
+    layer = LoadedLayer(packed, "triton-gemm", has_bias=False)
     assert warm_up([layer], Target(device_by_name("sm_90"), torch.float16), 64).launches == 0
 
 

@@ -22,12 +22,11 @@ from fusedq_kernels.geometry import BLOCK_K
 from fusedq_kernels.layouts.resident import TILED_WORDS
 from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import (
-    KernelName,
+    TILED_LAYOUTS,
     Layout,
     LogicalWeight,
     PackedWeight,
     WeightType,
-    layout_for,
 )
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats.base import CheckpointFormat
@@ -100,7 +99,7 @@ class FusedQFormat(CheckpointFormat):
     def scheme(self, module: str) -> Scheme:
         scheme, n, k = self.layers[module]
         weight_type, group_size, ordered = scheme
-        words = TILED_WORDS[layout_for(KernelName.TRITON_GEMM, weight_type)]
+        words = TILED_WORDS[TILED_LAYOUTS[weight_type]]
         blocks = Dim(None, size=-(-k // BLOCK_K)) if ordered else Dim("k", BLOCK_K)
         layouts = [
             TensorLayout(QWEIGHT, (blocks, Dim("n"), Dim(None, size=words)), (DType.INT32,)),
@@ -193,7 +192,7 @@ class TiledPacking(Packing):
 
 
 def _layout(layer: LayerFormat) -> Layout:
-    return layout_for(KernelName.TRITON_GEMM, layer.spec.weight_type)
+    return TILED_LAYOUTS[layer.spec.weight_type]
 
 
 def _codec(layer: LayerFormat) -> TiledCodec:

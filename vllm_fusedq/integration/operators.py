@@ -1,6 +1,6 @@
 """vLLM's CPU operators, for programs that are no vLLM process."""
 
-from fusedq_kernels.cpu.kernels import wna16_available
+from fusedq_kernels.cpu import wna16
 
 
 def register_cpu_operators() -> bool:
@@ -14,4 +14,4 @@ def register_cpu_operators() -> bool:
         return False
     if current_platform.is_cpu():
         current_platform.import_kernels()
-    return wna16_available()
+    return wna16.available()

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-import fusedq_kernels.op  # noqa: F401  (registers torch.ops.fusedq.matmul)
-from fusedq_kernels.cpu.kernels import wna16_call
-from fusedq_kernels.types import KernelName, PackedWeight
+import fusedq_kernels.ops  # noqa: F401  (registers torch.ops.fusedq)
+from fusedq_kernels.catalogue import KERNELS
+from fusedq_kernels.types import PackedWeight
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.integration.placeholder import Placeholder, WeightLoader
@@ -85,27 +85,14 @@ class Multiplication:
     """`y = x @ W.T + bias` by the packed weight of an attached layer."""
 
     def __init__(self, plan: LayerPlan, target: Target) -> None:
-        self.n = plan.n
-        self.constants = (
-            plan.n,
-            plan.rows,
-            plan.k,
-            plan.spec.group_size,
-            plan.phase,
-            plan.spec.weight_type.value,
-            plan.spec.scale_dtype.value,
-            plan.kernel.value,
-            target.batch_invariant,
-            target.sliced_prefill,
-        )
-        self.bare = plan.kernel is KernelName.CPU_WNA16
+        self.n, self.kernel = plan.n, KERNELS[plan.kernel]
+        self.call = plan.call(plan.kernel, target).text
         self.act_dtype = target.act_dtype.torch
         self.traced_call: Callable[..., None] | None = None
 
     def weight_loaded(self, packed: PackedWeight) -> None:
         """Where vLLM's own operator can be called with nothing around it, keep that call."""
-        if self.bare:
-            self.traced_call = wna16_call(packed, self.act_dtype)
+        self.traced_call = self.kernel.bare_call(packed, self.act_dtype)
 
     def __call__(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None
@@ -124,6 +111,6 @@ class Multiplication:
             layer.fusedq_zeros,
             bias,
             layer.fusedq_perm,
-            *self.constants,
+            self.call,
         )
         return out

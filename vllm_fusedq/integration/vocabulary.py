@@ -9,7 +9,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-import fusedq_kernels.embedding  # noqa: F401  (registers torch.ops.fusedq.embedding)
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.formats.layer import LayerFormat, Region
@@ -58,16 +57,7 @@ class FusedQVocabularyMethod(QuantizeMethodBase):
         self.multiplication = Multiplication(plan, self.state.target)
         attach(layer, plan, self.state, params_dtype)
         if plan.gather is not None:
-            self.lookup_constants = (
-                plan.n,
-                plan.k,
-                plan.spec.group_size,
-                plan.spec.weight_type.value,
-                plan.spec.scale_dtype.value,
-                layer.fusedq_loader.packed.layout.value,
-                plan.gather.value,
-                self.state.target.act_dtype.torch,
-            )
+            self.lookup_call = plan.call(plan.gather, self.state.target).text
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         finish(layer, self.state)
@@ -102,7 +92,7 @@ class FusedQVocabularyMethod(QuantizeMethodBase):
             layer.fusedq_scales,
             layer.fusedq_zeros,
             layer.fusedq_perm,
-            *self.lookup_constants,
+            self.lookup_call,
         )
 
 

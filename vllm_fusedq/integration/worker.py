@@ -14,8 +14,7 @@ from vllm.distributed import (
 )
 from vllm.model_executor.model_loader.utils import get_model_architecture
 
-from fusedq_kernels.choose.heuristics import kernels_for
-from fusedq_kernels.types import KernelName
+from fusedq_kernels.types import Policy
 from vllm_fusedq.checkpoint.hub import REPOSITORY_ID
 from vllm_fusedq.checkpoint.read import INDEX_FILE, OTHER_FORMAT, Checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
@@ -49,8 +48,7 @@ def start_worker(
     _check_load_format(checkpoint, vllm_config.load_config.load_format)
     settings = parse_settings(vllm_config.additional_config.get("fusedq", {}))
     device = settings.device(worker_device())
-    striped = kernels_for(device)[0] is KernelName.CPU_STRIPED
-    if striped and settings.kernel == "auto":
+    if device.kind == "cpu" and not device.cpu_isa and settings.kernel == "auto":
         logger.warning(
             "This build of vLLM has no fused CPU operator: quantized layers run on "
             "cpu-striped, which is several times slower."
@@ -59,8 +57,7 @@ def start_worker(
         device,
         vllm_config.model_config.dtype,
         settings.insisted,
-        batch_invariant=envs.VLLM_BATCH_INVARIANT,
-        sliced_prefill=settings.sliced_prefill,
+        Policy(envs.VLLM_BATCH_INVARIANT, settings.sliced_prefill),
     )
     install_worker_methods()
     _warn_of_unread_code(vllm_config.model_config)

@@ -13,7 +13,7 @@ import torch
 
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.layouts import packing
-from fusedq_kernels.types import LogicalWeight, PackedWeight, layout_for
+from fusedq_kernels.types import LogicalWeight, PackedWeight
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats import Finding
 from vllm_fusedq.formats.layer import LayerFormat, Region, TensorLayout, stored_slices
@@ -55,14 +55,15 @@ class LayerLoader:
     ) -> "LayerLoader":
         """Allocate the resident tensors of `plan` on `device`."""
         packed = packing.empty_packed(
-            layout_for(plan.kernel, plan.spec.weight_type),
+            plan.layout,
             plan.n,
             plan.rows,
             plan.spec,
             plan.phase,
             act_dtype,
             device,
-            in_features=plan.k if plan.ordered else 0,
+            in_features=plan.k,
+            ordered=plan.ordered,
         )
         return cls(plan, packed, source)
 

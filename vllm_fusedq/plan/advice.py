@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fusedq_kernels.catalogue import KERNELS
 from fusedq_kernels.dtype import DType
-from fusedq_kernels.types import KernelName
 from vllm_fusedq.checkpoint.read import OTHER_FORMAT, Checkpoint
 from vllm_fusedq.errors import Problem
 from vllm_fusedq.formats import format_for
@@ -15,11 +15,6 @@ from vllm_fusedq.plan.attention import partial_attention
 from vllm_fusedq.plan.capacity import Capacity
 from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.plan.model import ModelPlan, fold_problems
-
-SLOW_KERNELS = {
-    KernelName.CPU_STRIPED: "decodes a few output features at a time, several times slower than "
-    "cpu-wna16"
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +35,8 @@ def warnings_for(
         if fmt.block_of(module) in fmt.quantized_blocks and not fmt.listed_as(module):
             found["a linear layer that the checkpoint leaves unquantized"].append(module)
     for layer in plan.layers:
-        if layer.kernel in SLOW_KERNELS:
-            found[f"{layer.kernel.value} {SLOW_KERNELS[layer.kernel]}"].append(layer.prefix)
-        if layer.kernel is KernelName.CPU_WNA16 and layer.spec.scale_dtype != act_dtype:
-            rounded = f"{layer.spec.scale_dtype} scales are rounded to {act_dtype}"
-            found[f"{rounded}, as cpu-wna16 demands"].append(layer.prefix)
+        for caution in KERNELS[layer.kernel].cautions(layer.spec, act_dtype):
+            found[caution].append(layer.prefix)
         if layer.rows > layer.k:
             found[_of_order(layer, fmt)].append(layer.prefix)
     told = listed_otherwise(fmt, plan.unquantized)

@@ -182,7 +182,7 @@ def workspace_bytes(plan: LayerPlan) -> int:
     """The largest of what a call can need beside its output: the slice of a sliced prefill, or the
     partial sums of split K."""
     sliced = plan.declared.workspace_bytes if plan.declared else 0
-    return max(sliced, plan.partial_sum_bytes)
+    return max(sliced, plan.scratch_bytes)
 
 
 def _loaded_as_stored(checkpoint: Checkpoint, plan: ModelPlan) -> list[TensorInfo]:

@@ -11,21 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fusedq_kernels import catalogue
+from fusedq_kernels.call import Call
+from fusedq_kernels.catalogue import KERNELS, Op
 from fusedq_kernels.choose import heuristics
-from fusedq_kernels.choose.refusals import device_reasons, unsupported_reasons
+from fusedq_kernels.choose.refusals import of_device
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.layouts.resident import PERM_DTYPE, ResidentTensor, resident_tensors
 from fusedq_kernels.types import (
+    DEFAULT_POLICY,
     DeviceSpec,
-    GatherName,
     GemmShape,
-    KernelName,
     Launch,
+    Layout,
+    Policy,
     QuantSpec,
     Reason,
-    WeightType,
-    layout_for,
-    runs,
 )
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat
@@ -40,16 +41,14 @@ PREFILL_TOKENS = 2048
 class Target:
     """Where a plan is for: the device decides the kernels, the dtype what they multiply by.
 
-    A layer that `insisted` cannot run is refused; None lets the device decide for each layer. With
-    `batch_invariant` a row's bits do not depend on its batch. Without `sliced_prefill` no measured
-    row may name sliced-cublas. A torch dtype may be given as `act_dtype` and is kept by name.
+    A layer that the kernel `insisted` on cannot run is refused; None lets the device decide for
+    each layer. A torch dtype may be given as `act_dtype` and is kept by name.
     """
 
     device: DeviceSpec
     act_dtype: DType
-    insisted: KernelName | None = None
-    batch_invariant: bool = False
-    sliced_prefill: bool = True
+    insisted: str | None = None
+    policy: Policy = DEFAULT_POLICY
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "act_dtype", DType.of(self.act_dtype))
@@ -62,7 +61,7 @@ class LayerPlan:
     `spec`, `phase` and `rows` (along K) are those of the resident weight. Where `ordered`, the
     activation is gathered into `rows` features once before the kernel. `resident` is the bytes of
     each tensor that stays in memory, by `PackedWeight` field name. `declared` is what else than
-    `kernel` some number of tokens reaches, with its workspace; `partial_sum_bytes` is the most that
+    `kernel` some number of tokens reaches, with its workspace; `scratch_bytes` is the most that
     splits of K store in one call. `gather` looks up the rows of an embedding; it is `kernel` too
     unless the embedding is also the lm_head.
     """
@@ -73,13 +72,13 @@ class LayerPlan:
     phase: int
     rows: int
     ordered: bool
-    kernel: KernelName | GatherName
+    kernel: str
     decode: Launch
     prefill: Launch
     resident: tuple[tuple[str, int], ...]
     declared: heuristics.DeclaredLaunch | None = None
-    gather: GatherName | None = None
-    partial_sum_bytes: int = 0
+    gather: str | None = None
+    scratch_bytes: int = 0
 
     @property
     def prefix(self) -> str:
@@ -97,8 +96,19 @@ class LayerPlan:
     def kernel_name(self) -> str:
         """Like "cpu-wna16", "cpu-gather" or, of a tied embedding, "cpu-gather + cpu-wna16"."""
         if self.gather in (None, self.kernel):
-            return self.kernel.value
-        return f"{self.gather.value} + {self.kernel.value}"
+            return self.kernel
+        return f"{self.gather} + {self.kernel}"
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the resident weight; `gather` reads it too."""
+        return KERNELS[self.kernel].layout(self.spec.weight_type)
+
+    def call(self, kernel: str, target: Target) -> Call:
+        """What the operators are told of this layer, for one of its kernels."""
+        size = (self.n, self.rows, self.phase, self.k)
+        policy = target.policy if KERNELS[kernel].op is Op.MATMUL else DEFAULT_POLICY
+        return Call(kernel, self.layout, self.spec, *size, target.act_dtype, policy)
 
     @property
     def weight_bytes(self) -> int:
@@ -136,8 +146,8 @@ def plan_layer(
         rows, spec, phase = resident_rows(first, region), resident_spec(first, region), 0
     else:
         rows, spec, phase = shard.k, first.spec, region.k_start % first.spec.group_size
-    gather = heuristics.gather_for(target.device) if shard.gathered else None
-    choice = _choose((shard.n, rows), spec, phase, target, None if shard.multiplied else gather)
+    op = Op.MATMUL if shard.multiplied else Op.EMBEDDING
+    choice = _choose((shard.n, rows), spec, phase, target, op)
     if choice.reasons:
         # One module may hold several parts
         full = " + ".join(f"[{layer.n}, {layer.k}]" for layer in dict.fromkeys(layer_formats))
@@ -146,6 +156,9 @@ def plan_layer(
         layer = f"{shard.prefix} (out_features x in_features {where})"
         raise PreflightError([Problem(layer, *reason) for reason in choice.reasons])
     decode, prefill = choice.launches
+    gather = None
+    if shard.gathered:
+        gather = catalogue.kernel_for(target.device, spec.weight_type, Op.EMBEDDING).name
     if shard.multiplied:
         _check_insisted(shard, spec, target.insisted)
     resident = choice.resident
@@ -164,7 +177,7 @@ def plan_layer(
         resident=resident,
         declared=choice.declared,
         gather=gather,
-        partial_sum_bytes=choice.partial_sum_bytes,
+        scratch_bytes=choice.scratch_bytes,
     )
 
 
@@ -172,12 +185,12 @@ def plan_layer(
 def target_problems(target: Target) -> tuple[Problem, ...]:
     """What stands against every layer alike: the device, the activations' dtype, vLLM's mode."""
     device = f"device {target.device.name}"
-    reasons = device_reasons(target.device, target.act_dtype)
+    reasons = of_device(target.device, target.act_dtype)
     problems = [Problem(device, *reason) for reason in reasons]
-    kernels = heuristics.kernels_for(target.device)
-    if target.batch_invariant and not any(map(heuristics.is_batch_invariant, kernels)):
-        invariant = (each.value for each in KernelName if heuristics.is_batch_invariant(each))
-        here = ", ".join(each.value for each in kernels)
+    kernels = catalogue.kernels_for(target.device)
+    if target.policy.batch_invariant and not any(each.batch_invariant for each in kernels):
+        invariant = (each.name for each in KERNELS.values() if each.batch_invariant)
+        here = ", ".join(each.name for each in kernels)
         problem = Problem(
             layer=device,
             found=f"kernels without vLLM's batch-invariant mode ({here})",
@@ -193,51 +206,36 @@ class _Choice(NamedTuple):
     launches: tuple[Launch, ...] = ()
     resident: tuple[tuple[str, int], ...] = ()
     declared: heuristics.DeclaredLaunch | None = None
-    partial_sum_bytes: int = 0
+    scratch_bytes: int = 0
 
 
 # A model has a handful of shapes, repeated in every block and on every rank.
 @functools.lru_cache(maxsize=1024)
-def _choose(
-    size: tuple[int, int], spec: QuantSpec, phase: int, target: Target, gather: GatherName | None
-) -> _Choice:
-    """What stands against a shard, else its launches for decode and prefill and its bytes.
-
-    With `gather` rows are looked up and never multiplied.
-    """
+def _choose(size: tuple[int, int], spec: QuantSpec, phase: int, target: Target, op: Op) -> _Choice:
+    """What stands against a shard, else its launches for decode and prefill and its bytes."""
     (n, rows), device, act_dtype = size, target.device, target.act_dtype
-    if reasons := unsupported_reasons(n, rows, spec, phase, device, gather):
+    kernel = catalogue.kernel_for(device, spec.weight_type, op)
+    if reasons := catalogue.refusals(kernel, n, rows, spec, phase):
         return _Choice(reasons)
-    declared, sums = None, 0
-    if gather:
-        launches = (heuristics.select_gather(device),) * 2
-    else:
-        launches = tuple(
-            heuristics.select(
-                *(GemmShape(m, n, rows), spec, device),
-                batch_invariant=target.batch_invariant,
-                sliced_prefill=target.sliced_prefill,
-            )
-            for m in (DECODE_TOKENS, PREFILL_TOKENS)
-        )
-        sums = heuristics.partial_sum_bytes(
-            *(n, rows, spec, device), batch_invariant=target.batch_invariant
-        )
-        if target.sliced_prefill and not target.batch_invariant:
-            declared = heuristics.declared_launch(n, rows, spec, device)
-    form = layout_for(launches[0].kernel, spec.weight_type)
+    launches = tuple(
+        kernel.launch(GemmShape(m, n, rows), spec, device, target.policy)
+        for m in (DECODE_TOKENS, PREFILL_TOKENS)
+    )
+    declared = kernel.beside(n, rows, spec, device, target.policy)
+    scratch = kernel.most_scratch(n, rows, spec, device, target.policy)
+    form = kernel.layout(spec.weight_type)
     tensors = resident_tensors(form, n, rows, spec, phase, act_dtype)
     resident = tuple((name, tensor.nbytes) for name, tensor in tensors.items())
-    return _Choice((), launches, resident, declared, sums)
+    return _Choice((), launches, resident, declared, scratch)
 
 
-def _check_insisted(shard: LayerShard, spec: QuantSpec, kernel: KernelName | None) -> None:
-    if kernel is None or runs(kernel, spec.weight_type):
+def _check_insisted(shard: LayerShard, spec: QuantSpec, insisted: str | None) -> None:
+    if insisted is None or spec.weight_type in KERNELS[insisted].layouts:
         return
-    types = [each.value for each in WeightType if runs(kernel, each)]
+    types = [each.value for each in KERNELS[insisted].layouts]
     raise PreflightError.single(
         layer=shard.prefix,
-        found=f"{spec.weight_type.value} weights for kernel {kernel.value}",
+        found=f"{spec.weight_type.value} weights for kernel {insisted}",
         supported=", ".join(types),
         fix='choose another "kernel" in additional-config "fusedq", or leave it out',
     )

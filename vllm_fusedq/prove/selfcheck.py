@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from fusedq_kernels import op, reference
-from fusedq_kernels.embedding import embedding
+from fusedq_kernels import ops, reference
 from fusedq_kernels.layouts import packing
-from fusedq_kernels.types import GatherName, Layout, LogicalWeight, PackedWeight
+from fusedq_kernels.types import Layout, LogicalWeight, PackedWeight
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.formats import stored_slices
 from vllm_fusedq.formats.layer import LayerFormat, Region
@@ -71,7 +70,7 @@ def check_layer(
         torch.randn(m, plan.k, generator=generator).to(device, target.act_dtype.torch)
         for m in multiplied
     ]
-    found = [op.matmul(x, loader.packed, None, plan.kernel).double() for x in xs]
+    found = [ops.matmul(x, loader.packed, None, plan.kernel).double() for x in xs]
     wrong, expected, start = 0, [[] for _ in xs], 0
     for weight in _decoded(plan, stored, device):
         stop = start + weight.codes.shape[0]
@@ -146,7 +145,7 @@ def _wrong_rows(
     packed: PackedWeight,
     weight: LogicalWeight,
     start: int,
-    gather: GatherName,
+    gather: str,
     act_dtype: torch.dtype,
 ) -> int:
     """Values of rows from `start` on that are not the decoded ones, rounded once."""
@@ -156,7 +155,7 @@ def _wrong_rows(
     rows = reference.dequantize(replace(weight, scales=weight.scales.to(kept)), act_dtype)
     if weight.perm is not None:
         rows = torch.empty_like(rows).index_copy_(1, weight.perm.long(), rows)
-    return int((embedding(ids, packed, gather, act_dtype) != rows.to(act_dtype)).sum())
+    return int((ops.embedding(ids, packed, gather, act_dtype) != rows.to(act_dtype)).sum())
 
 
 def _errors(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:

@@ -11,32 +11,12 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from fusedq_kernels.choose.heuristics import DECLARED_KERNELS, select
-from fusedq_kernels.cpu.kernels import STRIPE_BYTES
-from fusedq_kernels.embedding import STRIPE_VALUES
-from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, round_up
-from fusedq_kernels.types import (
-    GatherName,
-    GemmShape,
-    KernelName,
-    Launch,
-    PackedWeight,
-)
+from fusedq_kernels.catalogue import KERNELS
+from fusedq_kernels.types import GemmShape, Launch, PackedWeight
 from vllm_fusedq.plan.layer import LayerPlan, Target
 
 MARK, LOOKUP_MARK = "fusedq layer ", "fusedq lookup in "
 OPERATOR, LOOKUP_OPERATOR = "fusedq::matmul", "fusedq::embedding"
-# What has to appear inside the operator, and what must not, by kernel.
-_EVIDENCE = {
-    KernelName.CPU_WNA16: "_C::cpu_gemm_wna16",
-    KernelName.CPU_STRIPED: "aten::mm",
-    # cuBLAS calls kernels gemm as well
-    KernelName.TRITON_GEMM: "fused_gemm_kernel",
-    # aten::mm or aten::addmm; that no more than a slice was dequantized, the allocations tell.
-    KernelName.SLICED_CUBLAS: "mm",
-    GatherName.CPU_GATHER: "aten::index",
-    GatherName.TRITON_GATHER: "gather_kernel",
-}
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::clone")
 # Rounding of allocators, bias and group sums of a few rows.
 _SLACK_BYTES = 1 << 16
@@ -86,17 +66,13 @@ def judge(
         lookup: whether the lookups in an embedding are judged instead of products with it.
     """
     mark, operator = (LOOKUP_MARK, LOOKUP_OPERATOR) if lookup else (MARK, OPERATOR)
-    act_dtype = target.act_dtype.torch
-    kernel = plan.gather if lookup else _launch_at(plan, tokens, target).kernel
-    evidence = _EVIDENCE[kernel]
+    launch, act_dtype = _launch_at(plan, tokens, target, lookup), target.act_dtype.torch
+    evidence = KERNELS[launch.kernel].seen_as
     calls = [event for event in events if event.name == mark + plan.prefix]
     problems = []
     if not calls:
         problems.append("the layer never ran")
-    if lookup:
-        allowed = lookup_bytes(plan, tokens, act_dtype)
-    else:
-        allowed = allowed_bytes(plan, tokens, target)
+    allowed = allowed_bytes(plan, packed, launch, tokens, act_dtype, lookup)
     resident = [
         list(t.shape) for t in (packed.qweight, packed.scales, packed.zeros) if t is not None
     ]
@@ -122,46 +98,32 @@ def judge(
         )
     unique = tuple(dict.fromkeys(problems))
     return LayerTrace(
-        *(plan, kernel.value, len(calls), tuple(kernels), largest, allowed, dequantized, unique)
+        *(plan, launch.kernel, len(calls), tuple(kernels), largest, allowed, dequantized, unique)
     )
 
 
-def allowed_bytes(plan: LayerPlan, tokens: int, target: Target) -> int:
+def allowed_bytes(
+    plan: LayerPlan,
+    packed: PackedWeight,
+    launch: Launch,
+    tokens: int,
+    act_dtype: torch.dtype,
+    lookup: bool = False,
+) -> int:
     """The largest single allocation that a call of `tokens` tokens may need."""
-    columns = round_up(plan.n, BLOCK_N)
-    rows = max(plan.k, plan.rows) + 256
-    largest = tokens * max(columns, rows) * target.act_dtype.itemsize
-    if plan.kernel is KernelName.CPU_STRIPED:
-        # fp32 activations, and a stripe of decoded weights
-        largest = max(2 * largest, 2 * STRIPE_BYTES)
-    launch = _launch_at(plan, tokens, target)
-    if launch.tile is not None and launch.tile.split_k > 1:
-        largest = max(largest, launch.tile.split_k * tokens * columns * 4)
-    if plan.declared is not None and launch.kernel in DECLARED_KERNELS:
-        largest = max(largest, plan.declared.workspace_bytes)
-    return largest + _SLACK_BYTES
-
-
-def _launch_at(plan: LayerPlan, tokens: int, target: Target) -> Launch:
-    """What the plan lets so many tokens run."""
-    if plan.kernel is not KernelName.TRITON_GEMM or target.device.kind == "cpu":
-        return plan.decode
+    # A lookup's outputs are rows; a product pads and reorders what it reads.
+    columns = plan.k if lookup else max(packed.scales.shape[1], plan.n)
+    rows = plan.k if lookup else max(plan.k, plan.rows) + 256
     shape = GemmShape(tokens, plan.n, plan.rows)
-    return select(
-        *(shape, plan.spec, target.device),
-        batch_invariant=target.batch_invariant,
-        sliced_prefill=target.sliced_prefill,
-    )
+    scratch = KERNELS[launch.kernel].scratch_bytes(launch, shape)
+    return max(tokens * max(columns, rows) * act_dtype.itemsize, scratch) + _SLACK_BYTES
 
 
-def lookup_bytes(plan: LayerPlan, tokens: int, act_dtype: torch.dtype) -> int:
-    """The largest single allocation that a lookup of `tokens` ids may need."""
-    largest = tokens * plan.k * act_dtype.itemsize
-    if plan.gather is GatherName.CPU_GATHER:
-        # fp32 values of a stripe of rows
-        padded = plan.k + BLOCK_K
-        largest = max(largest, 4 * min(tokens * padded, max(STRIPE_VALUES, padded)))
-    return largest + _SLACK_BYTES
+def _launch_at(plan: LayerPlan, tokens: int, target: Target, lookup: bool) -> Launch:
+    """What the plan lets so many tokens run."""
+    kernel = KERNELS[plan.gather if lookup else plan.kernel]
+    shape = GemmShape(tokens, plan.n, plan.rows)
+    return kernel.launch(shape, plan.spec, target.device, target.policy)
 
 
 def _descendants(event: Any) -> Iterator[Any]:

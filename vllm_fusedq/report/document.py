@@ -1,6 +1,6 @@
 """The plan as programs read it. docs/schemas/ holds the schemas; a change of them is a new version.
 
-Sizes are bytes on one rank. `kernel` names are `KernelName`'s values.
+Sizes are bytes on one rank. `kernel` names are those of `catalogue.KERNELS`.
 """
 
 import json
@@ -119,4 +119,4 @@ def _declared_json(plan: LayerPlan) -> dict[str, Any] | None:
 
 def _launch_json(launch: Launch) -> dict[str, Any]:
     tile = asdict(launch.tile) if launch.tile else None
-    return {"kernel": launch.kernel.value, "tile": tile, "source": launch.source}
+    return {"kernel": launch.kernel, "tile": tile, "source": launch.source}

@@ -119,18 +119,18 @@ def _kernels(plan: LayerPlan) -> str:
     """The kernel of a layer, and the declared one that some number of tokens reaches."""
     if plan.declared is None:
         return plan.kernel_name
-    return f"{plan.kernel_name} + {plan.declared.launch.kernel.value}"
+    return f"{plan.kernel_name} + {plan.declared.launch.kernel}"
 
 
 def _prefill(plan: LayerPlan) -> str:
     if plan.declared is None:
         return describe_launch(plan.prefill)
-    kernel, source = plan.declared.launch.kernel.value, plan.declared.launch.source
+    kernel, source = plan.declared.launch.kernel, plan.declared.launch.source
     declared = (
         f"{kernel} from {plan.declared.min_tokens} tokens, "
         f"{plan.declared.workspace_bytes / 1e6:.1f} MB workspace, {source}"
     )
-    if plan.prefill.kernel is plan.declared.launch.kernel:
+    if plan.prefill.kernel == plan.declared.launch.kernel:
         return declared
     return f"{describe_launch(plan.prefill)}; {declared}"
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fusedq_kernels.op import matmul
-from fusedq_kernels.types import GatherName, KernelName, PackedWeight
+from fusedq_kernels import warmup
+from fusedq_kernels.catalogue import KERNELS
+from fusedq_kernels.types import PackedWeight
 from vllm_fusedq.plan.layer import Target
 
 
@@ -21,12 +22,17 @@ class WarmUp:
 
 @dataclass(frozen=True, slots=True)
 class LoadedLayer:
-    """A layer's resident weight, what its plan names, and whether it adds a bias."""
+    """A layer's resident weight, the kernels that its plan names, and whether it adds a bias."""
 
     packed: PackedWeight
-    kernel: KernelName | GatherName
+    kernel: str
     has_bias: bool
-    gather: GatherName | None = None
+    gather: str | None = None
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Each kernel that runs this weight, once."""
+        return tuple(dict.fromkeys(filter(None, (self.gather, self.kernel))))
 
 
 def warm_up(layers: Iterable[LoadedLayer], target: Target, max_tokens: int) -> WarmUp:
@@ -40,7 +46,7 @@ def warm_up(layers: Iterable[LoadedLayer], target: Target, max_tokens: int) -> W
     for layer in layers:
         packed = layer.packed
         key = (packed.spec, packed.n, packed.k, packed.phase, packed.perm is None)
-        distinct.setdefault((*key, layer.kernel, layer.has_bias, layer.gather), layer)
+        distinct.setdefault((*key, layer.kernels, layer.has_bias), layer)
     count = sum(_run(layer, target, max_tokens) for layer in distinct.values())
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -48,41 +54,14 @@ def warm_up(layers: Iterable[LoadedLayer], target: Target, max_tokens: int) -> W
 
 
 def _run(layer: LoadedLayer, target: Target, max_tokens: int) -> int:
-    launches = 0
-    if layer.gather is not None:
-        launches += _look_up(layer.packed, layer.gather, target)
-    if layer.kernel is not layer.gather:
-        launches += _multiply(layer, target, max_tokens)
-    return launches
-
-
-def _look_up(packed: PackedWeight, gather: GatherName, target: Target) -> int:
-    if gather is GatherName.TRITON_GATHER and not packed.qweight.is_cuda:
-        return 0
-    from fusedq_kernels.embedding import embedding
-
-    ids = torch.zeros(1, dtype=torch.int64, device=packed.qweight.device)
-    embedding(ids, packed, gather, target.act_dtype.torch)
-    return 1
-
-
-def _multiply(layer: LoadedLayer, target: Target, max_tokens: int) -> int:
-    # A row-parallel layer adds its bias on the first rank only.
-    with_bias = {False, layer.has_bias}
-    packed = layer.packed
-    if layer.kernel is KernelName.TRITON_GEMM:
-        if not packed.qweight.is_cuda:
-            return 0
-        from fusedq_kernels.cuda.warmup import warm_up as compile_launches
-
-        return compile_launches(
-            *(packed, target.device, target.act_dtype.torch, max_tokens),
-            with_bias=with_bias,
-            batch_invariant=target.batch_invariant,
-            sliced_prefill=target.sliced_prefill,
+    kernels = [KERNELS[name] for name in layer.kernels]
+    return sum(
+        warmup.warm_up(
+            *(kernel, layer.packed, target.device, target.act_dtype.torch, max_tokens),
+            # A row-parallel layer adds its bias on the first rank only.
+            with_bias={False, layer.has_bias},
+            policy=target.policy,
         )
-    features = packed.k if packed.perm is None else packed.in_features
-    x = torch.zeros(1, features, dtype=target.act_dtype.torch, device=packed.qweight.device)
-    for has_bias in with_bias:
-        matmul(x, packed, x.new_zeros(packed.n) if has_bias else None, layer.kernel)
-    return len(with_bias)
+        for kernel in kernels
+        if kernel.device == layer.packed.qweight.device.type
+    )

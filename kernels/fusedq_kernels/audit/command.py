@@ -36,12 +36,11 @@ from fusedq_kernels.choose.heuristics import tiles_for
 from fusedq_kernels.choose.tiles import rules_for
 from fusedq_kernels.cuda import gemm
 from fusedq_kernels.types import (
+    TILED_LAYOUTS,
     DeviceSpec,
-    KernelName,
     QuantSpec,
     TileConfig,
     WeightType,
-    layout_for,
 )
 
 _ACT_DTYPES = {name: dtype for dtype, name in TRITON_NAMES.items()}
@@ -84,7 +83,7 @@ def _tiles(
 ) -> tuple[TileConfig, ...]:
     if not batch_invariant:
         return tiles_for(device, weight_type, step)
-    layout = layout_for(KernelName.TRITON_GEMM, weight_type)
+    layout = TILED_LAYOUTS[weight_type]
     many = rules_for(device, layout, step, batch_invariant)[-1]
     return tuple(replace(choice.tile, segments=4) for choice in many.choices)
 

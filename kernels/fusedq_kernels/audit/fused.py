@@ -46,7 +46,7 @@ class Variant:
     has_bias: bool = True
 
     def inputs(self) -> Inputs:
-        """As `fused_gemm` would specialise it."""
+        """As `gemm.prepare` would specialise it."""
         groups = audited_groups(self.spec)
         constants = gemm.kernel_constants(
             self.spec, groups, self.tile, self.act_dtype, self.has_bias
@@ -74,7 +74,7 @@ def compile_gemm(
     act_dtype: torch.dtype,
     has_bias: bool = True,
 ) -> triton.compiler.CompiledKernel:
-    """Compile the main kernel exactly as `fused_gemm` would specialise it."""
+    """Compile the main kernel exactly as `gemm.prepare` would specialise it."""
     constants, pointers, options = Variant(tile, spec, act_dtype, has_bias).inputs()
     return compile_kernel(gemm.fused_gemm_kernel, target, constants, pointers, **options)
 

@@ -90,7 +90,7 @@ def audit_lookup(target: str, spec: QuantSpec, act_dtype: torch.dtype, has_perm:
 def compile_gather(
     target: str, spec: QuantSpec, act_dtype: torch.dtype, has_perm: bool
 ) -> triton.compiler.CompiledKernel:
-    """Compile the kernel exactly as `gather_rows` would specialise it."""
+    """Compile the kernel exactly as `gather.prepare` would specialise it."""
     constants = gather.gather_constants(spec, audited_groups(spec), has_perm)
     if not has_perm:
         constants["perm_ptr"] = None

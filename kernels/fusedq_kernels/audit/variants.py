@@ -20,21 +20,20 @@ import torch
 
 from fusedq_kernels.audit.compile import AUDIT_K, audited_groups
 from fusedq_kernels.audit.fused import Variant
+from fusedq_kernels.catalogue import TRITON_GEMM, refusals
 from fusedq_kernels.choose import tuning
 from fusedq_kernels.choose.device import KNOWN_DEVICES
 from fusedq_kernels.choose.heuristics import tiles_for
-from fusedq_kernels.choose.refusals import unsupported_reasons
 from fusedq_kernels.choose.tiles import rules_for
 from fusedq_kernels.cuda import gemm
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, group_geometry
 from fusedq_kernels.types import (
+    TILED_LAYOUTS,
     DeviceSpec,
-    KernelName,
     QuantSpec,
     TileConfig,
     WeightType,
-    layout_for,
 )
 
 STEPS = (8, 16, 32, 64, 128)
@@ -70,7 +69,7 @@ def specs(device: DeviceSpec) -> Iterator[QuantSpec]:
         for group_size in group_sizes():
             for scale_dtype in _SCALE_DTYPES:
                 spec = QuantSpec(weight_type, group_size, scale_dtype)
-                if not unsupported_reasons(128, AUDIT_K, spec, 0, device, gemm.ACT_DTYPES[0]):
+                if not refusals(TRITON_GEMM, 128, AUDIT_K, spec, 0):
                     yield spec
 
 
@@ -87,7 +86,7 @@ def _tiles(device: DeviceSpec, spec: QuantSpec) -> Iterator[TileConfig]:
     for tile in tiles_for(device, spec.weight_type, step, batch_invariant=True):
         for count in COUNTS:
             yield replace(tile, split_k=count)
-    layout = layout_for(KernelName.TRITON_GEMM, spec.weight_type)
+    layout = TILED_LAYOUTS[spec.weight_type]
     for choice in rules_for(device, layout, step, True)[-1].choices:
         for count in COUNTS:
             yield replace(choice.tile, segments=count)

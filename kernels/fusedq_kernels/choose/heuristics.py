@@ -1,9 +1,9 @@
-"""Which kernel and tile a problem gets: pure functions of plain data.
+"""Which tile a problem gets on a GPU: pure functions of plain data, the launches of triton-gemm.
 
-`device.py` supplies the `DeviceSpec`; `cuda/` and `cpu/` run the `Launch`. Nothing here asks a
-driver, so the answer given while planning is the answer at run time. `tiles.py` has the tiles of
-the rules, `waves.py` picks one, `tuning.py` has the measured rows, which come before them;
-`refusals.py` says which problems get none.
+`device.py` supplies the `DeviceSpec`; `cuda/` runs the `Launch`. Nothing here asks a driver, so the
+answer given while planning is the answer at run time. `tiles.py` has the tiles of the rules,
+`waves.py` picks one, `tuning.py` has the measured rows, which come before them; `refusals.py` says
+which problems get none.
 """
 
 from __future__ import annotations
@@ -15,22 +15,19 @@ from typing import NamedTuple
 from fusedq_kernels.choose import tuning, waves
 from fusedq_kernels.choose.slices import workspace_bytes
 from fusedq_kernels.choose.tiles import Rule, rules_for
+from fusedq_kernels.choose.tuned_file import FUSED, SLICED
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, group_geometry, round_up, whole_splits
 from fusedq_kernels.types import (
+    DEFAULT_POLICY,
+    TILED_LAYOUTS,
     DeviceSpec,
-    GatherName,
     GemmShape,
-    KernelName,
     Launch,
+    Policy,
     QuantSpec,
     TileConfig,
     WeightType,
-    layout_for,
-    runs,
 )
-
-# Only measured rows name these, and only where the caller declares them.
-DECLARED_KERNELS = (KernelName.SLICED_CUBLAS,)
 
 # With 8 tokens Triton 3.6 chooses mma.sync where it has wgmma for more.
 _MIN_INVARIANT_M = 16
@@ -49,62 +46,29 @@ class DeclaredLaunch(NamedTuple):
     workspace_bytes: int
 
 
-def kernels_for(device: DeviceSpec) -> tuple[KernelName, ...]:
-    """Every implementation that `kernel_for` names for this device, the preferred one first."""
-    if device.kind == "cuda":
-        return (KernelName.TRITON_GEMM,)
-    fused = (KernelName.CPU_WNA16,) if device.cpu_isa else ()
-    return (*fused, KernelName.CPU_STRIPED)
-
-
-def kernel_for(device: DeviceSpec, weight_type: WeightType) -> KernelName:
-    """The one implementation that runs weights of this type on this device."""
-    return next(kernel for kernel in kernels_for(device) if runs(kernel, weight_type))
-
-
-def gather_for(device: DeviceSpec) -> GatherName:
-    """The implementation that looks up rows on this device."""
-    return GatherName.TRITON_GATHER if device.kind == "cuda" else GatherName.CPU_GATHER
-
-
-def select_gather(device: DeviceSpec) -> Launch:
-    """The launch that looks up any number of rows of any weight."""
-    return Launch(gather_for(device), None, f"rule: {device.kind}")
-
-
-def is_batch_invariant(kernel: KernelName) -> bool:
-    """Whether `kernel` can give a row the same bits in any batch."""
-    return kernel is KernelName.TRITON_GEMM
-
-
 def select(
     shape: GemmShape,
     spec: QuantSpec,
     device: DeviceSpec,
+    policy: Policy = DEFAULT_POLICY,
     *,
-    batch_invariant: bool = False,
-    sliced_prefill: bool = False,
     table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
 ) -> Launch:
-    """The kernel and tile for one problem that `support.unsupported_reasons` has passed.
+    """The kernel and tile of a GPU for one problem that `catalogue.refusals` has passed.
 
-    With `batch_invariant` all that decides a row's bits is the same whatever batch it arrives in:
-    K is cut at the same places, which N and K alone decide, the scale has one place, and there is
-    one kind of tensor-core instruction. Measured rows, which `table_for` supplies and which
-    otherwise come before the rules, promise none of this and are not asked. Rows of declared
-    kernels count with `sliced_prefill` only.
+    With a batch-invariant policy all that decides a row's bits is the same whatever batch it
+    arrives in: K is cut at the same places, which N and K alone decide, the scale has one place,
+    and there is one kind of tensor-core instruction. Measured rows, which `table_for` supplies and
+    which otherwise come before the rules, promise none of this and are not asked.
     """
-    kernel = kernel_for(device, spec.weight_type)
-    if kernel is not KernelName.TRITON_GEMM:
-        isa = f", {device.cpu_isa}" if device.cpu_isa else ""
-        return Launch(kernel, None, f"rule: {device.kind}{isa}")
+    batch_invariant = policy.batch_invariant
     table = None if batch_invariant else table_for(device)
-    allowed = kernels_for(device) + (DECLARED_KERNELS if sliced_prefill else ())
+    allowed = (FUSED, SLICED) if policy.sliced_prefill else (FUSED,)
     found = None if table is None else tuning.find(table, shape, spec, allowed)
     if found is not None:
         return found
     step = group_geometry(shape.k, spec.group_size, 0).step
-    rules = rules_for(device, layout_for(kernel, spec.weight_type), step, batch_invariant)
+    rules = rules_for(device, TILED_LAYOUTS[spec.weight_type], step, batch_invariant)
     # Fewer tokens may run on another kind of tensor-core instruction.
     tokens = max(shape.m, _MIN_INVARIANT_M) if batch_invariant else shape.m
     rule = next(rule for rule in rules if rule.max_m is None or tokens <= rule.max_m)
@@ -114,15 +78,14 @@ def select(
         split = _invariant_split(shape, device)
         many = shape.m > tuning.MAX_DECODE_M
         tile = replace(tile, split_k=1 if many else split, segments=split if many else 1)
-    return Launch(kernel, tile, _rule_source(rules, rule, tile, batch_invariant))
+    return Launch(FUSED, tile, _rule_source(rules, rule, tile, batch_invariant))
 
 
 def tiles_for(
     device: DeviceSpec, weight_type: WeightType, step: int, batch_invariant: bool = False
 ) -> tuple[TileConfig, ...]:
     """Every tile of the rules for a GPU and a `GroupGeometry.step`, at `split_k` 1."""
-    layout = layout_for(KernelName.TRITON_GEMM, weight_type)
-    rules = rules_for(device, layout, step, batch_invariant)
+    rules = rules_for(device, TILED_LAYOUTS[weight_type], step, batch_invariant)
     choices = (choice for rule in rules for choice in rule.choices)
     return tuple(dict.fromkeys(choice.tile for choice in choices if choice.suits(step)))
 
@@ -133,9 +96,8 @@ def reachable_launches(
     spec: QuantSpec,
     device: DeviceSpec,
     max_tokens: int,
+    policy: Policy = DEFAULT_POLICY,
     *,
-    batch_invariant: bool = False,
-    sliced_prefill: bool = False,
     table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
 ) -> tuple[tuple[int, Launch], ...]:
     """Every launch that `select` returns for 1 to `max_tokens` tokens, with the fewest tokens each.
@@ -145,15 +107,9 @@ def reachable_launches(
     # Beyond 64 tokens a choice changes where another block_m begins, or a measured row.
     borders = _row_borders(table_for(device))
     borders |= {*range(1, tuning.MAX_DECODE_M + 1), *range(1, max_tokens + 1, 16)}
-    found: dict[tuple[KernelName, TileConfig | None], tuple[int, Launch]] = {}
+    found: dict[tuple[str, TileConfig | None], tuple[int, Launch]] = {}
     for m in sorted(border for border in borders if border <= max_tokens):
-        shape = GemmShape(m, n, k)
-        launch = select(
-            *(shape, spec, device),
-            batch_invariant=batch_invariant,
-            sliced_prefill=sliced_prefill,
-            table_for=table_for,
-        )
+        launch = select(GemmShape(m, n, k), spec, device, policy, table_for=table_for)
         found.setdefault((launch.kernel, launch.tile), (m, launch))
     return tuple(found.values())
 
@@ -163,14 +119,16 @@ def declared_launch(
     k: int,
     spec: QuantSpec,
     device: DeviceSpec,
+    policy: Policy = DEFAULT_POLICY,
     *,
     table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
 ) -> DeclaredLaunch | None:
-    """The declared kernel that `select` with `sliced_prefill` names for some number of tokens."""
+    """What `select` names beside triton-gemm for some number of tokens."""
+    if policy.batch_invariant or not policy.sliced_prefill:
+        return None
     for m in sorted(_row_borders(table_for(device))):
-        shape = GemmShape(m, n, k)
-        launch = select(shape, spec, device, sliced_prefill=True, table_for=table_for)
-        if launch.kernel in DECLARED_KERNELS:
+        launch = select(GemmShape(m, n, k), spec, device, policy, table_for=table_for)
+        if launch.kernel == SLICED:
             return DeclaredLaunch(m, launch, workspace_bytes(n, k))
     return None
 
@@ -180,16 +138,18 @@ def partial_sum_bytes(
     k: int,
     spec: QuantSpec,
     device: DeviceSpec,
+    policy: Policy = DEFAULT_POLICY,
     *,
-    batch_invariant: bool = False,
     table_for: Callable[[DeviceSpec], tuning.TunedTable | None] = tuning.table_for,
 ) -> int:
     """The most bytes of fp32 sums that the splits of one call store, whatever its tokens."""
     table = table_for(device)
     borders = {8, 16, 32, *range(64, tuning.OPEN_END + 1, 64)}
     borders |= set() if table is None else {row.max_m for row in table.rows}
-    options = {"batch_invariant": batch_invariant, "table_for": table_for}
-    tiles = {m: select(GemmShape(m, n, k), spec, device, **options).tile for m in borders}
+    tiles = {
+        m: select(GemmShape(m, n, k), spec, device, policy, table_for=table_for).tile
+        for m in borders
+    }
     return max(4 * t.split_k * m * n if t and t.split_k > 1 else 0 for m, t in tiles.items())
 
 

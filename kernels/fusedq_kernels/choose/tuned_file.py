@@ -43,7 +43,10 @@ from fusedq_kernels.geometry import (
     round_up,
     whole_splits,
 )
-from fusedq_kernels.types import KernelName, TileConfig, WeightType, runs
+from fusedq_kernels.types import TileConfig, WeightType
+
+# The kernels that a row may name: the one of the rules, and one without a tile.
+FUSED, SLICED = "triton-gemm", "sliced-cublas"
 
 # Up to this many tokens are decoding: rows for them come first, and weights stay exact.
 MAX_DECODE_M = 64
@@ -67,7 +70,7 @@ class TunedRow:
     n: int
     k: int
     max_m: int
-    kernel: KernelName
+    kernel: str
     tile: TileConfig | None
     us: float
     min_m: int = 1
@@ -141,7 +144,7 @@ def _dumps(device: str, tables: Iterable[TunedTable]) -> str:
 
 def _as_json(row: TunedRow) -> dict[str, Any]:
     cells = {name: getattr(row, name) for name in _KEY_FIELDS}
-    cells |= {"weight_type": row.weight_type.value, "kernel": row.kernel.value}
+    cells["weight_type"] = row.weight_type.value
     for name, field in _TILE_FIELDS.items():
         if row.tile is not None and getattr(row.tile, name) != field.default:
             cells[name] = getattr(row.tile, name)
@@ -170,9 +173,12 @@ def _parse_row(cells: Mapping[str, Any], device: str, where: str) -> TunedRow:
             raise ValueError(f"{where}: a tile without {sorted(needed - set(tile_cells))}")
         tile = TileConfig(**tile_cells)
     try:
-        weight_type, kernel = WeightType(cells["weight_type"]), KernelName(cells["kernel"])
+        weight_type = WeightType(cells["weight_type"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    kernel = cells["kernel"]
+    if kernel not in (FUSED, SLICED):
+        raise ValueError(f"{where}: kernel must be {FUSED} or {SLICED}, got {kernel!r}")
     sizes = {name: cells[name] for name in ("group_size", "n", "k", "max_m")}
     sizes["min_m"] = cells.get("min_m", 1)
     row = TunedRow(weight_type, kernel=kernel, tile=tile, us=cells["us"], **sizes)
@@ -191,12 +197,8 @@ def _check_row(row: TunedRow, sizes: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {name} must be true or false, got {cells[name]!r}")
     if not isinstance(row.us, int | float) or not row.us > 0:
         raise ValueError(f"{where}: us must be positive, got {row.us!r}")
-    if not runs(row.kernel, row.weight_type):
-        raise ValueError(f"{where}: {row.kernel.value} runs no {row.weight_type.value}")
-    if (row.tile is None) is (row.kernel is KernelName.TRITON_GEMM):
-        raise ValueError(
-            f"{where}: {row.kernel.value} {'without' if not row.tile else 'with'} a tile"
-        )
+    if (row.tile is None) is (row.kernel == FUSED):
+        raise ValueError(f"{where}: {row.kernel} {'without' if not row.tile else 'with'} a tile")
 
 
 def _check_tile(row: TunedRow, device: str, where: str) -> None:

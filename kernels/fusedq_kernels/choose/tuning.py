@@ -21,7 +21,7 @@ from fusedq_kernels.choose.tuned_file import (
     write,
 )
 from fusedq_kernels.geometry import group_geometry
-from fusedq_kernels.types import DeviceSpec, GemmShape, KernelName, Launch, QuantSpec
+from fusedq_kernels.types import DeviceSpec, GemmShape, Launch, QuantSpec
 
 __all__ = ["FOLDER", "MAX_DECODE_M", "TunedRow", "TunedTable", "find", "read", "table_for", "write"]
 
@@ -42,7 +42,7 @@ def table_for(device: DeviceSpec) -> TunedTable | None:
 
 
 def find(
-    table: TunedTable, shape: GemmShape, spec: QuantSpec, kernels: Iterable[KernelName]
+    table: TunedTable, shape: GemmShape, spec: QuantSpec, kernels: Iterable[str]
 ) -> Launch | None:
     """The measured launch for a problem, or None where no shape is near enough.
 

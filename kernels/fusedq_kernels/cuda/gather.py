@@ -1,21 +1,25 @@
-"""Rows of a packed weight by their numbers, dequantized: the Triton kernel and its launcher.
+"""Rows of a packed weight by their numbers, dequantized: triton-gather.
 
 A program reads one K block of some rows and decodes it with the decoders of the matrix product, so
 that an embedding and a tied lm_head share one weight and one arithmetic. Only the rows that are
 asked for are read.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
+from fusedq_kernels.call import Call
 from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, of_step
-from fusedq_kernels.cuda.gemm import FP_FUSION, weight_constants
+from fusedq_kernels.cuda.gemm import ALIGNMENT, FP_FUSION, weight_constants
 from fusedq_kernels.cuda.gemm_kernel import scaled
 from fusedq_kernels.cuda.hooks import named_for_hooks
+from fusedq_kernels.cuda.launcher import Launcher
 from fusedq_kernels.cuda.metadata import row_metadata, scale_of, vector_of
-from fusedq_kernels.geometry import GroupGeometry, group_geometry
-from fusedq_kernels.types import PackedWeight, QuantSpec
+from fusedq_kernels.geometry import BLOCK_N, GroupGeometry, group_geometry, round_up
+from fusedq_kernels.types import QuantSpec
 
 # One warp takes a K block of 8 rows: 16 bytes of 4-bit codes to a thread.
 BLOCK_M = 8
@@ -85,28 +89,34 @@ def gather_constants(spec: QuantSpec, groups: GroupGeometry, has_perm: bool) -> 
     return weight_constants(spec, groups) | {"HAS_PERM": has_perm, "BLOCK_M": BLOCK_M}
 
 
-def gather_rows(ids: torch.Tensor, packed: PackedWeight, out: torch.Tensor) -> None:
-    """Write the dequantized rows `ids` of a weight into `out`, each value rounded once.
+def prepare(call: Call, tile: None = None) -> Callable[..., None]:
+    """`run(ids, qweight, scales, zeros, perm, out)` for one weight; see `catalogue.Kernel.prepare`.
 
-    Args:
-        ids: int64 `[M]`, contiguous.
-        packed: a weight in its tiled layout (P4, P8, PL4), phase 0, on the device of `ids`.
-        out: `[M, K]`, contiguous, fp16 or bf16; a row whose id is none of the weight's gets zeros.
+    Each value is rounded once; a row whose id is none of the weight's gets zeros.
     """
-    groups = group_geometry(packed.k, packed.spec.group_size, packed.phase)
-    num_blocks, n_padded, _ = packed.qweight.shape
-    gather_kernel[(triton.cdiv(len(ids), BLOCK_M), num_blocks)](
-        ids,
-        packed.qweight,
-        packed.scales,
-        packed.perm,
-        out,
-        len(ids),
-        packed.n,
-        packed.k,
-        n_padded,
-        groups.last_group,
-        **gather_constants(packed.spec, groups, packed.perm is not None),
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=FP_FUSION,
-    )
+    groups = group_geometry(call.k, call.spec.group_size, call.phase)
+    num_blocks, n_padded = groups.k_padded // BLOCK_K, round_up(call.n, BLOCK_N)
+    of_weight = (call.n, call.k, n_padded, groups.last_group)
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": FP_FUSION}
+    launchers = [
+        Launcher(gather_kernel, gather_constants(call.spec, groups, has_perm), options)
+        for has_perm in (False, True)
+    ]
+
+    def run(
+        ids: torch.Tensor,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        perm: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        m = len(ids)
+        places = qweight.data_ptr() | scales.data_ptr() | out.data_ptr()
+        places |= 0 if perm is None else perm.data_ptr()
+        launchers[perm is not None].launch(
+            *((triton.cdiv(m, BLOCK_M), num_blocks, 1), not places % ALIGNMENT),
+            *(ids, qweight, scales, perm, out, m, *of_weight),
+        )
+
+    return run

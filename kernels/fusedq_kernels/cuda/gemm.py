@@ -3,32 +3,29 @@
 `gemm_kernel.py` is the kernel, `layouts/` owns the packed form, `choose/` chooses the `Launch`.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fusedq_kernels.choose import refusals
+from fusedq_kernels import call as calls
+from fusedq_kernels.call import Call
 from fusedq_kernels.cuda.arrivals import MAX_TILES, arrival_counters
 from fusedq_kernels.cuda.decode import DECODERS
 from fusedq_kernels.cuda.gemm_kernel import fused_gemm_kernel
+from fusedq_kernels.cuda.launcher import INTERPRETED, Launcher
 from fusedq_kernels.dtype import DType
-from fusedq_kernels.geometry import GroupGeometry, group_geometry
+from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, GroupGeometry, group_geometry, round_up
 from fusedq_kernels.layouts.resident import TILED_WORDS, scale_words
-from fusedq_kernels.types import (
-    KernelName,
-    Launch,
-    PackedWeight,
-    QuantSpec,
-    TileConfig,
-    layout_for,
-)
+from fusedq_kernels.types import TILED_LAYOUTS, QuantSpec, TileConfig
 
 # Pointers and strides are multiples of this, which Triton's launch specialisation finds out by
 # itself; without it the loads of x are narrower than a 16-byte asynchronous copy.
 ALIGNMENT = 16
 
-ACT_DTYPES = tuple(dtype.torch for dtype in refusals.ACT_DTYPES)
+ACT_DTYPES = tuple(dtype.torch for dtype in calls.ACT_DTYPES)
 
 _TL_DTYPES = {
     DType.FLOAT16: tl.float16,
@@ -42,8 +39,6 @@ FP_FUSION = True
 # 16 MiB of 16-bit tokens of 4096 features. On an H200 8192 tokens took 8 % less time in groups of
 # this many, and 2048 as long as without.
 GROUP_TOKENS = 2048
-
-INTERPRETED = not isinstance(fused_gemm_kernel, triton.runtime.JITFunction)
 
 
 def kernel_constants(
@@ -76,7 +71,7 @@ def weight_constants(spec: QuantSpec, groups: GroupGeometry) -> dict[str, object
         "SCALE_DTYPE": _TL_DTYPES[spec.scale_dtype],
         "VECTOR": words.vector,
         "PAIRED": words.rows == 2,
-        "WORDS": TILED_WORDS[layout_for(KernelName.TRITON_GEMM, spec.weight_type)],
+        "WORDS": TILED_WORDS[TILED_LAYOUTS[spec.weight_type]],
         "STEP": groups.step,
         "STEPS_PER_GROUP": spec.group_size // groups.step if groups.num_groups > 1 else 0,
         "INTERPRET": INTERPRETED,
@@ -92,74 +87,59 @@ def launch_options(tile: TileConfig) -> dict[str, object]:
     }
 
 
-def fused_gemm(
-    x: torch.Tensor,
-    packed: PackedWeight,
-    bias: torch.Tensor | None,
-    launch: Launch,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Multiply tokens by a packed weight: `y = x @ dequantize(packed).T + bias`.
+def prepare(call: Call, tile: TileConfig | None) -> Callable[..., None]:
+    """`run(x, qweight, scales, zeros, bias, out)` for one layer and tile.
 
-    Args:
-        x: `[M, K]` fp16 or bf16, unit column stride, any row stride.
-        packed: a weight in its tiled layout (P4, P8, PL4) on the device of `x`.
-        bias: `[N]` in the dtype of `x`, or None.
-        launch: a `KernelName.TRITON_GEMM` launch, as chosen by `heuristics.select`.
-        out: `[M, N]`, contiguous, dtype and device of `x`, to write into; None for a new tensor.
-
-    Returns:
-        y: `[M, N]`, contiguous, dtype of `x`; `out` where given. On a GPU the device of `x` must be
-            the current one.
+    See `catalogue.Kernel.prepare`. On a GPU the device of x must be the current one.
 
     Raises:
-        ValueError: wrong dtype, shape, stride, layout or tile; the message says found and expected.
+        ValueError: a tile that the weight cannot have; the message says found and expected.
     """
-    tile = _checked_tile(packed, launch)
-    check_operands(x, packed, bias)
-    m, n, k = x.shape[0], packed.n, packed.k
-    y = torch.empty((m, n), dtype=x.dtype, device=x.device) if out is None else out
-    if m == 0:
-        return y
-    stride_xm = x.stride(0) if m > 1 else k
-    if x.data_ptr() % ALIGNMENT or stride_xm % ALIGNMENT:
-        x = x.contiguous() if not x.is_contiguous() else x.clone()
-        stride_xm = k
+    groups = group_geometry(call.k, call.spec.group_size, call.phase)
+    n, k, n_padded = call.n, call.k, round_up(call.n, BLOCK_N)
+    tile = _checked_tile(tile, n_padded, groups)
+    num_blocks, split_k = groups.k_padded // BLOCK_K, tile.split_k
+    part = triton.cdiv(num_blocks, split_k * tile.segments)
+    of_layer = (n, k, n_padded, groups.pad, groups.first_step, groups.last_group, num_blocks, part)
+    options = launch_options(tile)
+    launchers = [
+        Launcher(
+            fused_gemm_kernel,
+            kernel_constants(call.spec, groups, tile, call.dtype.torch, has_bias),
+            options,
+        )
+        for has_bias in (False, True)
+    ]
 
-    groups = group_geometry(k, packed.spec.group_size, packed.phase)
-    num_blocks, n_padded, _ = packed.qweight.shape
-    grid = launch_grid(m, n_padded, tile)
-    partial = arrivals = None
-    if tile.split_k > 1:
-        _check_tiles(grid[0] * grid[1], tile)
-        partial = torch.empty((tile.split_k, m, n), dtype=torch.float32, device=x.device)
-        arrivals = arrival_counters(x.device)
-    tokens = x
-    if tile.x_descriptor:
-        block_shape = [tile.block_m, groups.step]
-        tokens = TensorDescriptor(x, [m, k], [stride_xm, 1], block_shape)
-    fused_gemm_kernel[grid](
-        tokens,
-        packed.qweight,
-        packed.scales,
-        bias,
-        y,
-        partial,
-        arrivals,
-        m,
-        n,
-        k,
-        n_padded,
-        groups.pad,
-        groups.first_step,
-        groups.last_group,
-        num_blocks,
-        triton.cdiv(num_blocks, tile.split_k * tile.segments),
-        stride_xm,
-        **kernel_constants(packed.spec, groups, tile, x.dtype, bias is not None),
-        **launch_options(tile),
-    )
-    return y
+    def run(
+        x: torch.Tensor,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        m = x.shape[0]
+        stride_xm = x.stride(0) if m > 1 else k
+        if x.data_ptr() % ALIGNMENT or stride_xm % ALIGNMENT:
+            x = x.contiguous() if not x.is_contiguous() else x.clone()
+            stride_xm = k
+        grid = launch_grid(m, n_padded, tile)
+        partial = arrivals = None
+        if split_k > 1:
+            _check_tiles(grid[0] * grid[1], tile)
+            partial = torch.empty((split_k, m, n), dtype=torch.float32, device=x.device)
+            arrivals = arrival_counters(x.device)
+        tokens = x
+        if tile.x_descriptor:
+            tokens = TensorDescriptor(x, [m, k], [stride_xm, 1], [tile.block_m, groups.step])
+        aligned = not (qweight.data_ptr() | scales.data_ptr() | out.data_ptr()) % ALIGNMENT
+        launchers[bias is not None].launch(
+            *(grid, aligned, tokens, qweight, scales, bias, out, partial, arrivals, m),
+            *(*of_layer, stride_xm),
+        )
+
+    return run
 
 
 def launch_grid(m: int, n_padded: int, tile: TileConfig) -> tuple[int, int, int]:
@@ -176,19 +156,13 @@ def launch_grid(m: int, n_padded: int, tile: TileConfig) -> tuple[int, int, int]
     return triton.cdiv(tiles_m, groups), tiles_n, groups
 
 
-def _checked_tile(packed: PackedWeight, launch: Launch) -> TileConfig:
-    tile = launch.tile
-    if launch.kernel is not KernelName.TRITON_GEMM or tile is None:
-        raise ValueError(f"launch must be {KernelName.TRITON_GEMM.value} with a tile, got {launch}")
-    layout = layout_for(launch.kernel, packed.spec.weight_type)
-    if packed.layout is not layout:
-        raise ValueError(f"fused_gemm reads layout {layout.value}, got {packed.layout.value}")
-    n_padded = packed.qweight.shape[1]
+def _checked_tile(tile: TileConfig | None, n_padded: int, groups: GroupGeometry) -> TileConfig:
+    if tile is None:
+        raise ValueError("triton-gemm needs a tile, got none")
     if n_padded % tile.block_n:
         raise ValueError(f"block_n {tile.block_n} does not divide the padded N {n_padded}")
-    step = group_geometry(packed.k, packed.spec.group_size, packed.phase).step
-    if tile.x_descriptor and step < _MIN_DESCRIPTOR_STEP:
-        raise ValueError(f"x_descriptor needs groups of whole 16 rows, got steps of {step}")
+    if tile.x_descriptor and groups.step < _MIN_DESCRIPTOR_STEP:
+        raise ValueError(f"x_descriptor needs groups of whole 16 rows, got steps of {groups.step}")
     if min(tile.split_k, tile.segments) != 1:
         found = f"split_k {tile.split_k} and segments {tile.segments}"
         raise ValueError(f"split_k or segments must be 1 and none below, got {found}")
@@ -200,24 +174,3 @@ def _check_tiles(num_tiles: int, tile: TileConfig) -> None:
         raise ValueError(
             f"split_k {tile.split_k} of {num_tiles} output tiles; at most {MAX_TILES} can be split"
         )
-
-
-def check_operands(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> None:
-    """Raise ValueError, saying found and expected, where tokens or bias do not suit the weight."""
-    if x.dtype not in ACT_DTYPES:
-        raise ValueError(f"x must be float16 or bfloat16, got {x.dtype}")
-    if x.ndim != 2 or x.shape[1] != packed.k:
-        raise ValueError(f"x must have shape [M, {packed.k}], got {list(x.shape)}")
-    if x.stride(1) != 1:
-        raise ValueError(f"x must have unit column stride, got strides {x.stride()}")
-    if x.device != packed.qweight.device:
-        raise ValueError(f"x is on {x.device} but the weight on {packed.qweight.device}")
-    if bias is None:
-        return
-    if bias.shape != (packed.n,) or bias.dtype != x.dtype or not bias.is_contiguous():
-        raise ValueError(
-            f"bias must be contiguous {x.dtype} of shape [{packed.n}], "
-            f"got {bias.dtype} of shape {list(bias.shape)}"
-        )
-    if bias.device != x.device:
-        raise ValueError(f"x is on {x.device} but the bias on {bias.device}")

@@ -11,18 +11,23 @@ sums are those of `torch.mm`. The workspace is allocated per call like the parti
 PyTorch's allocator hands it to one stream, and to a CUDA graph's own pool while that is captured.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
+from fusedq_kernels.call import Call
 from fusedq_kernels.choose.slices import slice_rows
 from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, of_step
-from fusedq_kernels.cuda.gemm import FP_FUSION, check_operands, weight_constants
+from fusedq_kernels.cuda.gemm import ALIGNMENT, FP_FUSION, weight_constants
 from fusedq_kernels.cuda.gemm_kernel import scaled
 from fusedq_kernels.cuda.hooks import named_for_hooks
+from fusedq_kernels.cuda.launcher import Launcher
 from fusedq_kernels.cuda.metadata import row_metadata, scale_of, vector_of
-from fusedq_kernels.geometry import GroupGeometry, group_geometry
-from fusedq_kernels.types import KernelName, Launch, PackedWeight, QuantSpec, layout_for
+from fusedq_kernels.geometry import BLOCK_N as LAYOUT_BLOCK_N
+from fusedq_kernels.geometry import GroupGeometry, group_geometry, round_up
+from fusedq_kernels.types import PackedWeight, QuantSpec
 
 BLOCK_N = 64
 NUM_WARPS = 4
@@ -100,59 +105,55 @@ def dequantize(packed: PackedWeight, out: torch.Tensor, start: int = 0) -> torch
             in which the weight is stored.
         start: the first output.
     """
-    groups = group_geometry(packed.k, packed.spec.group_size, packed.phase)
-    num_blocks, n_padded, _ = packed.qweight.shape
-    rows = out.shape[0]
-    dequantize_slice_kernel[(num_blocks, triton.cdiv(rows, BLOCK_N))](
-        packed.qweight,
-        packed.scales,
-        out,
-        start,
-        rows,
-        packed.k,
-        n_padded,
-        groups.pad,
-        groups.first_step,
-        groups.last_group,
-        **slice_constants(packed.spec, groups, out.dtype),
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=FP_FUSION,
+    _dequantizer(packed.spec, packed.n, packed.k, packed.phase, out.dtype)(
+        packed.qweight, packed.scales, out, start
     )
     return out
 
 
-# A layer's bias asks for gradients by default, which `out=` refuses.
-@torch.no_grad()
-def sliced_gemm(
-    x: torch.Tensor,
-    packed: PackedWeight,
-    bias: torch.Tensor | None,
-    launch: Launch,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Multiply tokens by a packed weight, slice by slice; the arguments of `gemm.fused_gemm`.
+def _dequantizer(
+    spec: QuantSpec, n: int, k: int, phase: int, dtype: torch.dtype
+) -> Callable[..., None]:
+    """`write(qweight, scales, out, start)` for one weight, as `dequantize`."""
+    groups = group_geometry(k, spec.group_size, phase)
+    num_blocks, n_padded = groups.k_padded // BLOCK_K, round_up(n, LAYOUT_BLOCK_N)
+    of_weight = (k, n_padded, groups.pad, groups.first_step, groups.last_group)
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": FP_FUSION}
+    launcher = Launcher(dequantize_slice_kernel, slice_constants(spec, groups, dtype), options)
 
-    Raises:
-        ValueError: another launch than of sliced-cublas, or as `gemm.fused_gemm` does.
-    """
-    if launch.kernel is not KernelName.SLICED_CUBLAS:
-        raise ValueError(f"launch must be {KernelName.SLICED_CUBLAS.value}, got {launch}")
-    layout = layout_for(launch.kernel, packed.spec.weight_type)
-    if packed.layout is not layout:
-        raise ValueError(f"sliced_gemm reads layout {layout.value}, got {packed.layout.value}")
-    check_operands(x, packed, bias)
-    m, n, k = x.shape[0], packed.n, packed.k
-    y = torch.empty((m, n), dtype=x.dtype, device=x.device) if out is None else out
-    if m == 0:
-        return y
-    rows = slice_rows(n, k)
-    workspace = torch.empty((rows, k), dtype=x.dtype, device=x.device)
-    for start in range(0, n, rows):
-        stop = min(start + rows, n)
-        weight = dequantize(packed, workspace[: stop - start], start).t()
-        columns = y[:, start:stop]
-        if bias is None:
-            torch.mm(x, weight, out=columns)
-        else:
-            torch.addmm(bias[start:stop], x, weight, out=columns)
-    return y
+    def write(qweight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, start: int) -> None:
+        rows = out.shape[0]
+        aligned = not (qweight.data_ptr() | scales.data_ptr() | out.data_ptr()) % ALIGNMENT
+        grid = (num_blocks, triton.cdiv(rows, BLOCK_N), 1)
+        launcher.launch(grid, aligned, qweight, scales, out, start, rows, *of_weight)
+
+    return write
+
+
+def prepare(call: Call, tile: None = None) -> Callable[..., None]:
+    """`run(x, qweight, scales, zeros, bias, out)` for one layer; see `catalogue.Kernel.prepare`."""
+    n, k = call.n, call.k
+    write = _dequantizer(call.spec, n, k, call.phase, call.dtype.torch)
+
+    # A layer's bias asks for gradients by default, which `out=` refuses.
+    @torch.no_grad()
+    def run(
+        x: torch.Tensor,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        rows = slice_rows(n, k)
+        workspace = torch.empty((rows, k), dtype=x.dtype, device=x.device)
+        for start in range(0, n, rows):
+            stop = min(start + rows, n)
+            weight, columns = workspace[: stop - start], out[:, start:stop]
+            write(qweight, scales, weight, start)
+            if bias is None:
+                torch.mm(x, weight.t(), out=columns)
+            else:
+                torch.addmm(bias[start:stop], x, weight.t(), out=columns)
+
+    return run

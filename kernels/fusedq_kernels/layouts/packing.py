@@ -73,17 +73,18 @@ def empty_packed(
     act_dtype: DType | torch.dtype,
     device: torch.device | str,
     in_features: int = 0,
+    ordered: bool = False,
 ) -> PackedWeight:
     """A weight whose every scale is zero, for `pack_rows` to fill; `device` may be meta.
 
-    With `in_features` it has a `perm`, which the caller fills.
+    Where `ordered` it has a `perm` of `in_features`, which the caller fills.
     """
     shapes = packed_shapes(layout, n, k, spec, phase, act_dtype)
     tensors = {
         name: torch.zeros(shape, dtype=dtype, device=device)
         for name, (shape, dtype) in shapes.items()
     }
-    perm = torch.zeros(k, dtype=PERM_DTYPE, device=device) if in_features else None
+    perm = torch.zeros(k, dtype=PERM_DTYPE, device=device) if ordered else None
     return PackedWeight(
         *(tensors["qweight"], tensors["scales"], tensors.get("zeros")),
         *(layout, spec, n, k, phase, perm, in_features),
@@ -116,9 +117,11 @@ def pack(logical: LogicalWeight, layout: Layout, act_dtype: torch.dtype) -> Pack
     n, k = logical.codes.shape
     device = logical.codes.device
     packed = empty_packed(
-        layout, n, k, logical.spec, logical.phase, act_dtype, device, logical.in_features
+        *(layout, n, k, logical.spec, logical.phase, act_dtype, device),
+        in_features=logical.in_features,
+        ordered=logical.perm is not None,
     )
-    if packed.perm is not None and logical.perm is not None:
+    if packed.perm is not None:
         packed.perm.copy_(logical.perm)
     pack_rows(packed, 0, logical)
     return packed

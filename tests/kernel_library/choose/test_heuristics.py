@@ -7,18 +7,15 @@ import torch
 
 from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
 from fusedq_kernels.choose.heuristics import (
-    kernel_for,
-    kernels_for,
     reachable_launches,
     select,
     tiles_for,
 )
 from fusedq_kernels.cuda.arrivals import MAX_TILES
 from fusedq_kernels.types import (
-    DeviceSpec,
     GemmShape,
-    KernelName,
     Launch,
+    Policy,
     QuantSpec,
     TileConfig,
     WeightType,
@@ -27,8 +24,6 @@ from fusedq_kernels.types import (
 H200 = device_by_name("h200")
 RTX4090 = device_by_name("rtx4090")
 B200 = device_by_name("b200")
-CPU = DeviceSpec("cpu", "cpu")
-CPU_AMX = DeviceSpec("cpu", "cpu", cpu_isa="amx")
 
 SPEC = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
 NO_ROWS = lambda device: None  # noqa: E731
@@ -60,7 +55,7 @@ TOKENS = [1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 2048]
 )
 def test_golden_launches(device, shape, tile, source):
     chosen = select(GemmShape(*shape), SPEC, device, table_for=NO_ROWS)
-    assert chosen == Launch(KernelName.TRITON_GEMM, TileConfig(*tile), source)
+    assert chosen == Launch("triton-gemm", TileConfig(*tile), source)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +72,8 @@ def test_golden_launches(device, shape, tile, source):
     ],
 )
 def test_golden_batch_invariant_launches(shape, tile, source):
-    chosen = select(GemmShape(*shape), SPEC, H200, batch_invariant=True)
-    assert chosen == Launch(KernelName.TRITON_GEMM, TileConfig(*tile), source)
+    chosen = select(GemmShape(*shape), SPEC, H200, policy=Policy(True))
+    assert chosen == Launch("triton-gemm", TileConfig(*tile), source)
 
 
 @pytest.mark.parametrize("device", [H200, RTX4090, B200], ids=lambda device: device.name)
@@ -88,7 +83,7 @@ def test_batch_invariant_layers_cut_k_alike_for_every_number_of_tokens(device, g
     for n in SIZES:
         for k in SIZES[1:]:
             shapes = [GemmShape(m, n, k) for m in TOKENS]
-            tiles = [select(shape, spec, device, batch_invariant=True).tile for shape in shapes]
+            tiles = [select(shape, spec, device, policy=Policy(True)).tile for shape in shapes]
             assert len({tile.split_k * tile.segments for tile in tiles}) == 1
             assert not any(tile.scale_weights for tile in tiles)
             assert all(tile.block_m >= 16 for tile in tiles)
@@ -100,16 +95,15 @@ def test_batch_invariant_layers_cut_k_alike_for_every_number_of_tokens(device, g
 def test_reachable_launches_are_all_that_select_returns():
     for device in (H200, RTX4090):
         for batch_invariant in (False, True):
-            options = {"batch_invariant": batch_invariant}
-            found = reachable_launches(4096, 4096, SPEC, device, 1100, **options)
+            policy = Policy(batch_invariant)
+            found = reachable_launches(4096, 4096, SPEC, device, 1100, policy)
             chosen = [
-                select(GemmShape(m, 4096, 4096), SPEC, device, **options) for m in range(1, 1101)
+                select(GemmShape(m, 4096, 4096), SPEC, device, policy) for m in range(1, 1101)
             ]
             assert {launch.tile for _, launch in found} == {launch.tile for launch in chosen}
             for m, launch in found:
                 assert chosen[m - 1] == launch
                 assert launch.tile not in {earlier.tile for earlier in chosen[: m - 1]}
-    assert len(reachable_launches(4096, 4096, SPEC, CPU_AMX, 1000)) == 1
 
 
 def test_two_groups_or_more_per_block_avoid_the_largest_tiles():
@@ -138,27 +132,3 @@ def test_every_launch_is_valid(device, weight_type, group_size):
                 num_tiles = -(-m // tile.block_m) * (n_padded // tile.block_n)
                 assert tile.split_k == 1 or num_tiles <= MAX_TILES
                 assert (tile.split_k - 1) * blocks_per_split < num_blocks, "an empty split"
-
-
-def test_a_cpu_gets_its_own_kernels():
-    assert kernels_for(CPU) == (KernelName.CPU_STRIPED,)
-    assert kernels_for(CPU_AMX) == (KernelName.CPU_WNA16, KernelName.CPU_STRIPED)
-    assert kernels_for(H200) == (KernelName.TRITON_GEMM,)
-    shape = GemmShape(4, 64, 64)
-    assert select(shape, SPEC, CPU) == Launch(KernelName.CPU_STRIPED, None, "rule: cpu")
-    assert select(shape, SPEC, CPU_AMX) == Launch(KernelName.CPU_WNA16, None, "rule: cpu, amx")
-
-
-@pytest.mark.parametrize("weight_type", WeightType, ids=lambda t: t.value)
-def test_every_weight_type_has_a_kernel_everywhere(weight_type):
-    assert kernel_for(CPU, weight_type) is KernelName.CPU_STRIPED
-    in_vllm = weight_type in (WeightType.UINT4, WeightType.UINT4B8)
-    fused = KernelName.CPU_WNA16 if in_vllm else KernelName.CPU_STRIPED
-    assert kernel_for(CPU_AMX, weight_type) is fused
-    assert kernel_for(H200, weight_type) is KernelName.TRITON_GEMM
-
-
-def test_8_bit_weights_run_striped_on_a_cpu():
-    spec = replace(SPEC, weight_type=WeightType.UINT8B128)
-    chosen = select(GemmShape(4, 64, 64), spec, CPU_AMX)
-    assert chosen == Launch(KernelName.CPU_STRIPED, None, "rule: cpu, amx")

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fusedq_kernels.catalogue import kernel_for, refusals
 from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
-from fusedq_kernels.choose.refusals import device_reasons, unsupported_reasons
+from fusedq_kernels.choose.refusals import of_device
+from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import DeviceSpec, QuantSpec, WeightType
 
 H200 = device_by_name("h200")
@@ -22,8 +24,8 @@ REQUANTIZE = "quantize the model again with scales"
 
 
 def reasons(n=4096, k=4096, spec=SPEC, phase=0, device=H200, act_dtype=torch.bfloat16):
-    own = unsupported_reasons(n, k, spec, phase, device)
-    return device_reasons(device, act_dtype) + own
+    own = refusals(kernel_for(device, spec.weight_type), n, k, spec, phase)
+    return of_device(device, DType.of(act_dtype)) + own
 
 
 @pytest.mark.parametrize("device", [*KNOWN_DEVICES.values(), CPU, CPU_AMX], ids=lambda d: d.name)

@@ -7,7 +7,7 @@ from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
 from fusedq_kernels.choose.heuristics import partial_sum_bytes, select
 from fusedq_kernels.choose.tiles import Choice
 from fusedq_kernels.dtype import DType
-from fusedq_kernels.types import GemmShape, QuantSpec, TileConfig, WeightType
+from fusedq_kernels.types import GemmShape, Policy, QuantSpec, TileConfig, WeightType
 
 H200 = device_by_name("h200")
 SPEC = QuantSpec(WeightType.UINT4B8, 128, DType.BFLOAT16)
@@ -62,7 +62,7 @@ def test_twice_the_bits_pay_for_twice_the_sums() -> None:
 @pytest.mark.parametrize("device", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_no_call_stores_more_sums_than_a_plan_counts(device, batch_invariant: bool) -> None:
-    options = {"batch_invariant": batch_invariant, "table_for": lambda _: None}
+    options = {"policy": Policy(batch_invariant), "table_for": lambda _: None}
     for n, k in ((1024, 4096), (4096, 14336), (576, 28672)):
         stored = 0
         for m in range(1, 2100, 7):

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedq_kernels import reference, testing
+from fusedq_kernels import ops, reference, testing
 from fusedq_kernels.cuda import gemm
-from fusedq_kernels.types import KernelName, Launch, Layout, QuantSpec, WeightType
+from fusedq_kernels.types import Launch, Layout, QuantSpec, WeightType
 from gemm_runs import DEVICE, launch, pack, run
 
 pytestmark = pytest.mark.usefixtures("guarded_empty")
@@ -208,8 +208,8 @@ def test_any_row_stride_and_alignment(view):
     problem = testing.make_problem(3, 72, 144, spec)
     packed = pack(problem.logical, torch.float16)
     x = problem.x.to(DEVICE)
-    expected = gemm.fused_gemm(x, packed, None, launch())
-    assert torch.equal(gemm.fused_gemm(view(x), packed, None, launch()), expected)
+    expected = ops.run(x, packed, None, launch())
+    assert torch.equal(ops.run(view(x), packed, None, launch()), expected)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_any_row_stride_and_alignment(view):
             "split_k or segments must be 1 and none below, got split_k 0 and",
         ),
         (
-            lambda a: a | {"launch": Launch(KernelName.CPU_STRIPED, None, "test")},
+            lambda a: a | {"launch": Launch("cpu-striped", None, "test")},
             "launch must be triton-gemm with a tile",
         ),
     ],
@@ -250,4 +250,4 @@ def test_wrong_arguments_are_refused(change, message):
         "launch": launch(),
     }
     with pytest.raises(ValueError, match=message):
-        gemm.fused_gemm(**change(arguments))
+        ops.run(**change(arguments))

@@ -7,7 +7,7 @@ from fusedq_kernels import reference, testing
 from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.choose.heuristics import select
 from fusedq_kernels.cuda import gemm
-from fusedq_kernels.types import GemmShape, QuantSpec, WeightType
+from fusedq_kernels.types import GemmShape, Policy, QuantSpec, WeightType
 from gemm_runs import launch, pack, run
 
 pytestmark = pytest.mark.usefixtures("guarded_empty")
@@ -116,7 +116,7 @@ def test_batch_invariant_rows_do_not_depend_on_the_batch(weight_type, group_size
 
     def rows(start, stop, batch_invariant=True):
         shape = GemmShape(stop - start, packed.n, packed.k)
-        chosen = select(shape, spec, H200, batch_invariant=batch_invariant)
+        chosen = select(shape, spec, H200, policy=Policy(batch_invariant))
         assert chosen.tile.split_k * chosen.tile.segments == 3 or not batch_invariant
         return run(problem.x[start:stop], packed, problem.bias, chosen)
 
@@ -135,6 +135,6 @@ def test_batch_invariant_rows_on_a_gpu(weight_type):
     packed = pack(problem.logical, torch.bfloat16)
     results = {}
     for m in (1, 2, 8, 9, 17, 33, 64, 65, 128, 511, 512):
-        chosen = select(GemmShape(m, 4096, 4096), spec, H200, batch_invariant=True)
+        chosen = select(GemmShape(m, 4096, 4096), spec, H200, policy=Policy(True))
         results[m] = run(problem.x[:m], packed, None, chosen)
     assert all(torch.equal(y, results[512][:m]) for m, y in results.items())

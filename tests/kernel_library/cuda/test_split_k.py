@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedq_kernels import testing
+from fusedq_kernels import ops, testing
 from fusedq_kernels.cuda import arrivals, gemm
 from fusedq_kernels.layouts import packing
-from fusedq_kernels.types import KernelName, Launch, QuantSpec, TileConfig, WeightType, layout_for
+from fusedq_kernels.types import TILED_LAYOUTS, Launch, QuantSpec, TileConfig, WeightType
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPEC = QuantSpec(WeightType.UINT4, 64, torch.float16)
@@ -31,15 +31,13 @@ print(json.dumps(kernel.asm["ptx"]))
 
 def launch(split_k, block_m=16, block_n=64) -> Launch:
     tile = TileConfig(block_m, block_n, split_k, num_warps=4, num_stages=2)
-    return Launch(KernelName.TRITON_GEMM, tile, "test")
+    return Launch("triton-gemm", tile, "test")
 
 
 def on_device(m=5, n=72, k=1040, spec=SPEC):
     """Tokens, packed weight and bias; K is nine blocks, N and M are no multiples of the tile."""
     problem = testing.make_problem(m, n, k, spec, has_bias=True)
-    packed = packing.pack(
-        problem.logical, layout_for(KernelName.TRITON_GEMM, spec.weight_type), torch.float16
-    )
+    packed = packing.pack(problem.logical, TILED_LAYOUTS[spec.weight_type], torch.float16)
     moved = {name: getattr(packed, name).to(DEVICE) for name in ("qweight", "scales")}
     packed = type(packed)(
         *(moved["qweight"], moved["scales"], None, packed.layout, spec, packed.n, packed.k)
@@ -72,7 +70,7 @@ def partial_sums(monkeypatch):
 @pytest.mark.parametrize("last", range(5))
 def test_whichever_split_arrives_last_the_sum_is_the_same(partial_sums, last):
     x, packed, bias = on_device()
-    expected = gemm.fused_gemm(x, packed, bias, launch(5))
+    expected = ops.run(x, packed, bias, launch(5))
     (whole,) = partial_sums
     # The interpreter runs the splits in order. With 4 - last of them counted in before the start,
     # split `last` completes the tile; the sums of the later ones are already there.
@@ -80,7 +78,7 @@ def test_whichever_split_arrives_last_the_sum_is_the_same(partial_sums, last):
     counters[:2] = 4 - last
     partial_sums.keep = whole.clone()
     partial_sums.keep[: last + 1] = torch.nan
-    assert torch.equal(gemm.fused_gemm(x, packed, bias, launch(5)), expected)
+    assert torch.equal(ops.run(x, packed, bias, launch(5)), expected)
     assert counters[:2].tolist() == [4 - last] * 2
     counters.zero_()
 
@@ -88,7 +86,7 @@ def test_whichever_split_arrives_last_the_sum_is_the_same(partial_sums, last):
 def test_partial_sums_are_those_of_each_part_of_k(partial_sums):
     spec = QuantSpec(WeightType.UINT4B8, 128, torch.float16)
     x, packed, _ = on_device(n=64, k=1024, spec=spec)
-    gemm.fused_gemm(x, packed, None, launch(4))
+    ops.run(x, packed, None, launch(4))
     (parts,) = partial_sums
     weight = packing.unpack(packed)
     values = (weight.codes.double() - 8) * weight.scales.double().repeat_interleave(128, 1)
@@ -121,16 +119,16 @@ def test_counters_are_zero_after_every_launch():
     x, packed, bias = on_device(m=17, n=136)
     counters = arrivals.arrival_counters(x.device)
     for split_k in (2, 9, 3):
-        gemm.fused_gemm(x, packed, bias, launch(split_k))
+        ops.run(x, packed, bias, launch(split_k))
         assert not counters.any()
 
 
 @pytest.mark.parametrize("split_k", [2, 3, 9])
 def test_the_same_bits_on_every_run(split_k):
     x, packed, bias = on_device(m=17)
-    first = gemm.fused_gemm(x, packed, bias, launch(split_k))
+    first = ops.run(x, packed, bias, launch(split_k))
     for _ in range(100 if DEVICE == "cuda" else 2):
-        assert torch.equal(gemm.fused_gemm(x, packed, bias, launch(split_k)), first)
+        assert torch.equal(ops.run(x, packed, bias, launch(split_k)), first)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
@@ -151,7 +149,7 @@ def test_partial_sums_are_published_before_they_are_counted(target, compiling):
 def test_too_many_tiles_to_split_are_refused():
     x, packed, _ = on_device(m=arrivals.MAX_TILES + 1)
     with pytest.raises(ValueError, match=r"split_k 2 of 4097 output tiles; at most 4096"):
-        gemm.fused_gemm(x, packed, None, launch(2, block_m=1, block_n=128))
+        ops.run(x, packed, None, launch(2, block_m=1, block_n=128))
 
 
 def test_every_stream_counts_for_itself():
@@ -178,20 +176,20 @@ def test_counters_are_not_made_while_capturing(monkeypatch):
 @needs_gpu
 def test_streams_and_graphs_do_not_disturb_each_other():
     x, packed, bias = on_device(m=8, n=512, k=4096)
-    expected = gemm.fused_gemm(x, packed, bias, launch(8))
+    expected = ops.run(x, packed, bias, launch(8))
     torch.cuda.synchronize()
     graphs = []
     for _ in range(2):
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
-            y = gemm.fused_gemm(x, packed, bias, launch(8))
+            y = ops.run(x, packed, bias, launch(8))
         graphs.append((torch.cuda.Stream(), graph, y))
     results = []
     for _ in range(50):
         for stream, graph, _ in graphs:
             with torch.cuda.stream(stream):
                 graph.replay()
-        results.append(gemm.fused_gemm(x, packed, bias, launch(8)))
+        results.append(ops.run(x, packed, bias, launch(8)))
     torch.cuda.synchronize()
     assert all(torch.equal(y, expected) for y in results)
     assert all(torch.equal(y, expected) for _, _, y in graphs)

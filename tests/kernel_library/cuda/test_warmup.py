@@ -2,17 +2,15 @@
 
 # The JIT looks a launch up and, where it would compile, tells the hook instead.
 SCRIPT = """
+import dataclasses
 import torch
 from fusedq_kernels.choose import device
-from fusedq_kernels.cuda import gather
-from fusedq_kernels.cuda import gemm
+from fusedq_kernels import catalogue, ops, warmup
 from fusedq_kernels.choose import heuristics
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.choose import slices
-from fusedq_kernels.cuda import sliced
 from fusedq_kernels import testing, types
 from fusedq_kernels.choose import tuned_file
-from fusedq_kernels.cuda import warmup
 
 asked = []
 
@@ -32,12 +30,13 @@ for weight_type, group_size, n, k, phase in (
     (types.WeightType.UINT8B128, 48, 2304, 512, 16),
 ):
     spec = types.QuantSpec(weight_type, group_size, torch.float16)
-    target = types.layout_for(types.KernelName.TRITON_GEMM, weight_type)
+    target = types.TILED_LAYOUTS[weight_type]
     packed = packing.pack(testing.random_logical(n, k, spec, phase), target, act)
     for batch_invariant in (False, True):
         asked.clear()
+        policy = types.Policy(batch_invariant)
         count = warmup.warm_up(
-            packed, h200, act, 700, with_bias=(False, True), batch_invariant=batch_invariant
+            catalogue.TRITON_GEMM, packed, h200, act, 700, with_bias=(False, True), policy=policy
         )
         known = set(asked)
         assert count == len(asked) == len(known) > 3, (count, len(known))
@@ -45,46 +44,49 @@ for weight_type, group_size, n, k, phase in (
         bias = torch.zeros(n + 1, dtype=act)
         for m in range(1, 701):
             shape = types.GemmShape(m, n, k)
-            launch = heuristics.select(shape, spec, h200, batch_invariant=batch_invariant)
+            launch = heuristics.select(shape, spec, h200, policy)
             tokens = wide[:m, 32 : k + 32] if m % 2 else torch.zeros(m, k, dtype=act)
-            gemm.fused_gemm(tokens, packed, (None, bias[1:], bias[:-1])[m % 3], launch)
+            ops.run(tokens, packed, (None, bias[1:], bias[:-1])[m % 3], launch)
         assert set(asked) == known, set(asked) - known
         # Another launch than those of the warm-up would have been noticed.
         other = types.Launch(launch.kernel, types.TileConfig(16, 128, 1, 4, 2), "test")
-        gemm.fused_gemm(tokens, packed, None, other)
+        ops.run(tokens, packed, None, other)
         assert len(set(asked)) == len(known) + 1
 
 # A sliced launch is warmed up for every slice, token count and bias alike.
 cells = {"weight_type": weight_type, "group_size": group_size, "n": n, "k": k}
 tile = types.TileConfig(16, 64, 1, 4, 3)
 rows = [
-    tuned_file.TunedRow(*cells.values(), 64, types.KernelName.TRITON_GEMM, tile, 9.0),
-    tuned_file.TunedRow(*cells.values(), 512, types.KernelName.TRITON_GEMM, tile, 9.0),
-    tuned_file.TunedRow(*cells.values(), 512, types.KernelName.SLICED_CUBLAS, None, 5.0),
+    tuned_file.TunedRow(*cells.values(), 64, "triton-gemm", tile, 9.0),
+    tuned_file.TunedRow(*cells.values(), 512, "triton-gemm", tile, 9.0),
+    tuned_file.TunedRow(*cells.values(), 512, "sliced-cublas", None, 5.0),
 ]
 table = tuned_file.TunedTable("h200", "3.9.0", "", "", tuple(rows))
 real = heuristics.reachable_launches
-warmup.reachable_launches = lambda *a, **o: real(*a, **o, table_for=lambda device: table)
+kernel = dataclasses.replace(
+    catalogue.TRITON_GEMM, tiled_launches=lambda *a: real(*a, table_for=lambda device: table)
+)
 slices.SLICE_BYTES = 2 * k * 1000
 found = {}
 for allowed in (False, True):
     asked.clear()
-    warmup.warm_up(packed, h200, act, 700, with_bias=(False, True), sliced_prefill=allowed)
+    policy = types.Policy(sliced_prefill=allowed)
+    warmup.warm_up(kernel, packed, h200, act, 700, with_bias=(False, True), policy=policy)
     found[allowed] = set(asked)
 known = found[True]
 assert len(known - found[False]) == 1
-launch = types.Launch(types.KernelName.SLICED_CUBLAS, None, "test")
+launch = types.Launch("sliced-cublas", None, "test")
 for limit in (1000, 333, 4000):
     slices.SLICE_BYTES = 2 * k * limit
     for m in (65, 300, 512):
-        sliced.sliced_gemm(torch.zeros(m, k, dtype=act), packed, None, launch)
+        ops.run(torch.zeros(m, k, dtype=act), packed, None, launch)
 assert set(asked) == known
 
 asked.clear()
 ids = torch.zeros(701, dtype=torch.int64)
+whole = dataclasses.replace(packed, phase=0)
 for first, m in ((0, 1), (0, 16), (1, 17), (1, 700)):
-    out = torch.empty(m, packed.k, dtype=act)
-    gather.gather_rows(ids[first : first + m], packed, out)
+    ops.embedding(ids[first : first + m], whole, "triton-gather", act)
 assert len(asked) == 4
 assert len(set(asked)) == 1
 """

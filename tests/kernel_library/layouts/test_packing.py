@@ -11,13 +11,12 @@ from torch.utils._pytree import tree_leaves
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.testing import random_logical
 from fusedq_kernels.types import (
-    KernelName,
+    TILED_LAYOUTS,
     Layout,
     LogicalWeight,
     QuantSpec,
     WeightType,
     holds,
-    layout_for,
 )
 
 HALF = torch.float16
@@ -80,7 +79,7 @@ BIT_ORDERS = {Layout.P4: (32, 4, 16), Layout.P8: (64, 8, 16), Layout.PL4: (32, 8
 @pytest.mark.parametrize("weight_type", WeightType, ids=lambda t: t.value)
 def test_tiled_bits(weight_type: WeightType, group_size: int, k: int, phase: int) -> None:
     logical = random_logical(6, k, spec_of(weight_type, group_size), phase)
-    tiled = layout_for(KernelName.TRITON_GEMM, weight_type)
+    tiled = TILED_LAYOUTS[weight_type]
     plane_rows, plane_shift, pair_shift = BIT_ORDERS[tiled]
     bits = weight_type.bits
     pad = packing.group_geometry(k, group_size, phase).pad
@@ -175,7 +174,7 @@ def test_every_bit_of_a_scale_survives(
     """Any bits, those of infinities and NaN too, of all rows and of some."""
     if weight_type.has_zero_points and scale_dtype is torch.float32:
         return
-    tiled = layout_for(KernelName.TRITON_GEMM, weight_type)
+    tiled = TILED_LAYOUTS[weight_type]
     bits = {2: torch.int16, 4: torch.int32}[scale_dtype.itemsize]
     generator = torch.Generator().manual_seed(group_size)
     for n, k, phase in itertools.product((1, 40, 136), (8, 272, 1000), (0, 8, 13)):
@@ -215,7 +214,7 @@ def test_bits_per_weight(
     weight_type: WeightType, scale_dtype: torch.dtype, group_size: int, bits: float
 ) -> None:
     spec = spec_of(weight_type, group_size, scale_dtype)
-    tiled = layout_for(KernelName.TRITON_GEMM, weight_type)
+    tiled = TILED_LAYOUTS[weight_type]
     packed = packing.empty_packed(tiled, 4096, 4096, spec, 0, HALF, "meta")
     assert 8 * sum(packing.weight_bytes(packed).values()) == bits * 4096 * 4096
 

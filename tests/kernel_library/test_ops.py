@@ -9,31 +9,32 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedq_kernels as fq
-from fusedq_kernels import op, reference, testing
-from fusedq_kernels.types import KernelName, QuantSpec, WeightType, layout_for, runs
+from fusedq_kernels import ops, reference, testing
+from fusedq_kernels.catalogue import KERNELS, Op
+from fusedq_kernels.types import Policy, QuantSpec, WeightType
 
 HALF = torch.float16
 SPEC = QuantSpec(WeightType.UINT4, 32, HALF)
 GPU = torch.cuda.is_available()
+MATMULS = [each.name for each in KERNELS.values() if each.op is Op.MATMUL]
+ON_CPU = [name for name in MATMULS if KERNELS[name].device == "cpu"]
 
 
-@pytest.fixture(params=KernelName, ids=lambda kernel: kernel.value)
-def kernel(request: pytest.FixtureRequest) -> KernelName:
-    if request.param is KernelName.CPU_WNA16:
+@pytest.fixture(params=MATMULS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpu-wna16":
         request.getfixturevalue("wna16_op")
     return request.param
 
 
-def device_of(kernel: KernelName) -> str:
-    return "cuda" if GPU and kernel not in op._CPU_ONLY else "cpu"
+def device_of(kernel: str) -> str:
+    return "cuda" if GPU and kernel not in ON_CPU else "cpu"
 
 
-def make_call(
-    kernel: KernelName, *, m: int = 3, spec: QuantSpec = SPEC, phase: int = 16, **options
-):
+def make_call(kernel: str, *, m: int = 3, spec: QuantSpec = SPEC, phase: int = 16, **options):
     """A problem, and its weight and bias packed where `kernel` runs."""
     problem = testing.make_problem(m, 40, 96, spec, phase=phase, has_bias=True, **options)
-    packed = fq.pack(problem.logical, layout_for(kernel, spec.weight_type), problem.x.dtype)
+    packed = fq.pack(problem.logical, KERNELS[kernel].layout(spec.weight_type), problem.x.dtype)
     moved = fq.PackedWeight(
         packed.qweight.to(device_of(kernel)),
         packed.scales.to(device_of(kernel)),
@@ -43,24 +44,30 @@ def make_call(
     return problem, moved, problem.bias.to(device_of(kernel))
 
 
-def flat_args(x, packed, bias, kernel: KernelName, changes=None) -> tuple[object, ...]:
-    args = {
+def flat_args(x, packed, bias, kernel: str, changes=None) -> tuple[object, ...]:
+    changes = changes or {}
+    tensors = {
         "x": x,
         "qweight": packed.qweight,
         "scales": packed.scales,
         "zeros": packed.zeros,
         "bias": bias,
         "perm": packed.perm,
-        "n": packed.n,
-        "k": packed.k,
-        "in_features": packed.k if packed.perm is None else packed.in_features,
-        "group_size": packed.spec.group_size,
-        "phase": packed.phase,
+    }
+    words = {
+        "kernel": kernel,
+        "layout": packed.layout.value,
         "weight_type": packed.spec.weight_type.value,
         "scale_dtype": "float16",
-        "kernel": kernel.value,
+        "phase": packed.phase,
+        "dtype": "float16",
     }
-    return tuple((args | (changes or {})).values())
+    words |= {name: value for name, value in changes.items() if name in words}
+    tensors |= {name: value for name, value in changes.items() if name in tensors}
+    text = "{kernel} {layout} {weight_type} g%d phase {phase} {scale_dtype} [%d x %d]"
+    text = text.format(**words) % (packed.spec.group_size, packed.n, packed.k)
+    reading = "" if packed.in_features == packed.k else f" reading {packed.in_features}"
+    return (*tensors.values(), changes.get("call", f"{text}{reading} {words['dtype']}"))
 
 
 def assert_right(y: torch.Tensor, expected: torch.Tensor) -> None:
@@ -69,10 +76,10 @@ def assert_right(y: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("weight_type", WeightType, ids=lambda t: t.value)
-def test_every_kernel_agrees_with_the_reference(kernel: KernelName, weight_type) -> None:
-    if not runs(kernel, weight_type):
-        with pytest.raises(ValueError, match=f"{kernel.value} runs .*, got {weight_type.value}"):
-            layout_for(kernel, weight_type)
+def test_every_kernel_agrees_with_the_reference(kernel: str, weight_type) -> None:
+    if weight_type not in KERNELS[kernel].layouts:
+        with pytest.raises(ValueError, match=f"{kernel} runs .*, got {weight_type.value}"):
+            KERNELS[kernel].layout(weight_type)
         return
     problem, packed, bias = make_call(kernel, spec=QuantSpec(weight_type, 32, HALF))
     x = problem.x.to(packed.qweight.device)
@@ -82,30 +89,30 @@ def test_every_kernel_agrees_with_the_reference(kernel: KernelName, weight_type)
 
 
 def test_batch_invariant_rows_do_not_depend_on_the_batch() -> None:
-    problem, packed, bias = make_call(KernelName.TRITON_GEMM, m=70)
+    problem, packed, bias = make_call("triton-gemm", m=70)
     x = problem.x.to(packed.qweight.device)
-    whole = fq.matmul(x, packed, bias, KernelName.TRITON_GEMM, batch_invariant=True)
+    whole = fq.matmul(x, packed, bias, "triton-gemm", policy=Policy(True))
     assert_right(whole, problem.expected)
     for m in (1, 20):
-        part = fq.matmul(x[:m], packed, bias, KernelName.TRITON_GEMM, batch_invariant=True)
+        part = fq.matmul(x[:m], packed, bias, "triton-gemm", policy=Policy(True))
         assert torch.equal(part, whole[:m])
-    assert not torch.equal(fq.matmul(x, packed, bias, KernelName.TRITON_GEMM), whole)
+    assert not torch.equal(fq.matmul(x, packed, bias, "triton-gemm"), whole)
 
 
 def test_a_kernel_that_is_not_batch_invariant_is_refused() -> None:
-    problem, packed, bias = make_call(KernelName.CPU_STRIPED)
+    problem, packed, bias = make_call("cpu-striped")
     message = "kernel cpu-striped is not batch-invariant; supported: triton-gemm"
     with pytest.raises(ValueError, match=message):
-        fq.matmul(problem.x, packed, bias, KernelName.CPU_STRIPED, batch_invariant=True)
+        fq.matmul(problem.x, packed, bias, "cpu-striped", policy=Policy(True))
 
 
-def reordered(kernel: KernelName, m: int = 3) -> tuple[torch.Tensor, fq.PackedWeight, torch.Tensor]:
+def reordered(kernel: str, m: int = 3) -> tuple[torch.Tensor, fq.PackedWeight, torch.Tensor]:
     """Tokens of 70 features, a weight whose 96 rows read them in any order, and the answer."""
     problem, _, _ = make_call(kernel)
     generator = torch.Generator().manual_seed(7)
     perm = torch.randint(0, 70, (96,), generator=generator, dtype=torch.int32)
     logical = replace(problem.logical, perm=perm, in_features=70)
-    packed = fq.pack(logical, layout_for(kernel, logical.spec.weight_type), HALF)
+    packed = fq.pack(logical, KERNELS[kernel].layout(logical.spec.weight_type), HALF)
     x = torch.randn((m, 70), generator=generator).half()
     expected = x.double()[:, perm.long()] @ reference.dequantize(problem.logical).double().t()
     device = device_of(kernel)
@@ -117,7 +124,7 @@ def reordered(kernel: KernelName, m: int = 3) -> tuple[torch.Tensor, fq.PackedWe
     return x.to(device), replace(packed, **moved), expected
 
 
-def test_rows_read_the_features_of_perm(kernel: KernelName) -> None:
+def test_rows_read_the_features_of_perm(kernel: str) -> None:
     x, packed, expected = reordered(kernel)
     assert_right(fq.matmul(x, packed, None, kernel), expected)
     wide = torch.full((3, 128), torch.nan, dtype=HALF, device=x.device)
@@ -140,18 +147,18 @@ def test_rows_read_the_features_of_perm(kernel: KernelName) -> None:
     ],
 )
 def test_wrong_order(changes: dict[str, object], message: str) -> None:
-    kernel = KernelName.CPU_STRIPED
+    kernel = "cpu-striped"
     x, packed, _ = reordered(kernel)
     with pytest.raises(ValueError, match=message):
         torch.ops.fusedq.matmul(*flat_args(x, packed, None, kernel, changes))
 
 
 def test_the_reference_gathers_too() -> None:
-    x, packed, expected = reordered(KernelName.CPU_STRIPED)
+    x, packed, expected = reordered("cpu-striped")
     assert torch.equal(reference.matmul(x, fq.unpack(packed)), expected)
 
 
-def test_shapes_and_strides_of_x(kernel: KernelName) -> None:
+def test_shapes_and_strides_of_x(kernel: str) -> None:
     problem, packed, bias = make_call(kernel, m=6)
     x = problem.x.to(packed.qweight.device)
     y = fq.matmul(x, packed, bias, kernel)
@@ -168,7 +175,7 @@ def test_shapes_and_strides_of_x(kernel: KernelName) -> None:
     assert fq.matmul(x[0], packed, bias, kernel).shape == (40,)
 
 
-def test_writes_into_the_given_tensor(kernel: KernelName) -> None:
+def test_writes_into_the_given_tensor(kernel: str) -> None:
     problem, packed, bias = make_call(kernel, m=6)
     x = problem.x.to(packed.qweight.device)
     y = fq.matmul(x, packed, bias, kernel)
@@ -196,15 +203,15 @@ def test_writes_into_the_given_tensor(kernel: KernelName) -> None:
     ],
 )
 def test_wrong_output(out: torch.Tensor, message: str) -> None:
-    kernel = KernelName.CPU_STRIPED
+    kernel = "cpu-striped"
     problem, packed, bias = make_call(kernel)
     args = flat_args(problem.x, packed, bias, kernel)
-    for write in (op._matmul_out, op._matmul_out_fake):
+    for write in (ops._matmul_out, ops._matmul_out_fake):
         with pytest.raises(ValueError, match=message):
             write(out, *args)
 
 
-def test_no_tokens(kernel: KernelName) -> None:
+def test_no_tokens(kernel: str) -> None:
     _, packed, bias = make_call(kernel)
     for lead in ((0,), (2, 0), (0, 3)):
         x = torch.empty((*lead, 96), dtype=HALF, device=packed.qweight.device)
@@ -214,12 +221,14 @@ def test_no_tokens(kernel: KernelName) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiled_equals_eager(kernel: KernelName, dynamic: bool) -> None:
+def test_compiled_equals_eager(kernel: str, dynamic: bool) -> None:
     problem, packed, bias = make_call(kernel)
     x = problem.x.to(packed.qweight.device)
 
+    _, *weight_and_call = flat_args(x, packed, bias, kernel)
+
     def layer(x: torch.Tensor) -> torch.Tensor:
-        return fq.matmul(x * 2, packed, bias, kernel) + 1
+        return torch.ops.fusedq.matmul(x * 2, *weight_and_call) + 1
 
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -227,7 +236,7 @@ def test_compiled_equals_eager(kernel: KernelName, dynamic: bool) -> None:
     assert torch.equal(compiled(x[:2]), layer(x[:2]))
 
 
-def test_opcheck(kernel: KernelName) -> None:
+def test_opcheck(kernel: str) -> None:
     problem, packed, bias = make_call(kernel)
     x = problem.x.to(packed.qweight.device)
     args = flat_args(x, packed, bias, kernel)
@@ -235,7 +244,7 @@ def test_opcheck(kernel: KernelName) -> None:
 
 
 def test_fake_shape_and_checks() -> None:
-    kernel = KernelName.CPU_STRIPED
+    kernel = "cpu-striped"
     _, packed, bias = make_call(kernel)
     with FakeTensorMode() as mode:
         args = [
@@ -253,7 +262,8 @@ def test_fake_shape_and_checks() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": torch.ones(3, 96)}, "x must be float16 or bfloat16, got torch.float32"),
+        ({"x": torch.ones(3, 96)}, "x must be torch.float16, got torch.float32"),
+        ({"dtype": "float32"}, "x must be float16 or bfloat16, got float32"),
         ({"x": torch.ones(3, 95).half()}, r"x must have shape \[..., 96\], got \[3, 95\]"),
         ({"x": torch.ones(()).half()}, r"x must have shape \[..., 96\], got \[\]"),
         ({"x": torch.ones((3, 96), dtype=HALF, device="meta")}, "must be on meta like x"),
@@ -264,51 +274,55 @@ def test_fake_shape_and_checks() -> None:
         ({"scales": torch.ones(1, 128, 4)}, r"scales must be torch.int32 \[1, 128, 4\]"),
         ({"zeros": torch.ones(4, 16).int()}, "zeros must be absent, got one"),
         ({"phase": 32}, "phase 32 is not inside a group of 32 rows"),
-        ({"scale_dtype": "float64"}, "scale_dtype must be one of .* got 'float64'"),
-        ({"weight_type": "uint8"}, r"qweight must be torch.int32 \[1, 128, 32\]"),
+        ({"scale_dtype": "float64"}, "scale_dtype must be one of .* got float64"),
+        ({"weight_type": "uint8"}, "cpu-striped reads layout P8, got P4"),
+        (
+            {"weight_type": "uint8", "layout": "P8"},
+            r"qweight must be torch.int32 \[1, 128, 32\]",
+        ),
         (
             {"weight_type": "uint8", "kernel": "cpu-wna16"},
             "kernel cpu-wna16 runs uint4, uint4b8, got uint8",
         ),
         ({"weight_type": "uint3"}, "'uint3' is not a valid WeightType"),
-        ({"kernel": "cublas"}, "'cublas' is not a valid KernelName"),
-        ({"kernel": "cpu-wna16"}, "qweight must be torch.int32"),
+        ({"kernel": "cublas"}, "there is no kernel 'cublas'; known: triton-gemm, sliced-cublas, c"),
+        ({"kernel": "cpu-wna16"}, "cpu-wna16 reads layout CPU_WNA16, got P4"),
+        (
+            {"call": "cpu-striped P4"},
+            "'cpu-striped P4' is no call; one reads 'triton-gemm P4 uint4",
+        ),
     ],
 )
 def test_wrong_arguments(changes: dict[str, object], message: str) -> None:
-    kernel = KernelName.CPU_STRIPED
+    kernel = "cpu-striped"
     problem, packed, bias = make_call(kernel)
     args = flat_args(problem.x, packed, bias, kernel, changes)
     with pytest.raises(ValueError, match=message):
         torch.ops.fusedq.matmul(*args)
 
 
-@pytest.mark.parametrize("name", sorted(op._CPU_ONLY, key=str), ids=lambda k: k.value)
-def test_cpu_kernels_refuse_a_gpu(name: KernelName) -> None:
+@pytest.mark.parametrize("name", ON_CPU)
+def test_cpu_kernels_refuse_a_gpu(name: str) -> None:
     _, packed, bias = make_call(name)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty((3, 96), dtype=HALF, device="cuda")
-        with pytest.raises(ValueError, match=f"kernel {name.value} runs on a CPU, x is on cuda"):
-            op._matmul_fake(*flat_args(x, packed, bias, name))
+        with pytest.raises(ValueError, match=f"kernel {name} runs on a CPU, x is on cuda"):
+            ops._matmul_fake(*flat_args(x, packed, bias, name))
 
 
 def test_missing_zero_points() -> None:
-    kernel = KernelName.CPU_WNA16
+    kernel = "cpu-wna16"
     problem, packed, bias = make_call(kernel)
     with pytest.raises(ValueError, match="zeros must be given, got none"):
         torch.ops.fusedq.matmul(*flat_args(problem.x, packed, bias, kernel, {"zeros": None}))
 
 
-def test_every_kernel_has_a_runner() -> None:
-    assert set(op._RUNNERS) == set(KernelName)
-
-
 def test_import_needs_neither_triton_nor_vllm() -> None:
     code = (
-        "import sys, importlib, fusedq_kernels, fusedq_kernels.op as op\n"
+        "import sys, importlib, fusedq_kernels, fusedq_kernels.ops as ops\n"
         "assert not {'triton', 'vllm', 'vllm_fusedq'} & set(sys.modules)\n"
         "assert all(hasattr(fusedq_kernels, name) for name in fusedq_kernels.__all__)\n"
-        "importlib.reload(op)\n"
+        "importlib.reload(ops)\n"
         "import torch; torch.ops.fusedq.matmul.default\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

