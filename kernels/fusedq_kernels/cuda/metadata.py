@@ -53,7 +53,7 @@ def word_of(rows, PAIRED: tl.constexpr):
 def of_row(words, rows, PAIRED: tl.constexpr):
     """Metadata of `rows` from the words that hold them."""
     if PAIRED:
-        return words << (16 - ((rows & 8) << 1))
+        return words << (16 - ((rows & 8) << 1)).to(tl.int32)
     else:
         return words
 
