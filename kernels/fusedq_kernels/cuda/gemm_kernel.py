@@ -156,8 +156,8 @@ def fused_gemm_kernel(
     # masked to zero.
     ROWS: tl.constexpr = decoded_rows(STEP)
     PARTS: tl.constexpr = ROWS // STEP
-    # tcgen05, as `TileConfig` says.
-    OWN_ROW: tl.constexpr = SCALE_STEPS
+    # tcgen05, as `TileConfig` says; 8 tokens are multiplied by mma there, too.
+    OWN_ROW: tl.constexpr = SCALE_STEPS and BLOCK_M > 8
     SCALE_LAST: tl.constexpr = STEPS_PER_GROUP == 0 and not SCALE_STEPS
     SUMS_IN_FLIGHT: tl.constexpr = 8 if BLOCK_M * BLOCK_N <= 2048 else 1
     pid_m, pid_n, pid_k = tile_of(SPLIT_K)

@@ -75,7 +75,7 @@ RUNS = {
     "sm_89": "--target sm_89 --act-dtype bf16 --weight-type uint4 --tile 64x128",
     "sm_100": "--target sm_100 --act-dtype bf16 --weight-type uint4 --tile 16x128 32x128 64x256",
     "sm_100-symmetric": (
-        "--target sm_100 --act-dtype bf16 --weight-type uint4b8 --tile 16x128 --group-size 32 128"
+        "--target sm_100 --act-dtype bf16 --weight-type uint4b8 --tile 8x128 16x128 --group-size 32"
     ),
     "sm_100-8bit": "--target sm_100 --act-dtype bf16 --weight-type uint8 --tile 64x256",
     "sm_100-fine": (
