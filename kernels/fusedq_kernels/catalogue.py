@@ -149,7 +149,7 @@ class Kernel:
 
         Everything that depends on layer and tile alone is decided here. `run` trusts its operands:
         x `[M, K]` with unit column stride and M above 0, ids int64 `[M]` and contiguous, out
-        `[M, N]` or `[M, K]` and contiguous, the others as `operands.Operands` has checked them.
+        `[M, N]` or `[M, K]` and contiguous, the others as `prepared.Prepared` has checked them.
         """
         return _imported(self.prepared_by)(call, tile)
 
