@@ -73,9 +73,9 @@ def count_kernels(worker: Any) -> dict[str, int]:
         method = getattr(module, "quant_method", None)
         if method is None or "Embedding" in type(method).__name__:
             continue
-        loader = getattr(module, "fusedq_loader", None)
-        if loader is not None:
-            counts[loader.plan.kernel] += 1
+        loaders = getattr(module, "fusedq_loaders", ())
+        counts.update(loader.plan.main.call.kernel for loader in loaders)
+        if loaders:
             continue
         holder = getattr(module, "scheme", method)
         counts[type(getattr(holder, "kernel", holder)).__name__] += 1

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from bench_load import MODULE, describe
 from checkpoints import write_checkpoint
+from fusedq_kernels.catalogue import Op
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.types import PackedWeight
 from random_layers import random_layers
@@ -75,7 +76,7 @@ EMBEDDING = LayerShard(
     1,
     (PartShard(MODULE, None, Region(0, N - 24, 0, K)),),
     padding=24,
-    gathered=True,
+    ops=(Op.EMBEDDING, Op.MATMUL),
 )
 SHARDS = {
     "whole": (WHOLE, "cpu"),

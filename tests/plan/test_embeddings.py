@@ -18,6 +18,7 @@ from checkpoints import (
     write_json,
 )
 from embeddings import EMBEDDING, VOCABULARY, write_with_embedding
+from fusedq_kernels.catalogue import Op
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.layouts.packing import unpack
 from fusedq_kernels.ops import embedding
@@ -56,6 +57,10 @@ def load(path: Path, plan: LayerPlan) -> LayerLoader:
     return loader
 
 
+def gather_of(plan: LayerPlan) -> str:
+    return plan.use(Op.EMBEDDING).call.kernel
+
+
 def values_of(truth: Truth, hidden: int) -> torch.Tensor:
     return truth.values(0, VOCABULARY, 0, hidden)
 
@@ -76,7 +81,7 @@ def test_the_plan_names_the_gather_and_the_kernel_of_a_tied_head(
     write_with_embedding(tmp_path, tied=tied)
     checkpoint = read_checkpoint(tmp_path)
     plan = plan_model(checkpoint, Target(device, HALF))
-    names = {layer.prefix: layer.kernel_name for layer in plan.layers}
+    names = {layer.prefix: layer.kernel_names for layer in plan.layers}
     assert names[EMBEDDING] == expected
     assert "lm_head" not in names
     assert plan.unquantized == (() if tied else ("lm_head",))
@@ -98,7 +103,7 @@ def test_every_split_looks_up_the_same_rows(tmp_path: Path, build: str, tied: bo
             packed = load(tmp_path, plan).packed
             # As vLLM does: shift this rank's ids, mask the others, add the ranks
             held = (ids >= region.n_start) & (ids < region.n_stop)
-            rows = embedding((ids - region.n_start) * held, packed, plan.gather, HALF)
+            rows = embedding((ids - region.n_start) * held, packed, gather_of(plan), HALF)
             total += rows.masked_fill(~held[..., None], 0)
         assert torch.equal(total, expected), tp_size
 
@@ -110,7 +115,7 @@ def test_a_tied_head_multiplies_by_the_weight_that_is_looked_up(tmp_path: Path, 
     packed = load(tmp_path, plan).packed
     assert torch.equal(dequantize(unpack(packed))[:VOCABULARY].double(), values_of(truth, 128))
     # Rows of padding, up to 64 tokens, are worth nothing
-    padding = embedding(torch.arange(VOCABULARY, 64), packed, plan.gather, HALF)
+    padding = embedding(torch.arange(VOCABULARY, 64), packed, gather_of(plan), HALF)
     assert not padding.any()
 
 
@@ -238,7 +243,7 @@ def test_a_converted_embedding_is_the_same(tmp_path: Path, build: str, tied: boo
     convert(source, out)
     for device in (CPU, STRIPED):
         wanted, found = plan_of(source, device), plan_of(out, device)
-        assert found.kernel_name == wanted.kernel_name
+        assert found.kernel_names == wanted.kernel_names
         before, after = load(source, wanted).packed, load(out, found).packed
         for name in ("qweight", "scales", "zeros", "perm"):
             one, other = getattr(before, name), getattr(after, name)
@@ -271,20 +276,23 @@ def test_the_trace_proves_a_lookup(
     monkeypatch.setattr("vllm_fusedq.prove.trace._SLACK_BYTES", 4096)
     write_with_embedding(tmp_path, build, tied=True, hidden=1024)
     plan = plan_of(tmp_path)
-    packed = load(tmp_path, plan).packed
+    packed, lookup = load(tmp_path, plan).packed, plan.use(Op.EMBEDDING)
     ids = torch.tensor([3])
 
     def judged(call) -> tuple[str, ...]:
-        with profile(record_shapes=True, profile_memory=True) as found, record(EMBEDDING, True):
+        with (
+            profile(record_shapes=True, profile_memory=True) as found,
+            record(EMBEDDING, lookup.op),
+        ):
             call()
-        return judge(plan, packed, found.events(), 1, Target(CPU, HALF), lookup=True).problems
+        return judge(plan, lookup, packed, found.events(), 1).problems
 
-    assert judged(lambda: embedding(ids, packed, plan.gather, HALF)) == ()
+    assert judged(lambda: embedding(ids, packed, lookup.call.kernel, HALF)) == ()
     (missing, unseen) = judged(lambda: None)
     assert missing == "0 fused operators in one call"
     assert unseen == "no aten::index in a call"
     (whole,) = judged(
-        lambda: (embedding(ids, packed, plan.gather, HALF), dequantize(unpack(packed)))
+        lambda: (embedding(ids, packed, lookup.call.kernel, HALF), dequantize(unpack(packed)))
     )
     assert whole.startswith("an allocation of ")
 
@@ -295,5 +303,5 @@ def test_warming_up_looks_up_and_multiplies_where_the_plan_does(
 ) -> None:
     write_with_embedding(tmp_path, tied=tied)
     plan = plan_of(tmp_path, STRIPED)
-    layer = LoadedLayer(load(tmp_path, plan).packed, plan.kernel, False, plan.gather)
+    layer = LoadedLayer(load(tmp_path, plan).packed, plan.uses, has_bias=False)
     assert warm_up([layer, layer], Target(STRIPED, HALF), 8).launches == launches

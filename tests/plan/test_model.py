@@ -43,15 +43,15 @@ def test_every_linear_is_planned_in_vllms_fused_layers(tmp_path: Path, build: st
     assert [part.shard_id for part in qkv.shard.parts] == ["q", "k", "v"]
     assert (qkv.n, qkv.k) == (192, 64)
     assert plan.unquantized == ("lm_head", "model.embed_tokens")
-    assert {layer.kernel for layer in plan.layers} == {"cpu-wna16"}
+    assert {layer.kernel_names for layer in plan.layers} == {"cpu-wna16"}
 
 
 @pytest.mark.parametrize("name", KNOWN_DEVICES)
 def test_every_known_gpu_gets_the_fused_kernel(tmp_path: Path, name: str) -> None:
     write_checkpoint(tmp_path, "awq")
     plan = plan_model(read_checkpoint(tmp_path), Target(device_by_name(name), torch.float16))
-    assert {layer.kernel for layer in plan.layers} == {"triton-gemm"}
-    assert all(layer.decode.tile and layer.prefill.tile for layer in plan.layers)
+    assert {layer.kernel_names for layer in plan.layers} == {"triton-gemm"}
+    assert all(launch.tile for layer in plan.layers for _, launch in layer.main.launches)
 
 
 def test_a_kernel_insisted_on_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_kernel_insisted_on_is_refused_where_it_cannot_run(tmp_path: Path) -> 
         )
         for part, fmt in zip(layer.shard.parts, layer.formats, strict=True)
     }
-    assert plan_layer(layer.shard, formats, CPU).kernel == "cpu-striped"
+    assert plan_layer(layer.shard, formats, CPU).kernel_names == "cpu-striped"
     with pytest.raises(PreflightError) as error:
         plan_layer(layer.shard, formats, insisting)
     (problem,) = error.value.problems
@@ -78,7 +78,7 @@ def test_batch_invariant_mode_is_planned_or_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "gptq-sym")
     checkpoint = read_checkpoint(tmp_path)
     plan = plan_model(checkpoint, dataclasses.replace(H200, policy=Policy(batch_invariant=True)))
-    launches = [launch for layer in plan.layers for launch in (layer.decode, layer.prefill)]
+    launches = [launch for layer in plan.layers for _, launch in layer.main.launches]
     assert all(launch.source.endswith("batch-invariant") for launch in launches)
     with pytest.raises(PreflightError) as error:
         plan_model(checkpoint, dataclasses.replace(CPU, policy=Policy(batch_invariant=True)))

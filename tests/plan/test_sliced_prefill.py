@@ -21,6 +21,7 @@ from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.capacity import workspace_bytes
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import ModelPlan, plan_model
+from vllm_fusedq.plan.uses import SHOWN_TOKENS
 from vllm_fusedq.prove.trace import LayerTrace, judge, record
 from vllm_fusedq.report.document import layers_json
 from vllm_fusedq.report.table import plan_table, render, summary
@@ -43,17 +44,22 @@ def planned(path: Path, target: Target = TARGET) -> ModelPlan:
     return plan_model(read_checkpoint(path), target)
 
 
-def test_a_plan_names_kernel_tokens_and_workspace(checkpoint: Path) -> None:
+def test_a_plan_names_kernel_tokens_and_workspace(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = planned(checkpoint)
     (down,) = (layer for layer in plan.layers if layer.prefix.endswith("down_proj"))
-    assert down.declared == (65, down.declared.launch, 2 * 1536 * 1024)
+    assert [tokens for tokens, _ in down.main.launches] == [1, 65, 2048]
+    assert down.main.beside == (65, down.launch(65))
     assert workspace_bytes(down) == 2 * 1536 * 1024
     text = " ".join(render(plan_table([down]), width=400).split())
     declared = "sliced-cublas from 65 tokens, 3.1 MB workspace, tuned:sm_90 row 3"
     assert f"; {declared}" in text
     assert "1 x triton-gemm + sliced-cublas" in summary([down], ())
-    reached = replace(down, prefill=down.declared.launch)
-    assert f" {declared}" in " ".join(render(plan_table([reached]), width=400).split())
+    monkeypatch.setitem(SHOWN_TOKENS, "prefill", 128)
+    text = " ".join(render(plan_table([down]), width=400).split())
+    assert f" {declared}" in text
+    assert f"; {declared}" not in text
     (row,) = layers_json([down])
     assert row["declared"] == {
         "kernel": "sliced-cublas",
@@ -71,7 +77,7 @@ def test_a_plan_names_kernel_tokens_and_workspace(checkpoint: Path) -> None:
 @pytest.mark.parametrize("policy", [Policy(sliced_prefill=False), Policy(batch_invariant=True)])
 def test_nothing_is_declared_where_it_may_not_run(checkpoint: Path, policy: Policy) -> None:
     plan = planned(checkpoint, replace(TARGET, policy=policy))
-    assert {layer.declared for layer in plan.layers} == {None}
+    assert {layer.main.beside for layer in plan.layers} == {None}
     assert "sliced-cublas" not in render(plan_table(plan.layers), width=400)
     assert {row["declared"] for row in layers_json(plan.layers)} == {None}
 
@@ -90,7 +96,7 @@ def trace(path: Path, call: Callable[..., object]) -> LayerTrace:
         record(plan.prefix),
     ):
         call(x, loader.packed)
-    return judge(plan, loader.packed, found.events(), TOKENS, TARGET)
+    return judge(plan, plan.main, loader.packed, found.events(), TOKENS)
 
 
 def sliced(x: torch.Tensor, packed: object) -> torch.Tensor:

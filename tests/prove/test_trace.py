@@ -1,7 +1,6 @@
 """The trace of a fused layer: the plan's kernel is seen, and every way of unpacking a weight is."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +14,13 @@ from fusedq_kernels import ops, reference
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.cuda import gemm_kernel
 from fusedq_kernels.layouts.packing import unpack
-from fusedq_kernels.types import Policy
+from fusedq_kernels.types import DEFAULT_POLICY, Policy
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.load.loader import LayerLoader
-from vllm_fusedq.plan.layer import Target
+from vllm_fusedq.plan.layer import LayerPlan, Target, plan_layer
 from vllm_fusedq.plan.model import plan_model
-from vllm_fusedq.prove.trace import MARK, LayerTrace, judge, record
+from vllm_fusedq.plan.uses import Use
+from vllm_fusedq.prove.trace import LayerTrace, judge, mark, record
 
 TOKENS = 4
 DEVICE = cpu_device(fused_op=True)
@@ -51,7 +51,7 @@ def trace(loader: LayerLoader, call: Callable[[torch.Tensor], object]) -> LayerT
         record(loader.plan.prefix),
     ):
         call(x)
-    return judge(loader.plan, loader.packed, found.events(), TOKENS, TARGET)
+    return judge(loader.plan, loader.plan.main, loader.packed, found.events(), TOKENS)
 
 
 def fused(loader: LayerLoader, x: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ def test_what_is_not_fused_is_seen(
 
 
 def test_a_layer_that_never_ran_is_seen(loader: LayerLoader) -> None:
-    found = judge(loader.plan, loader.packed, [], TOKENS, TARGET)
+    found = judge(loader.plan, loader.plan.main, loader.packed, [], TOKENS)
     assert found.problems == ("the layer never ran",)
 
 
@@ -116,6 +116,13 @@ def gpu_event(
     )
 
 
+def on_h200(plan: LayerPlan, policy: Policy = DEFAULT_POLICY) -> Use:
+    """What is done with the plan's weight on an H200."""
+    formats = {fmt.module: fmt for fmt in plan.formats}
+    target = Target(device_by_name("h200"), DTYPE, policy=policy)
+    return plan_layer(plan.shard, formats, target).main
+
+
 @pytest.mark.parametrize(
     ("kernel", "problems"),
     [
@@ -126,10 +133,10 @@ def gpu_event(
 def test_only_the_fused_kernel_is_evidence_on_a_gpu(
     loader: LayerLoader, kernel: str, problems: tuple[str, ...]
 ) -> None:
-    plan = replace(loader.plan, kernel="triton-gemm")
+    plan = loader.plan
     operator = gpu_event("fusedq::matmul_out", kernels=(kernel,))
-    call = gpu_event(MARK + plan.prefix, operator)
-    found = judge(plan, loader.packed, [call], TOKENS, Target(device_by_name("h200"), DTYPE))
+    call = gpu_event(mark(plan.name), operator)
+    found = judge(plan, on_h200(plan), loader.packed, [call], TOKENS)
     assert found.problems == problems
 
 
@@ -139,12 +146,11 @@ def test_the_budget_is_that_of_the_launch_that_runs(
 ) -> None:
     """By hand: K in 2 parts is 2 x 64 x 1536 fp32 partial sums. Batch-invariant launches of more
     than 64 tokens keep them in registers and have no such excuse."""
-    plan = replace(loader.plan, kernel="triton-gemm")
+    plan = loader.plan
     kernels = (gemm_kernel.fused_gemm_kernel.__name__,)
     sums = gpu_event("aten::empty", allocated=4 * 2 * 64 * 1536)
-    call = gpu_event(MARK + plan.prefix, gpu_event("fusedq::matmul_out", sums, kernels=kernels))
-    target = Target(device_by_name("h200"), DTYPE, policy=Policy(batch_invariant))
-    found = judge(plan, loader.packed, [call], tokens, target)
+    call = gpu_event(mark(plan.name), gpu_event("fusedq::matmul_out", sums, kernels=kernels))
+    found = judge(plan, on_h200(plan, Policy(batch_invariant)), loader.packed, [call], tokens)
     assert bool(found.problems) == batch_invariant
     parts = 0 if batch_invariant else 4 * 2 * tokens * 1536
     assert found.allowed - (1 << 16) == max(parts, 2 * tokens * 1536)

@@ -53,7 +53,7 @@ def test_a_mixed_model_names_widths_and_kernels_layer_by_layer() -> None:
     found = {
         layer.prefix.removeprefix("model.layers."): (
             layer.formats[0].description,
-            layer.kernel,
+            layer.kernel_names,
             layer.weight_bytes,
         )
         for layer in plan.layers

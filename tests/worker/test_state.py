@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from checkpoints import write_checkpoint
+from fusedq_kernels.call import Call
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.layouts.packing import empty_packed
 from fusedq_kernels.types import TILED_LAYOUTS, QuantSpec, WeightType
@@ -18,6 +19,7 @@ from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
+from vllm_fusedq.plan.uses import Use
 from vllm_fusedq.report.document import write_document
 from vllm_fusedq.settings import Settings
 from vllm_fusedq.worker.state import WorkerRank, WorkerState
@@ -95,8 +97,10 @@ def test_the_interpreter_compiles_nothing(tmp_path: Path) -> None:
     spec = QuantSpec(WeightType.UINT4B8, 128, torch.float16)
     form = TILED_LAYOUTS[spec.weight_type]
     packed = empty_packed(form, 128, 128, spec, 0, torch.float16, "cpu")
-    layer = LoadedLayer(packed, "triton-gemm", has_bias=False)
-    assert warm_up([layer], Target(device_by_name("sm_90"), torch.float16), 64).launches == 0
+    target = Target(device_by_name("sm_90"), torch.float16)
+    use = Use.of(Call.of(packed, "triton-gemm", torch.float16), target.device)
+    layer = LoadedLayer(packed, (use,), has_bias=False)
+    assert warm_up([layer], target, 64).launches == 0
 
 
 def test_a_document_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def _run(
     fused_op = device.type == "cpu" and register_cpu_operators()
     target = Target(settings.device(current_device(device, fused_op)), dtype, settings.insisted)
     checkpoint = read_checkpoint(model)
-    plans = [plan for plan in plan_model(checkpoint, target).layers if only in plan.prefix]
+    plans = [plan for plan in plan_model(checkpoint, target).layers if only in plan.name]
     if not plans:
         raise typer.BadParameter(f"no quantized layer's name holds {only!r}")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
@@ -82,7 +82,7 @@ def _run(
         check = check_layer(checkpoint, plan, target, device)
         checks.append(check)
         table.add_row(
-            *(plan.prefix, plan.formats[0].description, plan.kernel_name, str(check.wrong_values)),
+            *(plan.name, plan.formats[0].description, plan.kernel_names, str(check.wrong_values)),
             *(f"{check.max_error:.1e}", f"{check.limit:.1e}", f"{check.rms_error:.1e}"),
             style="" if check.passed else "red",
         )
@@ -92,7 +92,7 @@ def _run(
         out.print(table)
         out.print(
             f"{len(checks)} layers checked, {failed} failed; worst error {worst.max_error:.1e} of "
-            f"the reference's RMS in {worst.plan.prefix}",
+            f"the reference's RMS in {worst.plan.name}",
             highlight=False,
         )
     return failed

@@ -39,22 +39,22 @@ def verify(
         table.add_column(column, overflow="fold")
     for column in ("largest MB", "explained MB", "unpacked MB"):
         table.add_column(column, justify="right")
-    seen = {(trace.plan.prefix, trace.kernel): trace for trace in reversed(traces)}
+    seen = {(trace.plan.name, trace.kernel): trace for trace in reversed(traces)}
     failed = {}
     for trace in traces:
-        failed |= {(trace.plan.prefix, problem): None for problem in trace.problems}
-    for (prefix, kernel_name), trace in reversed(seen.items()):
+        failed |= {(trace.plan.name, problem): None for problem in trace.problems}
+    for (name, kernel_name), trace in reversed(seen.items()):
         sizes = (trace.largest, trace.allowed, trace.dequantized)
         table.add_row(
-            *(prefix, kernel_name, ", ".join(trace.kernels), str(trace.calls)),
+            *(name, kernel_name, ", ".join(trace.kernels), str(trace.calls)),
             *(f"{size / 1e6:.3f}" for size in sizes),
         )
-    wrong = len({prefix for prefix, _ in failed})
-    count = len({prefix for prefix, _ in seen})
+    wrong = len({name for name, _ in failed})
+    count = len({name for name, _ in seen})
     with writing():
         out.print(table)
-        for prefix, problem in failed:
-            err.print(f"{prefix}: {problem}", style="red", markup=False, highlight=False)
+        for name, problem in failed:
+            err.print(f"{name}: {problem}", style="red", markup=False, highlight=False)
         out.print(
             f"{count} layers verified in the engine and with {SIZES[0]} to {SIZES[-1]} tokens, "
             f"{wrong} failed",

@@ -55,12 +55,12 @@ class FusedQLinearMethod(LinearMethodBase):
                 layer, input_size_per_partition, output_partition_sizes, input_size
             )
             plan = plan_layer(shard, self.formats, self.state.target)
-        self.multiplication = Multiplication(plan, self.state.target)
+        self.multiplication = Multiplication(plan.main)
         attach(layer, plan, self.state, params_dtype, reordered=self.head_groups)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         finish(layer, self.state)
-        self.multiplication.weight_loaded(layer.fusedq_loader.packed)
+        self.multiplication.weight_loaded(layer)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None

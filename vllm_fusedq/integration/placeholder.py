@@ -71,10 +71,10 @@ class WeightLoader:
         """
         if self.reordered or not self.loader.missing():
             return
-        prefix = self.loader.plan.prefix
+        plan = self.loader.plan
         with speaking_last(self.message_file):
             raise WeightLoadError(
-                f"{prefix}.{self.name}: found vLLM's code for this model asking for the "
+                f"{plan.name}.{self.name}: found vLLM's code for this model asking for the "
                 f"{attribute} of a quantized tensor, by which it rearranges weights while loading; "
                 f"supported: {AS_STORED}; {WAY_OUT}"
             )

@@ -5,14 +5,13 @@ from collections.abc import Callable, Mapping
 import torch
 
 import fusedq_kernels.ops  # noqa: F401  (registers torch.ops.fusedq)
-from fusedq_kernels.catalogue import KERNELS
-from fusedq_kernels.types import PackedWeight
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.integration.placeholder import Placeholder, WeightLoader
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.names import parameter_name
-from vllm_fusedq.plan.layer import LayerPlan, Target
+from vllm_fusedq.plan.layer import LayerPlan
+from vllm_fusedq.plan.uses import Use
 from vllm_fusedq.worker.state import WorkerState
 
 RESIDENT = ("qweight", "scales", "zeros", "perm")
@@ -29,7 +28,8 @@ def attach(
 
     The placeholders, of one element, only carry a `weight_loader` (and the names that vLLM's LoRA
     looks for); slicing is `plan/shards.py`'s, exact also where vLLM's own loaders would round.
-    `layer.fusedq_loader` is the LayerLoader behind them; `reordered` is that of `WeightLoader`.
+    Both are named after the weight where the layer has several. `layer.fusedq_loaders` are the
+    LayerLoaders behind them; `reordered` is that of `WeightLoader`.
     """
     state.plans.append(plan)
     device = torch.get_default_device()
@@ -37,26 +37,32 @@ def attach(
     for name, dtype in loader.tensor_dtypes.items():
         weight_loader = WeightLoader(loader, name, state.message_file, reordered=reordered)
         placeholder = Placeholder(dtype, device, weight_loader)
-        layer.register_parameter(parameter_name(name), placeholder)
+        layer.register_parameter(_of_weight(plan, parameter_name(name)), placeholder)
     for name in RESIDENT:
         tensor = getattr(loader.packed, name)
-        layer.register_buffer(f"fusedq_{name}", tensor, persistent=False)
-    layer.fusedq_loader = loader
+        layer.register_buffer(f"fusedq_{_of_weight(plan, name)}", tensor, persistent=False)
+    layer.fusedq_loaders = (*getattr(layer, "fusedq_loaders", ()), loader)
 
 
 def finish(layer: torch.nn.Module, state: WorkerState) -> None:
-    """Check that every tensor of an attached weight arrived; again after each of vLLM's reloads.
+    """Check that every tensor of the attached weights arrived; again after each of vLLM's reloads.
 
     Raises:
         WeightLoadError: one did not, or the layers contradict each other.
     """
     with state.guard():
-        layer.fusedq_loader.check_complete()
-        for name in RESIDENT:
-            # A reload puts tensors of its own here; the loader filled those of the graphs
-            setattr(layer, f"fusedq_{name}", getattr(layer.fusedq_loader.packed, name))
         has_bias = isinstance(getattr(layer, "bias", None), torch.Tensor)
-        state.layer_loaded(layer.fusedq_loader, has_bias)
+        for loader in layer.fusedq_loaders:
+            loader.check_complete()
+            for name in RESIDENT:
+                # A reload puts tensors of its own here; the loader filled those of the graphs
+                resident = getattr(loader.packed, name)
+                setattr(layer, f"fusedq_{_of_weight(loader.plan, name)}", resident)
+            state.layer_loaded(loader, has_bias)
+
+
+def _of_weight(plan: LayerPlan, name: str) -> str:
+    return f"{plan.shard.weight}_{name}" if plan.shard.weight else name
 
 
 def check_sizes(
@@ -82,17 +88,17 @@ def check_sizes(
 
 
 class Multiplication:
-    """`y = x @ W.T + bias` by the packed weight of an attached layer."""
+    """`y = x @ W.T + bias` by the only packed weight of an attached layer."""
 
-    def __init__(self, plan: LayerPlan, target: Target) -> None:
-        self.n, self.kernel = plan.n, KERNELS[plan.kernel]
-        self.call = plan.call(plan.kernel, target).text
-        self.act_dtype = target.act_dtype.torch
+    def __init__(self, use: Use) -> None:
+        self.n, self.kernel, self.call = use.call.n, use.kernel, use.call.text
+        self.act_dtype = use.call.dtype.torch
         self.traced_call: Callable[..., None] | None = None
 
-    def weight_loaded(self, packed: PackedWeight) -> None:
+    def weight_loaded(self, layer: torch.nn.Module) -> None:
         """Where vLLM's own operator can be called with nothing around it, keep that call."""
-        self.traced_call = self.kernel.bare_call(packed, self.act_dtype)
+        (loader,) = layer.fusedq_loaders
+        self.traced_call = self.kernel.bare_call(loader.packed, self.act_dtype)
 
     def __call__(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fusedq_kernels.catalogue import Op
+from vllm_fusedq.plan.uses import Use
 from vllm_fusedq.prove.trace import LayerTrace, judge, record
 
-PREFILL_TOKENS, DECODE_STEPS = 64, 3
+PROMPT_TOKENS, NEXT_TOKENS = 64, 3
 SIZES = (1, 4, 8, 16, 64, 256, 4096)
+# Which of a quantization method's functions vLLM calls for an operator
+METHODS = {Op.MATMUL: "apply", Op.EMBEDDING: "embedding"}
 
 
 def verify(
@@ -42,9 +46,9 @@ def verify(
         **engine,
     )
     (layers,) = llm.apply_model(_mark_layers)
-    prompt = TokensPrompt(prompt_token_ids=list(range(1, PREFILL_TOKENS + 1)))
+    prompt = TokensPrompt(prompt_token_ids=list(range(1, PROMPT_TOKENS + 1)))
     sampling = SamplingParams(
-        temperature=0, max_tokens=DECODE_STEPS + 1, ignore_eos=True, detokenize=False
+        temperature=0, max_tokens=NEXT_TOKENS + 1, ignore_eos=True, detokenize=False
     )
     events = _profiled(lambda: llm.generate([prompt], sampling, use_tqdm=False))
     return [trace for layer in layers for trace in _judge_layer(layer, events)]
@@ -52,40 +56,45 @@ def verify(
 
 def _mark_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Runs where the model is: have every fused layer mark its calls in the trace."""
-    layers = [layer for layer in model.modules() if hasattr(layer, "fusedq_loader")]
+    layers = [layer for layer in model.modules() if hasattr(layer, "fusedq_loaders")]
     for layer in layers:
-        method, plan = layer.quant_method, layer.fusedq_loader.plan
-        method.apply = _marking(method.apply, plan.prefix)
-        if plan.gather is not None:
-            method.embedding = _marking(method.embedding, plan.prefix, lookup=True)
+        for loader in layer.fusedq_loaders:
+            for use in loader.plan.uses:
+                name = METHODS[use.op]
+                marked = _marking(getattr(layer.quant_method, name), loader.plan.name, use.op)
+                setattr(layer.quant_method, name, marked)
     return layers
 
 
-def _marking(
-    apply: Callable[..., torch.Tensor], prefix: str, lookup: bool = False
-) -> Callable[..., torch.Tensor]:
+def _marking(call: Callable[..., torch.Tensor], name: str, op: Op) -> Callable[..., torch.Tensor]:
     def marked(*args: Any, **kwargs: Any) -> torch.Tensor:
-        with record(prefix, lookup):
-            return apply(*args, **kwargs)
+        with record(name, op):
+            return call(*args, **kwargs)
 
     return marked
 
 
 def _judge_layer(layer: torch.nn.Module, served: list[Any]) -> list[LayerTrace]:
     """The trace of the engine's steps, then one for each number of tokens."""
-    packed, plan = layer.fusedq_loader.packed, layer.fusedq_loader.plan
-    target = layer.quant_method.state.target
-    act_dtype = target.act_dtype.torch
     traces = []
-    for lookup in (True,) * (plan.gather is not None) + (False,) * plan.shard.multiplied:
-        call = layer.quant_method.embedding if lookup else layer.quant_method.apply
-        sized = [(PREFILL_TOKENS, served)]
-        for tokens in SIZES:
-            shape, dtype = ((tokens,), torch.int64) if lookup else ((tokens, plan.k), act_dtype)
-            x = torch.zeros(shape, dtype=dtype, device=packed.qweight.device)
-            sized.append((tokens, _profiled(lambda call=call, x=x: call(layer, x))))
-        traces += [judge(plan, packed, events, tokens, target, lookup) for tokens, events in sized]
+    for loader in layer.fusedq_loaders:
+        plan, packed = loader.plan, loader.packed
+        for use in plan.uses:
+            call = getattr(layer.quant_method, METHODS[use.op])
+            sized = [(PROMPT_TOKENS, served)]
+            for tokens in SIZES:
+                x = _inputs(use, tokens, packed.qweight.device)
+                sized.append((tokens, _profiled(lambda call=call, x=x: call(layer, x))))
+            traces += [judge(plan, use, packed, events, tokens) for tokens, events in sized]
     return traces
+
+
+def _inputs(use: Use, tokens: int, device: torch.device) -> torch.Tensor:
+    """Token ids to look up, or activations to multiply."""
+    if use.op is Op.EMBEDDING:
+        return torch.zeros(tokens, dtype=torch.int64, device=device)
+    size = (tokens, use.call.in_features)
+    return torch.zeros(size, dtype=use.call.dtype.torch, device=device)
 
 
 def _profiled(work: Callable[[], object]) -> list[Any]:

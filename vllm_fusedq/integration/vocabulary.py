@@ -9,6 +9,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from fusedq_kernels.catalogue import Op
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.formats.layer import LayerFormat, Region
@@ -22,7 +23,7 @@ from vllm_fusedq.worker.state import WorkerState
 
 
 class FusedQVocabularyMethod(QuantizeMethodBase):
-    """An lm_head, which is `multiplied`, an embedding, whose rows are `gathered`, or both."""
+    """An lm_head, which is multiplied by, an embedding, whose rows are looked up, or both."""
 
     def __init__(
         self,
@@ -30,14 +31,12 @@ class FusedQVocabularyMethod(QuantizeMethodBase):
         prefix: str,
         module: str,
         layer_format: LayerFormat,
-        gathered: bool = False,
-        multiplied: bool = True,
+        ops: tuple[Op, ...] = (Op.MATMUL,),
     ) -> None:
         self.state = state
         self.prefix = prefix
         self.formats = {module: layer_format}
-        self.gathered = gathered
-        self.multiplied = multiplied
+        self.ops = ops
 
     def create_weights(
         self,
@@ -54,14 +53,15 @@ class FusedQVocabularyMethod(QuantizeMethodBase):
             check_layer_class(layer, self.prefix)
             shard = self.shard_of(layer, input_size, sum(output_partition_sizes))
             plan = plan_layer(shard, self.formats, self.state.target)
-        self.multiplication = Multiplication(plan, self.state.target)
+        product, lookup = plan.use(Op.MATMUL), plan.use(Op.EMBEDDING)
+        self.multiplication = Multiplication(product) if product is not None else None
+        self.lookup_call = lookup.call.text if lookup is not None else ""
         attach(layer, plan, self.state, params_dtype)
-        if plan.gather is not None:
-            self.lookup_call = plan.call(plan.gather, self.state.target).text
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         finish(layer, self.state)
-        self.multiplication.weight_loaded(layer.fusedq_loader.packed)
+        if self.multiplication is not None:
+            self.multiplication.weight_loaded(layer)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
@@ -80,8 +80,7 @@ class FusedQVocabularyMethod(QuantizeMethodBase):
             layer.tp_size,
             parts=(PartShard(module, None, Region(start, stop, 0, k)),),
             padding=n_padded - (stop - start),
-            gathered=self.gathered,
-            multiplied=self.multiplied,
+            ops=self.ops,
         )
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
@@ -163,6 +162,5 @@ def vocabulary_method(
         module = embeddings[0]
     if module not in embeddings or (layer_format := fmt.layer_of(module)) is None:
         return None
-    return FusedQVocabularyMethod(
-        state, module, module, layer_format, gathered=True, multiplied=tied
-    )
+    ops = (Op.EMBEDDING, Op.MATMUL) if tied else (Op.EMBEDDING,)
+    return FusedQVocabularyMethod(state, module, module, layer_format, ops)

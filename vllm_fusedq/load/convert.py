@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fusedq_kernels.catalogue import Op
 from fusedq_kernels.choose.device import cpu_device
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.layouts.tiled import TILED
@@ -140,7 +141,7 @@ def _plan(layer: LayerFormat) -> LayerPlan:
     part = PartShard(layer.module, None, layer.whole)
     shard = LayerShard(layer.module, ParallelStyle.REPLICATED, 1, (part,))
     if is_input_embedding(layer.module):
-        shard = replace(shard, gathered=True, multiplied=False)
+        shard = replace(shard, ops=(Op.EMBEDDING,))
     return plan_layer(shard, {layer.module: layer}, TARGET)
 
 

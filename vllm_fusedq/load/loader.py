@@ -115,7 +115,7 @@ class LayerLoader:
         """Raise WeightLoadError unless every tensor arrived and the layer is packed."""
         if missing := self.missing():
             raise WeightLoadError(
-                f"{self.plan.prefix}: {len(missing)} tensors were never loaded "
+                f"{self.plan.name}: {len(missing)} tensors were never loaded "
                 f"({', '.join(missing)}); the checkpoint files are incomplete, its names do not "
                 "match the model, or --load-format dummy reads none; download the checkpoint "
                 "again, or leave --load-format at auto"
@@ -137,7 +137,7 @@ class LayerLoader:
                 return chosen
         known = ", ".join(f"{part.shard_id!r} ({part.module})" for part, _ in parts)
         raise WeightLoadError(
-            f"{self.plan.prefix}: vLLM loads part {shard_id!r}, but the plan knows {known}"
+            f"{self.plan.name}: vLLM loads part {shard_id!r}, but the plan knows {known}"
         )
 
     def _pack(self) -> None:
@@ -223,7 +223,7 @@ class LayerLoader:
             self.packed.perm.copy_(perm)
         elif not torch.equal(perm.to(self.packed.perm.device), self.packed.perm):
             raise WeightLoadError(
-                f"{self.plan.prefix}: found another activation order in {part.module} than in "
+                f"{self.plan.name}: found another activation order in {part.module} than in "
                 f"{first.module}, which vLLM fuses into one layer with one activation; supported: "
                 "one order for all parts of a fused layer; quantize again with desc_act "
                 "false"

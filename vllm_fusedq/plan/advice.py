@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fusedq_kernels.catalogue import KERNELS
 from fusedq_kernels.dtype import DType
 from vllm_fusedq.checkpoint.read import OTHER_FORMAT, Checkpoint
 from vllm_fusedq.errors import Problem
@@ -35,10 +34,11 @@ def warnings_for(
         if fmt.block_of(module) in fmt.quantized_blocks and not fmt.listed_as(module):
             found["a linear layer that the checkpoint leaves unquantized"].append(module)
     for layer in plan.layers:
-        for caution in KERNELS[layer.kernel].cautions(layer.spec, act_dtype):
-            found[caution].append(layer.prefix)
+        for use in layer.uses:
+            for caution in use.kernel.cautions(layer.spec, act_dtype):
+                found[caution].append(layer.name)
         if layer.rows > layer.k:
-            found[_of_order(layer, fmt)].append(layer.prefix)
+            found[_of_order(layer, fmt)].append(layer.name)
     told = listed_otherwise(fmt, plan.unquantized)
     return told + _folded(found) + _of_files(checkpoint) + _of_memory(checkpoint, capacity)
 

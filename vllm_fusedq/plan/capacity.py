@@ -181,8 +181,7 @@ def kv_bytes_per_layer(
 def workspace_bytes(plan: LayerPlan) -> int:
     """The largest of what a call can need beside its output: the slice of a sliced prefill, or the
     partial sums of split K."""
-    sliced = plan.declared.workspace_bytes if plan.declared else 0
-    return max(sliced, plan.scratch_bytes)
+    return max(use.workspace_bytes for use in plan.uses)
 
 
 def _loaded_as_stored(checkpoint: Checkpoint, plan: ModelPlan) -> list[TensorInfo]:

@@ -1,4 +1,4 @@
-"""The rule that decides: one layer's shard on one device becomes a `LayerPlan`, or is refused.
+"""The rule that decides: a weight's shard on one device becomes a `LayerPlan`, or is refused.
 
 `model.py` (checkpoint headers, no vLLM) and the vLLM linear method (real partition sizes) both
 ask `plan_layer`, so the pre-flight verdict is the runtime verdict.
@@ -14,14 +14,12 @@ from typing import NamedTuple
 from fusedq_kernels import catalogue
 from fusedq_kernels.call import Call
 from fusedq_kernels.catalogue import KERNELS, Op
-from fusedq_kernels.choose import heuristics
 from fusedq_kernels.choose.refusals import of_device
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.layouts.resident import PERM_DTYPE, ResidentTensor, resident_tensors
 from fusedq_kernels.types import (
     DEFAULT_POLICY,
     DeviceSpec,
-    GemmShape,
     Launch,
     Layout,
     Policy,
@@ -32,9 +30,7 @@ from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.formats.shared.ordering import resident_rows, resident_spec
 from vllm_fusedq.plan.shards import LayerShard
-
-DECODE_TOKENS = 1
-PREFILL_TOKENS = 2048
+from vllm_fusedq.plan.uses import Use
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +52,28 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """How one rank runs one vLLM linear layer or embedding.
+    """How one rank runs one weight of a vLLM layer.
 
-    `spec`, `phase` and `rows` (along K) are those of the resident weight. Where `ordered`, the
-    activation is gathered into `rows` features once before the kernel. `resident` is the bytes of
-    each tensor that stays in memory, by `PackedWeight` field name. `declared` is what else than
-    `kernel` some number of tokens reaches, with its workspace; `scratch_bytes` is the most that
-    splits of K store in one call. `gather` looks up the rows of an embedding; it is `kernel` too
-    unless the embedding is also the lm_head.
+    `uses` is what is done with it: a linear layer's is multiplied by, an embedding's rows are
+    gathered, and with one that is the lm_head too both is done. The last is its `main` use, which
+    decides the layout. Where `ordered`, the activation is gathered into `rows` features once before
+    the kernel. `resident` is the bytes of each tensor that stays in memory, by `PackedWeight` field
+    name.
     """
 
     shard: LayerShard
     formats: tuple[LayerFormat, ...]
-    spec: QuantSpec
-    phase: int
-    rows: int
     ordered: bool
-    kernel: str
-    decode: Launch
-    prefill: Launch
+    uses: tuple[Use, ...]
     resident: tuple[tuple[str, int], ...]
-    declared: heuristics.DeclaredLaunch | None = None
-    gather: str | None = None
-    scratch_bytes: int = 0
 
     @property
     def prefix(self) -> str:
         return self.shard.prefix
+
+    @property
+    def name(self) -> str:
+        return self.shard.name
 
     @property
     def n(self) -> int:
@@ -93,22 +84,40 @@ class LayerPlan:
         return self.shard.k
 
     @property
-    def kernel_name(self) -> str:
-        """Like "cpu-wna16", "cpu-gather" or, of a tied embedding, "cpu-gather + cpu-wna16"."""
-        if self.gather in (None, self.kernel):
-            return self.kernel
-        return f"{self.gather} + {self.kernel}"
+    def main(self) -> Use:
+        return self.uses[-1]
+
+    @property
+    def rows(self) -> int:
+        """Those of the resident weight along K."""
+        return self.main.call.k
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The resident weight's scheme."""
+        return self.main.call.spec
+
+    @property
+    def phase(self) -> int:
+        """The position of the resident weight's first row in its group."""
+        return self.main.call.phase
 
     @property
     def layout(self) -> Layout:
-        """The layout of the resident weight; `gather` reads it too."""
-        return KERNELS[self.kernel].layout(self.spec.weight_type)
+        return self.main.call.layout
 
-    def call(self, kernel: str, target: Target) -> Call:
-        """What the operators are told of this layer, for one of its kernels."""
-        size = (self.n, self.rows, self.phase, self.k)
-        policy = target.policy if KERNELS[kernel].op is Op.MATMUL else DEFAULT_POLICY
-        return Call(kernel, self.layout, self.spec, *size, target.act_dtype, policy)
+    @property
+    def kernel_names(self) -> str:
+        """Like "cpu-wna16", "cpu-gather" or, of a tied embedding, "cpu-gather + cpu-wna16"."""
+        return " + ".join(use.call.kernel for use in self.uses)
+
+    def use(self, op: Op) -> Use | None:
+        """The use by one operator, None where there is none."""
+        return next((use for use in self.uses if use.op is op), None)
+
+    def launch(self, tokens: int) -> Launch:
+        """What so many tokens run in the main use."""
+        return self.main.launch(tokens)
 
     @property
     def weight_bytes(self) -> int:
@@ -146,20 +155,15 @@ def plan_layer(
         rows, spec, phase = resident_rows(first, region), resident_spec(first, region), 0
     else:
         rows, spec, phase = shard.k, first.spec, region.k_start % first.spec.group_size
-    op = Op.MATMUL if shard.multiplied else Op.EMBEDDING
-    choice = _choose((shard.n, rows), spec, phase, target, op)
+    choice = _choose(shard.ops, (shard.n, rows, shard.k), spec, phase, target)
     if choice.reasons:
         # One module may hold several parts
         full = " + ".join(f"[{layer.n}, {layer.k}]" for layer in dict.fromkeys(layer_formats))
         where = f"{full} full, [{shard.n}, {shard.k}] per rank at tensor_parallel_size "
         where += str(shard.tp_size)
-        layer = f"{shard.prefix} (out_features x in_features {where})"
+        layer = f"{shard.name} (out_features x in_features {where})"
         raise PreflightError([Problem(layer, *reason) for reason in choice.reasons])
-    decode, prefill = choice.launches
-    gather = None
-    if shard.gathered:
-        gather = catalogue.kernel_for(target.device, spec.weight_type, Op.EMBEDDING).name
-    if shard.multiplied:
+    if Op.MATMUL in shard.ops:
         _check_insisted(shard, spec, target.insisted)
     resident = choice.resident
     if first.ordered:
@@ -167,17 +171,9 @@ def plan_layer(
     return LayerPlan(
         shard=shard,
         formats=layer_formats,
-        spec=spec,
-        phase=phase,
-        rows=rows,
         ordered=first.ordered,
-        kernel=decode.kernel,
-        decode=decode,
-        prefill=prefill,
+        uses=choice.uses,
         resident=resident,
-        declared=choice.declared,
-        gather=gather,
-        scratch_bytes=choice.scratch_bytes,
     )
 
 
@@ -203,30 +199,31 @@ def target_problems(target: Target) -> tuple[Problem, ...]:
 
 class _Choice(NamedTuple):
     reasons: tuple[Reason, ...]
-    launches: tuple[Launch, ...] = ()
+    uses: tuple[Use, ...] = ()
     resident: tuple[tuple[str, int], ...] = ()
-    declared: heuristics.DeclaredLaunch | None = None
-    scratch_bytes: int = 0
 
 
 # A model has a handful of shapes, repeated in every block and on every rank.
 @functools.lru_cache(maxsize=1024)
-def _choose(size: tuple[int, int], spec: QuantSpec, phase: int, target: Target, op: Op) -> _Choice:
-    """What stands against a shard, else its launches for decode and prefill and its bytes."""
-    (n, rows), device, act_dtype = size, target.device, target.act_dtype
-    kernel = catalogue.kernel_for(device, spec.weight_type, op)
-    if reasons := catalogue.refusals(kernel, n, rows, spec, phase):
+def _choose(
+    ops: tuple[Op, ...], size: tuple[int, int, int], spec: QuantSpec, phase: int, target: Target
+) -> _Choice:
+    """What stands against a shard of `size` N, resident rows and K, else its uses and bytes."""
+    (n, rows, k), device, act_dtype = size, target.device, target.act_dtype
+    *others, main = (catalogue.kernel_for(device, spec.weight_type, op) for op in ops)
+    # What the others refuse is of layouts in which they would keep a weight themselves
+    if reasons := catalogue.refusals(main, n, rows, spec, phase):
         return _Choice(reasons)
-    launches = tuple(
-        kernel.launch(GemmShape(m, n, rows), spec, device, target.policy)
-        for m in (DECODE_TOKENS, PREFILL_TOKENS)
-    )
-    declared = kernel.beside(n, rows, spec, device, target.policy)
-    scratch = kernel.most_scratch(n, rows, spec, device, target.policy)
-    form = kernel.layout(spec.weight_type)
-    tensors = resident_tensors(form, n, rows, spec, phase, act_dtype)
+    layout = main.layout(spec.weight_type)
+    uses = []
+    for kernel in (*others, main):
+        # A lookup adds nothing up, so that a policy has nothing to say of it
+        policy = DEFAULT_POLICY if kernel.op is Op.EMBEDDING else target.policy
+        call = Call(kernel.name, layout, spec, n, rows, phase, k, act_dtype, policy)
+        uses.append(Use.of(call, device))
+    tensors = resident_tensors(layout, n, rows, spec, phase, act_dtype)
     resident = tuple((name, tensor.nbytes) for name, tensor in tensors.items())
-    return _Choice((), launches, resident, declared, scratch)
+    return _Choice((), tuple(uses), resident)
 
 
 def _check_insisted(shard: LayerShard, spec: QuantSpec, insisted: str | None) -> None:
@@ -234,7 +231,7 @@ def _check_insisted(shard: LayerShard, spec: QuantSpec, insisted: str | None) ->
         return
     types = [each.value for each in KERNELS[insisted].layouts]
     raise PreflightError.single(
-        layer=shard.prefix,
+        layer=shard.name,
         found=f"{spec.weight_type.value} weights for kernel {insisted}",
         supported=", ".join(types),
         fix='choose another "kernel" in additional-config "fusedq", or leave it out',
@@ -253,7 +250,7 @@ def _of_one_scheme(
             for module, layer in found
         )
         raise PreflightError.single(
-            layer=shard.prefix,
+            layer=shard.name,
             found=f"parts with different schemes in one fused layer ({listing})",
             supported="one scheme for all parts that vLLM fuses into a layer",
             fix="quantize the model again with these modules alike, or with all of them "
@@ -265,7 +262,7 @@ def _of_one_scheme(
             f"{layer.module.rpartition('.')[2]} [{layer.n}, {layer.k}]" for layer in layers
         )
         raise PreflightError.single(
-            layer=shard.prefix,
+            layer=shard.name,
             found=f"parts with different in_features in one fused layer ({sizes})",
             supported="parts [out_features, in_features] of one activation",
             fix="download the checkpoint again or quantize the model again",

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from fusedq_kernels.catalogue import Op
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats import format_for
@@ -272,7 +273,7 @@ def check_all_created(
     """
     embeddings = quantized_embeddings(fmt)
     here = first_stage or (last_stage and is_tied(fmt.checkpoint))
-    if not embeddings or not here or any(plan.gather for plan in created):
+    if not embeddings or not here or any(plan.use(Op.EMBEDDING) for plan in created):
         return
     raise PreflightError.single(
         layer=embeddings[0],

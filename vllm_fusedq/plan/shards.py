@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from fusedq_kernels.catalogue import Op
 from vllm_fusedq.formats.layer import Region
 from vllm_fusedq.names import FUSED_LAYERS
 
@@ -35,11 +36,11 @@ class PartShard:
 
 @dataclass(frozen=True, slots=True)
 class LayerShard:
-    """One vLLM linear layer as a rank holds it: its parts stacked along N, one range of K.
+    """A weight of a vLLM layer as a rank holds it: its parts stacked along N, one range of K.
 
     `padding` rows worth zero follow the parts: vLLM pads the vocabulary of an lm_head and of an
-    embedding. Of an embedding rows are `gathered`; it is `multiplied` too where it is also the
-    lm_head.
+    embedding. `ops` is what is done with it, a product last: both with an embedding that is the
+    lm_head too. `weight` tells the weights of a vLLM layer apart, and is empty where it has one.
     """
 
     prefix: str
@@ -47,8 +48,13 @@ class LayerShard:
     tp_size: int
     parts: tuple[PartShard, ...]
     padding: int = 0
-    gathered: bool = False
-    multiplied: bool = True
+    ops: tuple[Op, ...] = (Op.MATMUL,)
+    weight: str = ""
+
+    @property
+    def name(self) -> str:
+        """What plans and errors call the weight; no other of the model has this name."""
+        return f"{self.prefix}.{self.weight}" if self.weight else self.prefix
 
     @property
     def n(self) -> int:
@@ -217,4 +223,4 @@ def shard_embedding(
         UnevenSplit: the padded vocabulary is not divisible.
     """
     shard = shard_head(module, n, k, tp_size, tp_rank)
-    return replace(shard, gathered=True, multiplied=tied)
+    return replace(shard, ops=(Op.EMBEDDING, Op.MATMUL) if tied else (Op.EMBEDDING,))

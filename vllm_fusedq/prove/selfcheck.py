@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from fusedq_kernels import ops, reference
+from fusedq_kernels.catalogue import Op
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import Layout, LogicalWeight, PackedWeight
 from vllm_fusedq.checkpoint.read import Checkpoint
@@ -65,18 +66,19 @@ def check_layer(
     loader.check_complete()
     resident = packing.unpack(loader.packed)
     generator = torch.Generator().manual_seed(0)
-    multiplied = TOKENS if plan.shard.multiplied else ()
+    product, lookup = plan.use(Op.MATMUL), plan.use(Op.EMBEDDING)
     xs = [
         torch.randn(m, plan.k, generator=generator).to(device, target.act_dtype.torch)
-        for m in multiplied
+        for m in (TOKENS if product else ())
     ]
-    found = [ops.matmul(x, loader.packed, None, plan.kernel).double() for x in xs]
+    found = [ops.matmul(x, loader.packed, None, product.call.kernel).double() for x in xs]
     wrong, expected, start = 0, [[] for _ in xs], 0
     for weight in _decoded(plan, stored, device):
         stop = start + weight.codes.shape[0]
         wrong += _differences(resident, weight, start, stop)
-        if plan.gather is not None:
-            wrong += _wrong_rows(loader.packed, weight, start, plan.gather, target.act_dtype.torch)
+        if lookup is not None:
+            gather, act_dtype = lookup.call.kernel, target.act_dtype.torch
+            wrong += _wrong_rows(loader.packed, weight, start, gather, act_dtype)
         for answers, x in zip(expected, xs, strict=True):
             answers.append(reference.matmul(x, weight))
         start = stop

@@ -8,15 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.profiler import record_function
 
-from fusedq_kernels.catalogue import KERNELS
-from fusedq_kernels.types import GemmShape, Launch, PackedWeight
-from vllm_fusedq.plan.layer import LayerPlan, Target
+from fusedq_kernels.catalogue import KERNELS, Op
+from fusedq_kernels.types import PackedWeight
+from vllm_fusedq.plan.layer import LayerPlan
+from vllm_fusedq.plan.uses import Use
 
-MARK, LOOKUP_MARK = "fusedq layer ", "fusedq lookup in "
-OPERATOR, LOOKUP_OPERATOR = "fusedq::matmul", "fusedq::embedding"
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::clone")
 # Rounding of allocators, bias and group sums of a few rows.
 _SLACK_BYTES = 1 << 16
@@ -42,37 +40,34 @@ class LayerTrace:
     problems: tuple[str, ...]
 
 
-def record(prefix: str, lookup: bool = False) -> record_function:
-    """Marks what runs in its block as a call of the layer `prefix`, or a `lookup` in it."""
-    return record_function((LOOKUP_MARK if lookup else MARK) + prefix)
+def mark(name: str, op: Op = Op.MATMUL) -> str:
+    """How a call by one operator of the plan `name` is called in a trace."""
+    return f"fusedq {op} of {name}"
+
+
+def record(name: str, op: Op = Op.MATMUL) -> record_function:
+    """Marks what runs in its block as such a call."""
+    return record_function(mark(name, op))
 
 
 def judge(
-    plan: LayerPlan,
-    packed: PackedWeight,
-    events: Sequence[Any],
-    tokens: int,
-    target: Target,
-    lookup: bool = False,
+    plan: LayerPlan, use: Use, packed: PackedWeight, events: Sequence[Any], tokens: int
 ) -> LayerTrace:
-    """Judge one layer.
+    """Judge one use of a layer.
 
     Args:
-        plan: names the kernel that has to have run.
+        plan: the layer's.
+        use: one of the plan's; it names the kernel that has to have run.
         packed: the resident weight.
         events: `profile(record_shapes=True, profile_memory=True).events()`.
         tokens: the most tokens of a call. Calls with fewer have to reach the same kernel.
-        target: what the layer was planned for.
-        lookup: whether the lookups in an embedding are judged instead of products with it.
     """
-    mark, operator = (LOOKUP_MARK, LOOKUP_OPERATOR) if lookup else (MARK, OPERATOR)
-    launch, act_dtype = _launch_at(plan, tokens, target, lookup), target.act_dtype.torch
-    evidence = KERNELS[launch.kernel].seen_as
-    calls = [event for event in events if event.name == mark + plan.prefix]
+    kernel = KERNELS[use.launch(tokens).kernel]
+    calls = [event for event in events if event.name == mark(plan.name, use.op)]
     problems = []
     if not calls:
         problems.append("the layer never ran")
-    allowed = allowed_bytes(plan, packed, launch, tokens, act_dtype, lookup)
+    allowed = allowed_bytes(plan, use, packed, tokens)
     resident = [
         list(t.shape) for t in (packed.qweight, packed.scales, packed.zeros) if t is not None
     ]
@@ -80,50 +75,37 @@ def judge(
     largest = 0
     for call in calls:
         inside = list(_descendants(call))
-        operators = [event for event in inside if event.name.startswith(operator)]
+        operators = [event for event in inside if event.name.startswith(f"fusedq::{use.op}")]
         if len(operators) != 1:
             problems.append(f"{len(operators)} fused operators in one call")
-        found = [name for name in _names(inside) if evidence in name]
+        found = [name for name in _names(inside) if kernel.seen_as in name]
         if not found:
-            problems.append(f"no {evidence} in a call")
+            problems.append(f"no {kernel.seen_as} in a call")
         kernels |= dict.fromkeys(found)
         for event in inside:
             largest = max(largest, _allocated(event))
             if event.name in _COPIES and any(shape in resident for shape in event.input_shapes):
                 problems.append(f"{event.name} of a resident tensor {event.input_shapes}")
-    dequantized = plan.n * plan.rows * act_dtype.itemsize
+    dequantized = plan.n * plan.rows * use.call.dtype.itemsize
     if largest > allowed:
         problems.append(
             f"an allocation of {largest} bytes, where activations and workspace explain {allowed}"
         )
     unique = tuple(dict.fromkeys(problems))
     return LayerTrace(
-        *(plan, launch.kernel, len(calls), tuple(kernels), largest, allowed, dequantized, unique)
+        *(plan, kernel.name, len(calls), tuple(kernels), largest, allowed, dequantized, unique)
     )
 
 
-def allowed_bytes(
-    plan: LayerPlan,
-    packed: PackedWeight,
-    launch: Launch,
-    tokens: int,
-    act_dtype: torch.dtype,
-    lookup: bool = False,
-) -> int:
+def allowed_bytes(plan: LayerPlan, use: Use, packed: PackedWeight, tokens: int) -> int:
     """The largest single allocation that a call of `tokens` tokens may need."""
-    # A lookup's outputs are rows; a product pads and reorders what it reads.
-    columns = plan.k if lookup else max(packed.scales.shape[1], plan.n)
-    rows = plan.k if lookup else max(plan.k, plan.rows) + 256
-    shape = GemmShape(tokens, plan.n, plan.rows)
-    scratch = KERNELS[launch.kernel].scratch_bytes(launch, shape)
-    return max(tokens * max(columns, rows) * act_dtype.itemsize, scratch) + _SLACK_BYTES
-
-
-def _launch_at(plan: LayerPlan, tokens: int, target: Target, lookup: bool) -> Launch:
-    """What the plan lets so many tokens run."""
-    kernel = KERNELS[plan.gather if lookup else plan.kernel]
-    shape = GemmShape(tokens, plan.n, plan.rows)
-    return kernel.launch(shape, plan.spec, target.device, target.policy)
+    # A lookup's outputs are rows; a product pads and reorders what it reads
+    features = {
+        Op.EMBEDDING: plan.k,
+        Op.MATMUL: max(packed.scales.shape[1], plan.n, plan.k + 256, plan.rows + 256),
+    }
+    activations = tokens * features[use.op] * use.call.dtype.itemsize
+    return max(activations, use.scratch_bytes(tokens)) + _SLACK_BYTES
 
 
 def _descendants(event: Any) -> Iterator[Any]:

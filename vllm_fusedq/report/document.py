@@ -17,6 +17,7 @@ from vllm_fusedq import __version__
 from vllm_fusedq.errors import FusedQError, PreflightError, Problem
 from vllm_fusedq.plan.capacity import Capacity
 from vllm_fusedq.plan.layer import LayerPlan
+from vllm_fusedq.plan.uses import SHOWN_TOKENS, Use
 from vllm_fusedq.report.table import plan_rows
 
 SCHEMA_VERSION = 1
@@ -48,10 +49,9 @@ def layers_json(plans: Sequence[LayerPlan]) -> list[dict[str, Any]]:
                 "resident_rows": plan.rows,
                 "out_features": plan.n,
                 "phase": plan.phase,
-                "kernel": plan.kernel_name,
-                "decode": _launch_json(plan.decode),
-                "prefill": _launch_json(plan.prefill),
-                "declared": _declared_json(plan),
+                "kernel": plan.kernel_names,
+                **{step: _launch_json(plan.launch(m)) for step, m in SHOWN_TOKENS.items()},
+                "declared": _declared_json(plan.main),
                 "bytes": row.resident,
                 "bits_per_weight": round(plan.bits_per_weight, 4),
                 "verdict": "fused",
@@ -109,12 +109,13 @@ def write_document(path: Path, content: dict[str, Any]) -> None:
         raise
 
 
-def _declared_json(plan: LayerPlan) -> dict[str, Any] | None:
-    if plan.declared is None:
+def _declared_json(use: Use) -> dict[str, Any] | None:
+    """The launch of another kernel than the one that the plan names."""
+    if use.beside is None:
         return None
-    launch = _launch_json(plan.declared.launch)
-    sizes = ("min_tokens", "workspace_bytes")
-    return launch | {name: getattr(plan.declared, name) for name in sizes}
+    tokens, launch = use.beside
+    sizes = {"min_tokens": tokens, "workspace_bytes": use.scratch_bytes(tokens)}
+    return _launch_json(launch) | sizes
 
 
 def _launch_json(launch: Launch) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from fusedq_kernels.types import Launch
 from vllm_fusedq.errors import Problem
 from vllm_fusedq.names import fold, unnumbered
 from vllm_fusedq.plan.layer import LayerPlan
+from vllm_fusedq.plan.uses import SHOWN_TOKENS, Use
 
 logger = logging.getLogger("vllm.fusedq")
 
 _NUMBERS = ("MB", "meta MB", "bits/w")
 COLUMNS = (
-    *("layers", "format", "K x N per rank", "phase", "kernel", "decode", "prefill"),
+    *("layers", "format", "K x N per rank", "phase", "kernel", *SHOWN_TOKENS),
     *(*_NUMBERS, "verdict"),
 )
 # Wider than any plan: a table takes what it needs, and no row is folded where lines are searched
@@ -47,8 +48,8 @@ def plan_rows(plans: Sequence[LayerPlan]) -> list[PlanRow]:
     for plan in plans:
         formats = tuple(fmt.description for fmt in plan.formats)
         shape = (plan.n, plan.k, plan.rows, plan.phase, plan.resident)
-        launches = (plan.decode, plan.prefill, plan.declared)
-        rows[(unnumbered(plan.prefix), formats, *shape, *launches)].append(plan)
+        launches = tuple(use.launches for use in plan.uses)
+        rows[(unnumbered(plan.name), formats, *shape, *launches)].append(plan)
     return [PlanRow(_row_name(members), members[0], len(members)) for members in rows.values()]
 
 
@@ -116,23 +117,20 @@ def describe_launch(launch: Launch) -> str:
 
 
 def _kernels(plan: LayerPlan) -> str:
-    """The kernel of a layer, and the declared one that some number of tokens reaches."""
-    if plan.declared is None:
-        return plan.kernel_name
-    return f"{plan.kernel_name} + {plan.declared.launch.kernel}"
+    """The kernel of each use, and the others that some number of tokens reaches."""
+    launches = (launch for use in plan.uses for _, launch in use.launches)
+    return " + ".join(dict.fromkeys(launch.kernel for launch in launches))
 
 
-def _prefill(plan: LayerPlan) -> str:
-    if plan.declared is None:
-        return describe_launch(plan.prefill)
-    kernel, source = plan.declared.launch.kernel, plan.declared.launch.source
-    declared = (
-        f"{kernel} from {plan.declared.min_tokens} tokens, "
-        f"{plan.declared.workspace_bytes / 1e6:.1f} MB workspace, {source}"
-    )
-    if plan.prefill.kernel == plan.declared.launch.kernel:
-        return declared
-    return f"{describe_launch(plan.prefill)}; {declared}"
+def _prefill(use: Use) -> str:
+    """A long prompt's launch, and from where on another kernel than the use's own runs."""
+    launch, beside = use.launch(SHOWN_TOKENS["prefill"]), use.beside
+    if beside is None:
+        return describe_launch(launch)
+    tokens, other = beside
+    workspace = f"{use.scratch_bytes(tokens) / 1e6:.1f} MB workspace"
+    told = f"{other.kernel} from {tokens} tokens, {workspace}, {other.source}"
+    return told if launch.kernel == other.kernel else f"{describe_launch(launch)}; {told}"
 
 
 def _name_of(problem: Problem) -> str:
@@ -148,8 +146,8 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
         f"{k} x {plan.n}",
         str(plan.phase),
         _kernels(plan),
-        describe_launch(plan.decode),
-        _prefill(plan),
+        describe_launch(plan.launch(SHOWN_TOKENS["decode"])),
+        _prefill(plan.main),
         f"{plan.weight_bytes * row.count / 1e6:.2f}",
         f"{plan.metadata_bytes * row.count / 1e6:.2f}",
         f"{plan.bits_per_weight:.2f}",
@@ -158,5 +156,5 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
 
 
 def _row_name(plans: Sequence[LayerPlan]) -> str:
-    name = fold([plan.prefix for plan in plans])
+    name = fold([plan.name for plan in plans])
     return f"{name} x{len(plans)}" if len(plans) > 1 else name

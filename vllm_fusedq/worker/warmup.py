@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from fusedq_kernels import warmup
-from fusedq_kernels.catalogue import KERNELS
 from fusedq_kernels.types import PackedWeight
 from vllm_fusedq.plan.layer import Target
+from vllm_fusedq.plan.uses import Use
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +22,11 @@ class WarmUp:
 
 @dataclass(frozen=True, slots=True)
 class LoadedLayer:
-    """A layer's resident weight, the kernels that its plan names, and whether it adds a bias."""
+    """A layer's resident weight, the uses that its plan names, and whether it adds a bias."""
 
     packed: PackedWeight
-    kernel: str
+    uses: tuple[Use, ...]
     has_bias: bool
-    gather: str | None = None
-
-    @property
-    def kernels(self) -> tuple[str, ...]:
-        """Each kernel that runs this weight, once."""
-        return tuple(dict.fromkeys(filter(None, (self.gather, self.kernel))))
 
 
 def warm_up(layers: Iterable[LoadedLayer], target: Target, max_tokens: int) -> WarmUp:
@@ -46,7 +40,8 @@ def warm_up(layers: Iterable[LoadedLayer], target: Target, max_tokens: int) -> W
     for layer in layers:
         packed = layer.packed
         key = (packed.spec, packed.n, packed.k, packed.phase, packed.perm is None)
-        distinct.setdefault((*key, layer.kernels, layer.has_bias), layer)
+        kernels = tuple(use.call.kernel for use in layer.uses)
+        distinct.setdefault((*key, kernels, layer.has_bias), layer)
     count = sum(_run(layer, target, max_tokens) for layer in distinct.values())
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -54,14 +49,13 @@ def warm_up(layers: Iterable[LoadedLayer], target: Target, max_tokens: int) -> W
 
 
 def _run(layer: LoadedLayer, target: Target, max_tokens: int) -> int:
-    kernels = [KERNELS[name] for name in layer.kernels]
     return sum(
         warmup.warm_up(
-            *(kernel, layer.packed, target.device, target.act_dtype.torch, max_tokens),
+            *(use.kernel, layer.packed, target.device, target.act_dtype.torch, max_tokens),
             # A row-parallel layer adds its bias on the first rank only.
             with_bias={False, layer.has_bias},
             policy=target.policy,
         )
-        for kernel in kernels
-        if kernel.device == layer.packed.qweight.device.type
+        for use in layer.uses
+        if use.kernel.device == layer.packed.qweight.device.type
     )

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fusedq_kernels.choose import tuning, waves
-from fusedq_kernels.choose.slices import workspace_bytes
 from fusedq_kernels.choose.tiles import Rule, rules_for
 from fusedq_kernels.choose.tuned_file import FUSED, SLICED
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, group_geometry, round_up, whole_splits
@@ -39,11 +38,10 @@ _MAX_SPLIT_K = 16
 
 
 class DeclaredLaunch(NamedTuple):
-    """A launch of a declared kernel, the fewest tokens that reach it, its workspace."""
+    """A launch of a declared kernel, and the fewest tokens that reach it."""
 
     min_tokens: int
     launch: Launch
-    workspace_bytes: int
 
 
 def select(
@@ -129,7 +127,7 @@ def declared_launch(
     for m in sorted(_row_borders(table_for(device))):
         launch = select(GemmShape(m, n, k), spec, device, policy, table_for=table_for)
         if launch.kernel == SLICED:
-            return DeclaredLaunch(m, launch, workspace_bytes(n, k))
+            return DeclaredLaunch(m, launch)
     return None
 
 

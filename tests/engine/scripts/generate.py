@@ -69,9 +69,9 @@ def resident_weights(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
 
     weights = {}
     for name, module in model.named_modules():
-        loader = getattr(module, "fusedq_loader", None)
-        if loader is None:
+        if not hasattr(module, "fusedq_loaders"):
             continue
+        (loader,) = module.fusedq_loaders
         logical = unpack(loader.packed)
         parts = [
             (p.module, p.region.n_start, p.region.n_stop, p.region.k_start, p.region.k_stop)

@@ -252,7 +252,6 @@ def test_an_h200_slices_prefill_as_measured_unless_forbidden(monkeypatch, n, k, 
     monkeypatch.setattr(tuning, "_triton_version", lambda: "3.6.0")
     declared = declared_launch(n, k, SPEC, H200)
     assert (declared.min_tokens, declared.launch.kernel) == (first, "sliced-cublas")
-    assert declared.workspace_bytes <= 32 << 20
 
     def kernel(m, **options):
         return select(GemmShape(m, n, k), SPEC, H200, Policy(**options)).kernel

@@ -133,7 +133,7 @@ def test_what_is_declared_is_what_can_be_reached(sliced_rows):
     sliced_rows("uint4", 64, 4096, 4096)
     declared = heuristics.declared_launch(4096, 8192, SPEC, SM_90)
     source = "tuned:sm_90 row 3, nearest shape 4096x4096"
-    assert declared == (65, Launch("sliced-cublas", None, source), 1 << 25)
+    assert declared == (65, Launch("sliced-cublas", None, source))
     assert heuristics.declared_launch(1024, 4096, SPEC, SM_90) is None
     for sliced_prefill, expected in ((True, {65}), (False, set())):
         reached = heuristics.reachable_launches(
