@@ -68,6 +68,15 @@ def test_bit_widths_in_words(bits: Sequence[int], words: str) -> None:
     assert bit_widths(bits) == words
 
 
+def test_the_way_of_a_layer_lists_every_folder() -> None:
+    page = (ROOT / "docs" / "how-a-layer-reaches-the-kernel.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
+    listed = {name for cell in rows for name in re.findall(r"`(\w+)/`", cell)}
+    packages = (ROOT / "vllm_fusedq", ROOT / "kernels" / "fusedq_kernels")
+    folders = {path.parent.name for each in packages for path in each.glob("*/__init__.py")}
+    assert listed == folders | {"fusedq_kernels"}
+
+
 def test_the_error_catalogue_is_up_to_date(catalogue: ModuleType) -> None:
     written = (ROOT / "docs" / "errors.md").read_text()
     assert written == catalogue.catalogue(), "run python scripts/error_catalogue.py"
