@@ -171,7 +171,8 @@ def test_slow_kernels_rounded_scales_and_padding_are_warned_of(tmp_path: Path) -
 
 def test_padding_is_warned_of_with_the_setting_that_avoids_it(tmp_path: Path) -> None:
     """By hand for down_proj at TP 4: 3584 of 14336 in_features, in up to 112 groups. Each takes a
-    step of 8 rows, each further 8 rows another: (112 + 434) * 8 = 4368 rows."""
+    step of 8 rows, each further 8 rows another: (112 + 434) * 8 = 4368 rows. In 35 K blocks of 128
+    they take 35 * 128 * (4 + 16 / 8) / 3584 = 7.5 bits, and the order 32 * 4368 / (3584 * 4096)."""
     write_headers(tmp_path, LLAMA_8B, "gptq-order")
     checkpoint, target = read_checkpoint(tmp_path), Target(device_by_name("h200"), torch.bfloat16)
     layers = plan_model(checkpoint, target, 4, ranks=[0])
@@ -179,7 +180,7 @@ def test_padding_is_warned_of_with_the_setting_that_avoids_it(tmp_path: Path) ->
     warned = warnings_for(checkpoint, layers, target.act_dtype, found)
     (message,) = [each.message for each in warned if "mlp.down_proj" in each.layer]
     assert message == (
-        "its activation order takes 1.22 times its share of the rows, 9.88 bits per weight with "
+        "its activation order takes 1.22 times its share of the rows, 7.51 bits per weight with "
         "the scales, at tensor_parallel_size 4; quantize with desc_act false in GPTQModel's "
         "QuantizeConfig"
     )
