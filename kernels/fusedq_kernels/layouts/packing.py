@@ -35,7 +35,9 @@ __all__ = [
     "pack",
     "pack_rows",
     "packed_shapes",
+    "stripes",
     "unpack",
+    "unpack_rows",
     "weight_bytes",
     "wna16_geometry",
 ]
@@ -45,8 +47,9 @@ ROW_ALIGNMENT = 32
 
 PERM_DTYPE = resident.PERM_DTYPE.torch
 
-# Codes per stripe: a stripe and its temporaries stay within a few MB and mostly in cache.
-_STRIPE_CODES = 1 << 20
+# Codes per stripe: on a CPU a stripe and its temporaries stay within a few MB and mostly in cache,
+# a GPU wants few launches.
+_STRIPE_CODES, _STRIPE_CODES_GPU = 1 << 20, 1 << 24
 
 
 class TensorSpec(NamedTuple):
@@ -101,7 +104,7 @@ def pack_rows(packed: PackedWeight, start: int, rows: LogicalWeight) -> None:
     _check_rows(packed, start, rows)
     codec = _CODECS[packed.layout]
     codec.write_groups(packed, start, rows.scales, rows.zeros)
-    for first, last in _stripes(rows.codes.shape[0], packed.k):
+    for first, last in stripes(rows.codes.shape[0], packed.k, packed.qweight.device):
         zeros = None if rows.zeros is None else rows.zeros[first:last]
         codes = rows.codes[first:last]
         bits.check_below(codes, 1 << packed.spec.weight_type.bits, "codes")
@@ -129,11 +132,17 @@ def pack(logical: LogicalWeight, layout: Layout, act_dtype: torch.dtype) -> Pack
 
 def unpack(packed: PackedWeight) -> LogicalWeight:
     """Inverse of `pack`; scales of CPU_WNA16 come back in the activation dtype."""
+    return unpack_rows(packed, 0, packed.n)
+
+
+def unpack_rows(packed: PackedWeight, start: int, stop: int) -> LogicalWeight:
+    """Outputs `[start, stop)` of `unpack(packed)`; `start` is a multiple of 32, and so is `stop`
+    unless it is `packed.n`."""
     codec = _CODECS[packed.layout]
-    scales, zeros = codec.read_groups(packed, 0, packed.n)
-    codes = packed.qweight.new_empty((packed.n, packed.k), dtype=torch.uint8)
-    for start, stop in _stripes(packed.n, packed.k):
-        codes[start:stop] = codec.read_codes(packed, start, stop)
+    scales, zeros = codec.read_groups(packed, start, stop)
+    codes = packed.qweight.new_empty((stop - start, packed.k), dtype=torch.uint8)
+    for first, last in stripes(stop - start, packed.k, packed.qweight.device):
+        codes[first:last] = codec.read_codes(packed, start + first, start + last)
     return LogicalWeight(
         codes, scales, zeros, packed.spec, packed.phase, packed.perm, packed.in_features
     )
@@ -195,7 +204,9 @@ def _check_rows(packed: PackedWeight, start: int, rows: LogicalWeight) -> None:
             raise ValueError(f"{name} must be {shape} {dtype}, got {found}")
 
 
-def _stripes(count: int, k: int) -> Iterator[tuple[int, int]]:
-    rows = max(ROW_ALIGNMENT, _STRIPE_CODES // k // ROW_ALIGNMENT * ROW_ALIGNMENT)
+def stripes(count: int, k: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """`[start, stop)` of consecutive rows of K codes, as many at a time as suit the device."""
+    codes = _STRIPE_CODES if device.type == "cpu" else _STRIPE_CODES_GPU
+    rows = max(ROW_ALIGNMENT, codes // k // ROW_ALIGNMENT * ROW_ALIGNMENT)
     for start in range(0, count, rows):
         yield start, min(start + rows, count)

@@ -438,3 +438,28 @@ def test_zero_points_without_a_place() -> None:
 def test_schemes_a_layout_refuses(target, k, spec, phase, act_dtype, message) -> None:
     with pytest.raises(ValueError, match=message):
         packing.packed_shapes(target, 64, k, spec, phase, act_dtype)
+
+
+def test_a_gpu_packs_a_layer_in_few_steps_and_without_a_copy_on_the_cpu() -> None:
+    """Tensors of device meta stand for those of a GPU: whoever reads them back fails."""
+
+    class Counting(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                assert result.is_meta
+            return result
+
+    spec = QuantSpec(WeightType.UINT4, 128, torch.float16)
+    n, k = 28672, 4096
+    codes, zeros = (
+        torch.zeros(size, dtype=torch.uint8, device="meta") for size in ((n, k), (n, k // 128))
+    )
+    scales = torch.zeros((n, k // 128), dtype=torch.float16, device="meta")
+    with Counting() as counting:
+        packing.pack(LogicalWeight(codes, scales, zeros, spec), Layout.P4, torch.float16)
+    stripes = n * k / (1 << 24)
+    assert counting.calls < 40 * stripes
