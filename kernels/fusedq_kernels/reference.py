@@ -19,7 +19,7 @@ def dequantize(logical: LogicalWeight, act_dtype: torch.dtype = torch.float32) -
     groups = (features + logical.phase) // spec.group_size
     scales = logical.scales.to(torch.float32)[:, groups]
     if spec.weight_type.codebook is not None:
-        table = torch.tensor(spec.weight_type.codebook, device=scales.device).to(act_dtype)
+        table = scales.new_tensor(spec.weight_type.codebook).to(act_dtype)
         return table[logical.codes.to(torch.int64)].to(torch.float32) * scales
     values = logical.codes.to(torch.float32)
     if spec.weight_type.bias is not None:
