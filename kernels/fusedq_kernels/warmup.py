@@ -2,16 +2,82 @@
 
 A launch depends on the number of tokens; a kernel's record lists those of a layer and each runs
 once here, on zeros. The first launch also allocates the counters of split-K, which must not happen
-while a CUDA graph is captured.
+while a CUDA graph is captured. Of a weight of device meta each launch is compiled, none runs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 
 from fusedq_kernels import ops
+from fusedq_kernels.call import Call
 from fusedq_kernels.catalogue import Kernel, Op
-from fusedq_kernels.types import DEFAULT_POLICY, DeviceSpec, PackedWeight, Policy
+from fusedq_kernels.prepared import prepared
+from fusedq_kernels.types import DEFAULT_POLICY, DeviceSpec, Launch, PackedWeight, Policy
+
+
+class Reached(NamedTuple):
+    """A launch of a layer, the fewest tokens that reach it, and whether it adds a bias."""
+
+    launch: Launch
+    tokens: int
+    has_bias: bool = False
+
+    def __str__(self) -> str:
+        """Like "triton-gemm 16x64, 2 splits, 4 warps, 3 stages (rule: m<=16), 9 tokens, bias"."""
+        words = f"{self.launch.kernel} ({self.launch.source})"
+        if (tile := self.launch.tile) is not None:
+            parts = tile.split_k * tile.segments
+            words = (
+                f"{self.launch.kernel} {tile.block_m}x{tile.block_n}, {parts} splits, "
+                f"{tile.num_warps} warps, {tile.num_stages} stages ({self.launch.source})"
+            )
+        bias = "a bias" if self.has_bias else "no bias"
+        return f"{words} with {self.tokens} tokens and {bias}"
+
+
+def reachable(
+    kernel: Kernel,
+    packed: PackedWeight,
+    device: DeviceSpec,
+    max_tokens: int,
+    *,
+    with_bias: Iterable[bool] = (False,),
+    policy: Policy = DEFAULT_POLICY,
+) -> Iterator[Reached]:
+    """Every launch of one kernel for one layer.
+
+    Args:
+        kernel: what runs the layer.
+        packed: its weight.
+        device: what the launches are chosen for.
+        max_tokens: the most tokens of one call.
+        with_bias: whether calls pass a bias; a rank may do both, in turn.
+        policy: of the launches.
+    """
+    if kernel.op is Op.EMBEDDING:
+        yield Reached(Launch(kernel.name, None, f"rule: {kernel.device}"), 1)
+        return
+    launches = kernel.launches(packed.n, packed.k, packed.spec, device, max_tokens, policy)
+    for has_bias in sorted(set(with_bias)):
+        for tokens, launch in launches:
+            yield Reached(launch, tokens, has_bias)
+
+
+def run_once(
+    reached: Reached, kernel: Kernel, packed: PackedWeight, act_dtype: torch.dtype
+) -> None:
+    """Run one launch on zeros, or only compile it where `packed` is of device meta."""
+    like = {"dtype": act_dtype, "device": packed.qweight.device}
+    if kernel.op is Op.EMBEDDING:
+        run = prepared(Call.of(packed, kernel.name, act_dtype).text).launched(kernel.name, None)
+        ids = torch.zeros(reached.tokens, dtype=torch.int64, device=packed.qweight.device)
+        rows = torch.zeros((reached.tokens, packed.k), **like)
+        run(ids, packed.qweight, packed.scales, packed.zeros, packed.perm, rows)
+        return
+    bias = torch.zeros(packed.n, **like) if reached.has_bias else None
+    ops.run(torch.zeros((reached.tokens, packed.k), **like), packed, bias, reached.launch)
 
 
 def warm_up(
@@ -24,27 +90,6 @@ def warm_up(
     with_bias: Iterable[bool] = (False,),
     policy: Policy = DEFAULT_POLICY,
 ) -> int:
-    """Run every launch of one kernel for one layer once; returns how many there were.
-
-    Args:
-        kernel: what runs the layer.
-        packed: its weight.
-        device: what the launches are chosen for.
-        act_dtype: dtype of the activations.
-        max_tokens: the most tokens of one call.
-        with_bias: whether calls pass a bias; a rank may do both, in turn.
-        policy: of the launches.
-    """
-    if kernel.op is Op.EMBEDDING:
-        ids = torch.zeros(1, dtype=torch.int64, device=packed.qweight.device)
-        ops.embedding(ids, packed, kernel.name, act_dtype)
-        return 1
-    like = {"dtype": act_dtype, "device": packed.qweight.device}
-    launches = kernel.launches(packed.n, packed.k, packed.spec, device, max_tokens, policy)
-    count = 0
-    for has_bias in set(with_bias):
-        bias = torch.zeros(packed.n, **like) if has_bias else None
-        for m, launch in launches:
-            ops.run(torch.zeros((m, packed.k), **like), packed, bias, launch)
-            count += 1
-    return count
+    """Run what is `reachable`, once each; returns how many launches there were."""
+    launches = reachable(kernel, packed, device, max_tokens, with_bias=with_bias, policy=policy)
+    return sum(run_once(reached, kernel, packed, act_dtype) is None for reached in launches)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from fusedq_kernels.call import Call
 from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, of_step
-from fusedq_kernels.cuda.gemm import ALIGNMENT, FP_FUSION, weight_constants
+from fusedq_kernels.cuda.gemm import FP_FUSION, weight_constants
 from fusedq_kernels.cuda.gemm_kernel import scaled
 from fusedq_kernels.cuda.hooks import named_for_hooks
 from fusedq_kernels.cuda.launcher import Launcher
@@ -115,7 +115,7 @@ def prepare(call: Call, tile: None = None) -> Callable[..., None]:
         places = qweight.data_ptr() | scales.data_ptr() | out.data_ptr()
         places |= 0 if perm is None else perm.data_ptr()
         launchers[perm is not None].launch(
-            *((triton.cdiv(m, BLOCK_M), num_blocks, 1), not places % ALIGNMENT),
+            *((triton.cdiv(m, BLOCK_M), num_blocks, 1), places),
             *(ids, qweight, scales, perm, out, m, *of_weight),
         )
 

@@ -15,15 +15,11 @@ from fusedq_kernels.call import Call
 from fusedq_kernels.cuda.arrivals import MAX_TILES, arrival_counters
 from fusedq_kernels.cuda.decode import DECODERS
 from fusedq_kernels.cuda.gemm_kernel import fused_gemm_kernel
-from fusedq_kernels.cuda.launcher import INTERPRETED, Launcher
+from fusedq_kernels.cuda.launcher import ALIGNMENT, INTERPRETED, Launcher
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, GroupGeometry, group_geometry, round_up
 from fusedq_kernels.layouts.resident import TILED_WORDS, scale_words
 from fusedq_kernels.types import TILED_LAYOUTS, QuantSpec, TileConfig
-
-# Pointers and strides are multiples of this, which Triton's launch specialisation finds out by
-# itself; without it the loads of x are narrower than a 16-byte asynchronous copy.
-ALIGNMENT = 16
 
 ACT_DTYPES = tuple(dtype.torch for dtype in calls.ACT_DTYPES)
 
@@ -133,9 +129,9 @@ def prepare(call: Call, tile: TileConfig | None) -> Callable[..., None]:
         tokens = x
         if tile.x_descriptor:
             tokens = TensorDescriptor(x, [m, k], [stride_xm, 1], [tile.block_m, groups.step])
-        aligned = not (qweight.data_ptr() | scales.data_ptr() | out.data_ptr()) % ALIGNMENT
+        places = qweight.data_ptr() | scales.data_ptr() | out.data_ptr()
         launchers[bias is not None].launch(
-            *(grid, aligned, tokens, qweight, scales, bias, out, partial, arrivals, m),
+            *(grid, places, tokens, qweight, scales, bias, out, partial, arrivals, m),
             *(*of_layer, stride_xm),
         )
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from fusedq_kernels.call import Call
 from fusedq_kernels.choose.slices import slice_rows
 from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, of_step
-from fusedq_kernels.cuda.gemm import ALIGNMENT, FP_FUSION, weight_constants
+from fusedq_kernels.cuda.gemm import FP_FUSION, weight_constants
 from fusedq_kernels.cuda.gemm_kernel import scaled
 from fusedq_kernels.cuda.hooks import named_for_hooks
 from fusedq_kernels.cuda.launcher import Launcher
@@ -123,9 +123,9 @@ def _dequantizer(
 
     def write(qweight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, start: int) -> None:
         rows = out.shape[0]
-        aligned = not (qweight.data_ptr() | scales.data_ptr() | out.data_ptr()) % ALIGNMENT
+        places = qweight.data_ptr() | scales.data_ptr() | out.data_ptr()
         grid = (num_blocks, triton.cdiv(rows, BLOCK_N), 1)
-        launcher.launch(grid, aligned, qweight, scales, out, start, rows, *of_weight)
+        launcher.launch(grid, places, qweight, scales, out, start, rows, *of_weight)
 
     return write
 

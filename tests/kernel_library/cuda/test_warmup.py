@@ -35,10 +35,18 @@ for weight_type, group_size, n, k, phase in (
     for batch_invariant in (False, True):
         asked.clear()
         policy = types.Policy(batch_invariant)
+        nothing = packing.empty_packed(target, n, k, spec, phase, act, "meta")
+        warmup.warm_up(
+            catalogue.TRITON_GEMM, nothing, h200, act, 700, with_bias=(False, True), policy=policy
+        )
+        ahead = set(asked)
+        asked.clear()
         count = warmup.warm_up(
             catalogue.TRITON_GEMM, packed, h200, act, 700, with_bias=(False, True), policy=policy
         )
         known = set(asked)
+        # What is compiled ahead is what the warm-up runs.
+        assert ahead == known
         assert count == len(asked) == len(known) > 3, (count, len(known))
         wide = torch.zeros(700, k + 64, dtype=act)
         bias = torch.zeros(n + 1, dtype=act)
@@ -68,13 +76,15 @@ kernel = dataclasses.replace(
 )
 slices.SLICE_BYTES = 2 * k * 1000
 found = {}
-for allowed in (False, True):
+nothing = packing.empty_packed(target, n, k, spec, phase, act, "meta")
+for allowed, weight in ((False, packed), (True, packed), (None, nothing)):
     asked.clear()
-    policy = types.Policy(sliced_prefill=allowed)
-    warmup.warm_up(kernel, packed, h200, act, 700, with_bias=(False, True), policy=policy)
+    policy = types.Policy(sliced_prefill=allowed is not False)
+    warmup.warm_up(kernel, weight, h200, act, 700, with_bias=(False, True), policy=policy)
     found[allowed] = set(asked)
 known = found[True]
 assert len(known - found[False]) == 1
+assert found[None] == known
 launch = types.Launch("sliced-cublas", None, "test")
 for limit in (1000, 333, 4000):
     slices.SLICE_BYTES = 2 * k * limit
@@ -82,13 +92,17 @@ for limit in (1000, 333, 4000):
         ops.run(torch.zeros(m, k, dtype=act), packed, None, launch)
 assert set(asked) == known
 
+nothing = dataclasses.replace(nothing, phase=0)
+asked.clear()
+warmup.warm_up(catalogue.TRITON_GATHER, nothing, h200, act, 700)
+(ahead,) = asked
 asked.clear()
 ids = torch.zeros(701, dtype=torch.int64)
 whole = dataclasses.replace(packed, phase=0)
 for first, m in ((0, 1), (0, 16), (1, 17), (1, 700)):
     ops.embedding(ids[first : first + m], whole, "triton-gather", act)
 assert len(asked) == 4
-assert len(set(asked)) == 1
+assert set(asked) == {ahead}
 """
 
 
