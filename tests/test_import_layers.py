@@ -26,7 +26,8 @@ ORDER = [
 # Rooms of the kernel library by floor: each imports those of lower floors, and itself.
 FLOORS = [
     {"audit"},
-    {"testing", "warmup"},
+    {"guard", "testing"},
+    {"warmup"},
     {"ops"},
     {"prepared"},
     {"catalogue"},
