@@ -27,6 +27,7 @@ RAISED = {
     "RepositoryError",
     "UnsupportedCheckpoint",
     "WeightLoadError",
+    "KernelError",
     "OutputError",
     "SettingsError",
 }
@@ -59,6 +60,7 @@ The types, all `RuntimeError`s of `vllm_fusedq.errors`:
 | `UnsupportedCheckpoint` | an option that concerns the whole checkpoint |
 | `PreflightError` | layers that cannot run fused, one problem each |
 | `WeightLoadError` | a tensor that does not fit, is missing or holds bad values |
+| `KernelError` | a kernel that does not run on this machine, or is wrong on it |
 | `OutputError` | a result that cannot be written |
 | `SettingsError` | a wrong `--additional-config` |
 """

@@ -19,10 +19,11 @@ def test_default_is_the_rule() -> None:
     ("section", "message"),
     [
         ([], 'additional-config "fusedq": found list; supported: an object'),
-        ({"kernels": "auto"}, "unknown key 'kernels'; supported: kernel, prefill, report"),
+        ({"kernels": "auto"}, "unknown key 'kernels'; supported: kernel, prefill, report, check_"),
         ({"kernel": "marlin"}, "kernel 'marlin' does not exist; supported: auto, triton-gemm"),
         ({"kernel": "sliced-cublas"}, "kernel 'sliced-cublas' does not exist; supported: auto, t"),
         ({"prefill": "sliced"}, "prefill is 'sliced'; supported: auto, fused"),
+        ({"check_kernels": "no"}, "check_kernels is 'no'; supported: true, false"),
         ({"prefill": None}, "prefill is None; supported: auto, fused"),
     ],
 )

@@ -6,6 +6,7 @@ FusedQError
 ├── UnsupportedCheckpoint    the checkpoint as a whole uses something that is not supported
 ├── PreflightError           one or more layers cannot run fused (`.problems`, one per layer)
 ├── WeightLoadError          a tensor does not fit its layer, is missing, or holds bad values
+├── KernelError              a kernel does not run here, or does not compute what PyTorch does
 ├── OutputError              what was asked for cannot be written: no room, no permission
 └── SettingsError            a wrong `--additional-config '{"fusedq": ...}'`
 
@@ -35,6 +36,10 @@ class UnsupportedCheckpoint(FusedQError):
 
 class WeightLoadError(FusedQError):
     """A checkpoint tensor does not fit its layer or holds values that cannot be right."""
+
+
+class KernelError(FusedQError):
+    """A kernel that a layer needs does not run on this machine, or gives wrong results on it."""
 
 
 class OutputError(FusedQError):

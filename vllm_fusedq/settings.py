@@ -18,11 +18,13 @@ PREFILL = ("auto", "fused")
 class Settings:
     """`kernel`: "auto", or one kernel's name to insist on for every layer. `prefill`: "auto", or
     "fused" to forbid sliced-cublas where measured rows name it. `report`: the file that the live
-    report is written to, None for none."""
+    report is written to, None for none. `check_kernels`: whether a GPU's launches are compared with
+    plain PyTorch before they serve."""
 
     kernel: str = "auto"
     prefill: str = "auto"
     report: str | None = None
+    check_kernels: bool = True
 
     @property
     def insisted(self) -> str | None:
@@ -86,6 +88,11 @@ def parse_settings(section: Any) -> Settings:
         raise SettingsError(
             f'additional-config "fusedq": prefill is {settings.prefill!r:.80}; '
             f"supported: {', '.join(PREFILL)}"
+        )
+    if not isinstance(settings.check_kernels, bool):
+        raise SettingsError(
+            f'additional-config "fusedq": check_kernels is {settings.check_kernels!r:.80}; '
+            "supported: true, false"
         )
     _check_report(settings.report)
     return settings

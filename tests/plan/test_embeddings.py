@@ -35,7 +35,8 @@ from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.plan.shards import shard_embedding
 from vllm_fusedq.prove.selfcheck import check_layer
 from vllm_fusedq.prove.trace import judge, record
-from vllm_fusedq.worker.warmup import LoadedLayer, warm_up
+from vllm_fusedq.prove.launches import LoadedLayer
+from vllm_fusedq.worker.warmup import warm_up
 
 HALF = torch.float16
 CPU, STRIPED, GPU = cpu_device(fused_op=True), cpu_device(fused_op=False), device_by_name("h200")
@@ -303,5 +304,5 @@ def test_warming_up_looks_up_and_multiplies_where_the_plan_does(
 ) -> None:
     write_with_embedding(tmp_path, tied=tied)
     plan = plan_of(tmp_path, STRIPED)
-    layer = LoadedLayer(load(tmp_path, plan).packed, plan.uses, has_bias=False)
+    layer = LoadedLayer(plan.prefix, load(tmp_path, plan).packed, plan.uses, has_bias=False)
     assert warm_up([layer, layer], Target(STRIPED, HALF), 8).launches == launches

@@ -20,10 +20,11 @@ from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.plan.uses import Use
+from vllm_fusedq.prove.launches import LoadedLayer
 from vllm_fusedq.report.document import write_document
 from vllm_fusedq.settings import Settings
 from vllm_fusedq.worker.state import WorkerRank, WorkerState
-from vllm_fusedq.worker.warmup import LoadedLayer, warm_up
+from vllm_fusedq.worker.warmup import warm_up
 
 PLAN_SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "schemas" / "plan.v1.json"
 STRIPED = Target(cpu_device(fused_op=False), torch.bfloat16)
@@ -81,7 +82,7 @@ def test_the_log_names_the_plan_and_the_three_steps(
     assert "fused: 4 (4 x cpu-striped)" in plan
     assert f"{state.stored_bytes / 1e6:.1f} MB read; repacking: " in steps
     assert f"{state.resident_bytes / 1e6:.1f} MB resident; warm-up: " in steps
-    assert steps.endswith("5 launches")
+    assert steps.endswith("5 launches, 0 of them compared with PyTorch")
 
 
 def test_one_worker_speaks_for_each_stage() -> None:
@@ -99,7 +100,7 @@ def test_the_interpreter_compiles_nothing(tmp_path: Path) -> None:
     packed = empty_packed(form, 128, 128, spec, 0, torch.float16, "cpu")
     target = Target(device_by_name("sm_90"), torch.float16)
     use = Use.of(Call.of(packed, "triton-gemm", torch.float16), target.device)
-    layer = LoadedLayer(packed, (use,), has_bias=False)
+    layer = LoadedLayer("x", packed, (use,), has_bias=False)
     assert warm_up([layer], target, 64).launches == 0
 
 

@@ -5,6 +5,7 @@ wants more, such as the dimension along which a tensor may be reordered, is abou
 codes that are packed, or has left them out because there was no answer: it gets an error for one.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,18 +37,25 @@ class WeightLoader:
     """vLLM's per-parameter `weight_loader` callable for one checkpoint tensor name.
 
     Where `reordered`, the layer follows by itself what the model's code does to a plain weight.
+    `before` is told of each tensor that arrives, by the device that it goes to.
     """
 
     # vLLM's reload tells the loaders that it wrapped from the others by name.
     __name__ = "fusedq_weight_loader"
 
     def __init__(
-        self, loader: LayerLoader, name: str, message_file: str | None, reordered: bool = False
+        self,
+        loader: LayerLoader,
+        name: str,
+        message_file: str | None,
+        reordered: bool = False,
+        before: Callable[[torch.device], None] | None = None,
     ) -> None:
         self.loader = loader
         self.name = name
         self.message_file = message_file
         self.reordered = reordered
+        self.before = before
 
     def __call__(
         self,
@@ -61,6 +69,8 @@ class WeightLoader:
             param.copy_(param)
             return
         with speaking_last(self.message_file):
+            if self.before is not None:
+                self.before(self.loader.packed.qweight.device)
             self.loader.add(self.name, loaded_weight, loaded_shard_id)
 
     def asked_for(self, attribute: str) -> None:

@@ -31,11 +31,17 @@ def attach(
     Both are named after the weight where the layer has several. `layer.fusedq_loaders` are the
     LayerLoaders behind them; `reordered` is that of `WeightLoader`.
     """
-    state.plans.append(plan)
+    state.layer_created(plan, lambda: _has_bias(layer))
     device = torch.get_default_device()
     loader = LayerLoader.create(plan, params_dtype, device, state.source)
     for name, dtype in loader.tensor_dtypes.items():
-        weight_loader = WeightLoader(loader, name, state.message_file, reordered=reordered)
+        weight_loader = WeightLoader(
+            loader,
+            name,
+            state.message_file,
+            reordered=reordered,
+            before=state.weight_arrives,
+        )
         placeholder = Placeholder(dtype, device, weight_loader)
         layer.register_parameter(_of_weight(plan, parameter_name(name)), placeholder)
     for name in RESIDENT:
@@ -49,9 +55,10 @@ def finish(layer: torch.nn.Module, state: WorkerState) -> None:
 
     Raises:
         WeightLoadError: one did not, or the layers contradict each other.
+        KernelError: with the last layer, a launch that does not run here, or is wrong.
     """
     with state.guard():
-        has_bias = isinstance(getattr(layer, "bias", None), torch.Tensor)
+        has_bias = _has_bias(layer)
         for loader in layer.fusedq_loaders:
             loader.check_complete()
             for name in RESIDENT:
@@ -59,6 +66,10 @@ def finish(layer: torch.nn.Module, state: WorkerState) -> None:
                 resident = getattr(loader.packed, name)
                 setattr(layer, f"fusedq_{_of_weight(loader.plan, name)}", resident)
             state.layer_loaded(loader, has_bias)
+
+
+def _has_bias(layer: torch.nn.Module) -> bool:
+    return isinstance(getattr(layer, "bias", None), torch.Tensor)
 
 
 def _of_weight(plan: LayerPlan, name: str) -> str:

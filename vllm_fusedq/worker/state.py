@@ -2,19 +2,26 @@
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_fusedq.formats import CheckpointFormat, settle
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.load.provenance import StoredTensors
 from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.plan.model import check_all_created
+from vllm_fusedq.prove.launches import LoadedLayer
 from vllm_fusedq.settings import Settings
 from vllm_fusedq.worker.last_words import speaking_last
-from vllm_fusedq.worker.warmup import LoadedLayer, WarmUp, warm_up
+from vllm_fusedq.worker.warmup import WarmUp, compile_ahead, warm_up
+
+if TYPE_CHECKING:
+    import torch
+
+    from fusedq_kernels.cuda.ahead import AheadCompiler
 
 logger = logging.getLogger("vllm.fusedq")
 
@@ -69,6 +76,23 @@ class WorkerState:
     load_seconds: float = 0.0
     warmed: WarmUp = field(default_factory=lambda: WarmUp(0.0, 0))
     _with_bias: list[bool] = field(default_factory=list)
+    _created: list[tuple[LayerPlan, Callable[[], bool]]] = field(default_factory=list)
+    _ahead: list["AheadCompiler"] = field(default_factory=list)
+
+    def layer_created(self, plan: LayerPlan, has_bias: Callable[[], bool]) -> None:
+        """Take note of a layer that is to be loaded; `has_bias` is asked once all are there."""
+        self.plans.append(plan)
+        self._created.append((plan, has_bias))
+
+    def weight_arrives(self, device: "torch.device") -> None:
+        """Before each weight: with the first after layers were created, start to compile theirs."""
+        if not self._created:
+            return
+        layers = [(plan, has_bias()) for plan, has_bias in self._created]
+        self._created.clear()
+        compiler = compile_ahead(layers, self.target, self.max_tokens, device)
+        if compiler is not None:
+            self._ahead.append(compiler)
 
     def guard(self) -> AbstractContextManager[None]:
         """Around what may refuse: the API process repeats a FusedQError as its last word."""
@@ -81,6 +105,7 @@ class WorkerState:
 
         Raises:
             WeightLoadError: the layers contradict each other about how they were stored.
+            KernelError: a launch does not run here, or is wrong.
         """
         if any(known is loader for known in self.loaders):
             return  # A weight update: nothing new to compile or to tell
@@ -93,10 +118,17 @@ class WorkerState:
         note = settle({name: one for each in self.loaders for name, one in each.findings.items()})
         self.load_seconds = time.perf_counter() - self.started - self.pack_seconds
         layers = (
-            LoadedLayer(each.packed, each.plan.uses, bias)
+            LoadedLayer(each.plan.prefix, each.packed, each.plan.uses, bias)
             for each, bias in zip(self.loaders, self._with_bias, strict=True)
         )
-        self.warmed = warm_up(layers, self.target, self.max_tokens)
+        self.warmed = warm_up(
+            layers,
+            self.target,
+            self.max_tokens,
+            check=self.settings.check_kernels,
+            ahead=self._ahead,
+        )
+        self._ahead.clear()
         if self.rank.reports:
             self._report(note)
 
@@ -147,14 +179,17 @@ class WorkerState:
         log_plan(self.plans, self.unquantized)
         logger.info(
             "fusedq loading: %.2f s, %.1f MB read; repacking: %.2f s, %.1f MB resident; "
-            "warm-up: %.2f s, %d launches",
+            "warm-up: %.2f s, %d launches, %d of them compared with PyTorch",
             self.load_seconds,
             self.stored_bytes / 1e6,
             self.pack_seconds,
             self.resident_bytes / 1e6,
             self.warmed.seconds,
             self.warmed.launches,
+            self.warmed.checked,
         )
+        if self.warmed.cache is not None:
+            logger.info("fusedq kernels are kept compiled in %s", self.warmed.cache)
         if self.settings.report is not None:
             path = self.rank.report_file(Path(self.settings.report), self.draft)
             write_document(path, self.document())

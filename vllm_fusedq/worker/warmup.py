@@ -1,61 +1,108 @@
-"""Runs every launch that a model can reach once, so that nothing is compiled while serving."""
+"""Readies every launch that a model can reach, so that nothing is compiled while serving.
+
+What has to be compiled is known once the layers exist: `compile_ahead` does that on all cores while
+weights are read. `warm_up` then runs each launch, and compares it with plain PyTorch on a GPU.
+"""
 
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from fusedq_kernels import warmup
-from fusedq_kernels.types import PackedWeight
-from vllm_fusedq.plan.layer import Target
-from vllm_fusedq.plan.uses import Use
+from fusedq_kernels.layouts import packing
+from vllm_fusedq.plan.layer import LayerPlan, Target
+from vllm_fusedq.prove.launches import LoadedLayer, run_launches
+
+if TYPE_CHECKING:
+    from fusedq_kernels.cuda.ahead import AheadCompiler
 
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """`launches` kernels ran once each, in `seconds`."""
+    """`launches` kernels ran, in `seconds`, of which `waited` for the compiler; `checked` of them
+    were compared with plain PyTorch. Compiled kernels lie in `cache`, None where there are none."""
 
     seconds: float
     launches: int
+    waited: float = 0.0
+    checked: int = 0
+    cache: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedLayer:
-    """A layer's resident weight, the uses that its plan names, and whether it adds a bias."""
+def compile_ahead(
+    plans: Iterable[tuple[LayerPlan, bool]],
+    target: Target,
+    max_tokens: int,
+    device: torch.device,
+) -> "AheadCompiler | None":
+    """Start to compile each distinct launch of layers, each with whether it has a bias.
 
-    packed: PackedWeight
-    uses: tuple[Use, ...]
-    has_bias: bool
+    None where nothing is compiled: on a CPU, also in Triton's interpreter.
+    """
+    if device.type != "cuda":
+        return None
+    from fusedq_kernels.cuda.ahead import AheadCompiler
+
+    layers = {}
+    for plan, has_bias in plans:
+        packed = packing.empty_packed(
+            plan.layout,
+            plan.n,
+            plan.rows,
+            plan.spec,
+            plan.phase,
+            target.act_dtype,
+            "meta",
+            in_features=plan.k,
+            ordered=plan.ordered,
+        )
+        layer = LoadedLayer(plan.prefix, packed, plan.uses, has_bias)
+        layers.setdefault(layer.kind, layer)
+
+    def work() -> None:
+        for layer in layers.values():
+            for kernel, reached in layer.launches(target, max_tokens):
+                warmup.run_once(reached, kernel, layer.packed, target.act_dtype.torch)
+
+    return AheadCompiler(work, device)
 
 
-def warm_up(layers: Iterable[LoadedLayer], target: Target, max_tokens: int) -> WarmUp:
-    """Run each distinct launch of `layers` for 1 to `max_tokens` tokens, on zeros.
+def warm_up(
+    layers: Iterable[LoadedLayer],
+    target: Target,
+    max_tokens: int,
+    *,
+    check: bool = True,
+    ahead: Iterable["AheadCompiler"] = (),
+) -> WarmUp:
+    """Run each distinct launch of `layers` for 1 to `max_tokens` tokens.
 
-    Layers of one shape and scheme share their launches. In Triton's interpreter there is nothing to
-    compile, and nothing is run.
+    Layers of one shape and scheme share their launches. On a GPU each is compared with plain
+    PyTorch if `check`. In Triton's interpreter there is nothing to compile, and nothing is run.
+
+    Raises:
+        KernelError: a launch does not run here, or is wrong.
     """
     start = time.perf_counter()
+    cache = None
+    for compiler in ahead:
+        compiler.wait()
+        cache = str(compiler.cache)
+    waited = time.perf_counter() - start
     distinct: dict[object, LoadedLayer] = {}
     for layer in layers:
-        packed = layer.packed
-        key = (packed.spec, packed.n, packed.k, packed.phase, packed.perm is None)
-        kernels = tuple(use.call.kernel for use in layer.uses)
-        distinct.setdefault((*key, kernels, layer.has_bias), layer)
-    count = sum(_run(layer, target, max_tokens) for layer in distinct.values())
+        device = layer.packed.qweight.device.type
+        if all(kernel.device == device for kernel in layer.kernels):
+            distinct.setdefault(layer.kind, layer)
+    count = checked = 0
+    for layer in distinct.values():
+        compare = check and layer.packed.qweight.is_cuda
+        ran = run_launches(layer, target, max_tokens, compare=compare)
+        count += ran
+        checked += ran * compare
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return WarmUp(time.perf_counter() - start, count)
-
-
-def _run(layer: LoadedLayer, target: Target, max_tokens: int) -> int:
-    return sum(
-        warmup.warm_up(
-            *(use.kernel, layer.packed, target.device, target.act_dtype.torch, max_tokens),
-            # A row-parallel layer adds its bias on the first rank only.
-            with_bias={False, layer.has_bias},
-            policy=target.policy,
-        )
-        for use in layer.uses
-        if use.kernel.device == layer.packed.qweight.device.type
-    )
+    return WarmUp(time.perf_counter() - start, count, waited, checked, cache)

@@ -1,0 +1,113 @@
+"""Every launch of a layer, compared with PyTorch: right ones pass, a wrong one names its layer."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+
+from fusedq_kernels import ops, prepared, testing
+from fusedq_kernels.choose.device import device_by_name
+from fusedq_kernels.cuda.decode import DECODERS
+from fusedq_kernels.layouts import packing
+from fusedq_kernels.types import TILED_LAYOUTS, Policy, QuantSpec, WeightType
+from vllm_fusedq.errors import KernelError
+from vllm_fusedq.plan.layer import Target
+from vllm_fusedq.prove.launches import LoadedLayer, run_launches
+
+N, K = 160, 256
+TARGET = Target(device_by_name("h200"), torch.float16)
+
+
+def layer(weight_type: WeightType, has_bias: bool = True) -> LoadedLayer:
+    spec = QuantSpec(weight_type, 64, torch.float32)
+    logical = testing.random_logical(N, K, spec)
+    packed = packing.pack(logical, TILED_LAYOUTS[weight_type], torch.float16)
+    return LoadedLayer("layers.3.qkv_proj", packed, "triton-gemm", has_bias, "triton-gather")
+
+
+@pytest.fixture
+def fresh() -> None:
+    """Kernels are prepared anew, before and after."""
+    prepared.prepared.cache_clear()
+    yield
+    prepared.prepared.cache_clear()
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_right_launches_are_counted(batch_invariant: bool) -> None:
+    target = replace(TARGET, policy=Policy(batch_invariant))
+    fp4 = layer(WeightType.FP4)
+    count = run_launches(fp4, target, 70, compare=True)
+    assert count == len(list(fp4.launches(target, 70))) > 4
+    assert {reached.has_bias for _, reached in fp4.launches(target, 70)} == {False, True}
+    assert run_launches(fp4, target, 70, compare=False) == count
+
+
+def test_a_wrong_decoder_names_layer_launch_and_versions(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DECODERS, WeightType.FP4, DECODERS[WeightType.NF4])
+    with pytest.raises(KernelError) as error:
+        run_launches(replace(layer(WeightType.FP4), gather=None), TARGET, 70, compare=True)
+    message = str(error.value)
+    assert message.startswith(
+        "layers.3.qkv_proj (fp4, groups of 64, [160, 256] out_features x in_features per rank): "
+        "found that triton-gemm 8x"
+    )
+    assert "with 1 tokens and no bias is wrong on h200 with Triton " in message
+    assert f"Triton {triton.__version__}, activations float16: " in message
+    assert " of 160 outputs wrong (the worst: token 0, output " in message
+    assert "supported: what plain PyTorch computes in float64, within rounding; " in message
+    assert message.endswith("and report this message")
+
+
+def test_a_launch_that_is_wrong_with_a_bias_alone_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = ops.run
+
+    def run(x, packed, bias, launch, out=None):
+        y = real(x, packed, bias, launch, out=out)
+        if bias is not None and len(x) > 64:
+            y[64, 159] += 1
+        return y
+
+    monkeypatch.setattr(ops, "run", run)
+    assert run_launches(layer(WeightType.FP4, has_bias=False), TARGET, 70, compare=True)
+    with pytest.raises(KernelError, match=r"with 65 tokens and a bias is wrong .* output 159: "):
+        run_launches(layer(WeightType.FP4), TARGET, 70, compare=True)
+
+
+@pytest.mark.parametrize("compare", [True, False])
+def test_a_kernel_that_does_not_compile_is_named(
+    monkeypatch: pytest.MonkeyPatch, compare: bool
+) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise RuntimeError("ptxas went away")
+
+    monkeypatch.setattr(ops, "run", run)
+    with pytest.raises(KernelError) as error:
+        run_launches(layer(WeightType.FP4), TARGET, 70, compare=compare)
+    assert "does not run on h200 with Triton " in str(error.value)
+    assert "(RuntimeError: ptxas went away); supported: launches that compile" in str(error.value)
+
+
+def test_memory_that_runs_out_is_no_fault_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ops, "run", run)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_launches(layer(WeightType.FP4), TARGET, 70, compare=True)
+
+
+def test_a_models_default_dtype_does_not_blur_the_truth(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM loads weights with the model's dtype as torch's default."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert run_launches(layer(WeightType.NF4), TARGET, 17, compare=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
