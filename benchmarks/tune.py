@@ -39,6 +39,7 @@ from fusedq_kernels.types import (
     WeightType,
 )
 from gemmbench import candidates, shapes, weights
+from gemmbench.answers import Answer
 from gemmbench.comparison import weight_types
 from gemmbench.own import device_spec
 from gemmbench.results import Problem, ResultFile, Row, commit, environment, results_folder
@@ -139,6 +140,7 @@ class Weight:
     def __init__(self, n: int, k: int, spec: QuantSpec, device: torch.device) -> None:
         self._spec, self._device = spec, device
         self._logical = weights.random_weight(n, k, spec, device)
+        self._bias = weights.random_tokens(1, n, torch.bfloat16, device, seed=2)[0]
         first = self._pack()
         count = copies_for(weights.packed_bytes(first), device)
         self._copies = [first, *(self._pack() for _ in range(count - 1))]
@@ -154,21 +156,24 @@ class Weight:
         assert rates is not None, "every known device has rates"
         tiles = candidates.candidates(GemmShape(m, n, k), self._spec, hardware, rates, keep)
         x = weights.random_tokens(m, k, torch.bfloat16, self._device)
+        answer = Answer(x, self._logical)
         problem = _problem(n, k, self._spec, m)._asdict()
         launches = [Launch(KERNEL, tile, "candidate") for tile in tiles]
         if m >= candidates.MIN_SLICED_M:
             launches.append(Launch("sliced-cublas", None, "candidate"))
-        return [{**problem, **_cells(launch), **self._time(launch, x)} for launch in launches]
+        return [
+            {**problem, **_cells(launch), **self._time(launch, x, answer)} for launch in launches
+        ]
 
     def _pack(self) -> PackedWeight:
         return weights.packed_for_gpu(self._logical, torch.bfloat16)
 
-    def _time(self, launch: Launch, x: torch.Tensor) -> Row:
+    def _time(self, launch: Launch, x: torch.Tensor, answer: Answer) -> Row:
         try:
-            y = ops.run(x, self._copies[0], None, launch)
-            error = weights.rms_error(y, x, self._logical)
-            if error > weights.MAX_RMS_ERROR:
-                return {"us": "", "note": f"WRONG: RMS error {error:.2e}"}
+            for bias in (self._bias, None):
+                errors = answer.errors(ops.run(x, self._copies[0], bias, launch), bias)
+                if errors.verdict:
+                    return {"us": "", "note": f"WRONG: {errors.verdict}"}
             calls = [
                 lambda packed=packed: ops.run(x, packed, None, launch) for packed in self._copies
             ]
@@ -177,7 +182,7 @@ class Weight:
             # Too much shared memory, for one; a broken CUDA context fails every later row as well.
             return {"us": "", "note": f"FAILED: {type(error).__name__}: {error}"[:200]}
         times = {"us": round(timing.us, 3), "iqr_us": round(timing.iqr_us, 3)}
-        return {**times, "rms_error": f"{error:.2e}"}
+        return {**times, "rms_error": f"{errors.rms:.2e}"}
 
 
 def write_rows(file: ResultFile, path: Path) -> None:

@@ -17,6 +17,7 @@ from fusedq_kernels.types import (
     WeightType,
 )
 from gemmbench.ablation import ABLATIONS
+from gemmbench.answers import Answer
 from gemmbench.contender import Contender, Prepared, Unavailable
 from gemmbench.libraries import LIBRARIES
 from gemmbench.own import OWN, device_spec
@@ -26,12 +27,10 @@ from gemmbench.timing import Timing, copies_for, measure
 from gemmbench.triton_kernels import load_only
 from gemmbench.vllm_linear import VLLM
 from gemmbench.weights import (
-    MAX_RMS_ERROR,
     packed_bytes,
     packed_for_gpu,
     random_tokens,
     random_weight,
-    rms_error,
 )
 
 CONTENDERS: tuple[Contender, ...] = (*OWN, *VLLM, *LIBRARIES, *ABLATIONS)
@@ -110,6 +109,7 @@ class Comparison:
     ) -> None:
         self._device, self._act_dtype, self._marker = device, act_dtype, marker
         self._logical = random_weight(n, k, spec, device)
+        self._bias = random_tokens(1, n, act_dtype, device, seed=2)[0]
         types = (spec.weight_type.value, spec.group_size, DType.of(act_dtype).value)
         self._problem = Problem(*types, n, k, 0)
         self.refused: dict[str, str] = {}
@@ -120,11 +120,12 @@ class Comparison:
         """A row for each contender that is right, and one without a time for each that is not."""
         problem = self._problem._replace(m=m)
         x = random_tokens(m, problem.k, self._act_dtype, self._device)
+        answer = Answer(x, self._logical)
         twin = self._measure_twin(m)
         rows: list[Row] = []
         for runner in self._runners:
             self._marker.running(runner.contender.name, problem)
-            rows.append(self._row(runner, x))
+            rows.append(self._row(runner, x, answer))
         self._marker.clear()
         cublas = next((r["us"] for r in rows if r["kernel"] == YARDSTICK and r["us"]), None)
         for row in rows:
@@ -153,16 +154,20 @@ class Comparison:
                 self.refused[contender.name] = f"{type(error).__name__}: {error}"
         self._marker.clear()
 
-    def _row(self, runner: Runner, x: torch.Tensor) -> Row:
+    def _row(self, runner: Runner, x: torch.Tensor, answer: Answer) -> Row:
         first = runner.copies[0]
         m, n, k = x.shape[0], self._problem.n, self._problem.k
         row: Row = {"kernel": runner.contender.name, "version": runner.contender.version()}
         try:
             row["detail"] = first.detail(m)
-            error = rms_error(first.run(x), x, self._logical)
-            if first.checked and error > MAX_RMS_ERROR:
-                wrong = f"WRONG, not timed: RMS error {error:.2e}, at most {MAX_RMS_ERROR:.0e}"
-                return row | {"us": "", "rms_error": f"{error:.2e}", "detail": wrong}
+            errors = answer.errors(first.run(x))
+            verdict = errors.verdict
+            if not verdict and first.with_bias is not None:
+                verdict = answer.errors(first.with_bias(x, self._bias), self._bias).verdict
+                verdict = verdict and f"with a bias, {verdict}"
+            if first.checked and verdict:
+                wrong = f"WRONG, not timed: {verdict}"
+                return row | {"us": "", "rms_error": f"{errors.rms:.2e}", "detail": wrong}
             # `run` is bound now, not when the graph is captured.
             calls = [lambda run=copy.run: run(x) for copy in runner.copies]
             timing = measure(calls, self._device)
@@ -175,7 +180,7 @@ class Comparison:
             "tflops": _round(2 * m * n * k / timing.us / 1e6),
             "weight_gbs": _round(first.weight_bytes / timing.us / 1e3, 1),
             "dram_mb": _round(first.dram_bytes(m) / 1e6),
-            "rms_error": f"{error:.2e}",
+            "rms_error": f"{errors.rms:.2e}",
             **(self._predicted(m) if runner.contender.name == OWN[0].name else {}),
         }
 

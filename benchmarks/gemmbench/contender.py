@@ -19,7 +19,7 @@ class Prepared(NamedTuple):
     `run(x)` multiplies `[M, K]` tokens and returns `[M, N]`. `weight_bytes` is what one call reads
     of the weight, metadata included; `dram_bytes(m)` the least that a call moves through DRAM.
     `detail(m)` names what ran: a tile, a kernel that a library chose. Only what is `checked` must
-    give the right answer.
+    give the right answer, and also `with_bias(x, bias)` where there is one.
     """
 
     run: Callable[[torch.Tensor], torch.Tensor]
@@ -27,6 +27,7 @@ class Prepared(NamedTuple):
     dram_bytes: Callable[[int], int]
     detail: Callable[[int], str]
     checked: bool = True
+    with_bias: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 class Contender(Protocol):

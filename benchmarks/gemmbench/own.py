@@ -53,10 +53,10 @@ class Fused:
                 return f"{slice_rows(n, k)} outputs per slice"
             return select(GemmShape(m, n, k), logical.spec, device, policy).source
 
-        def run(x: torch.Tensor) -> torch.Tensor:
-            return fusedq_kernels.matmul(x, packed, None, self.kernel, policy)
+        def run(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            return fusedq_kernels.matmul(x, packed, bias, self.kernel, policy)
 
-        return Prepared(run, size, fused_dram_bytes(size, n, k), source)
+        return Prepared(run, size, fused_dram_bytes(size, n, k), source, with_bias=run)
 
 
 @dataclass(frozen=True)

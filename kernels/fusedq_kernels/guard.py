@@ -7,6 +7,7 @@ behind the last token may be written.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,14 +59,26 @@ class Truth:
             )
             for shape in ((TOKENS, packed.k), (packed.n,))
         )
-        exact, limits = x.double(), torch.finfo(act_dtype)
+        weights = (
+            reference.dequantize(
+                replace(packing.unpack_rows(packed, start, stop), perm=None, in_features=0),
+                act_dtype,
+            ).double()
+            for start, stop in packing.stripes(packed.n, packed.k * _NARROWER, device)
+        )
+        return cls.of_tokens(x, bias, weights)
+
+    @classmethod
+    def of_tokens(
+        cls, x: torch.Tensor, bias: torch.Tensor, weights: Iterable[torch.Tensor]
+    ) -> "Truth":
+        """For other tokens `[M, K]` and a weight in stripes of rows, float64 `[rows, K]`."""
+        exact, limits = x.double(), torch.finfo(x.dtype)
         squares, half_unit = exact.square(), limits.eps / 2
         found: list[list[torch.Tensor]] = [[], [], []]
-        for start, stop in packing.stripes(packed.n, packed.k * _NARROWER, device):
-            rows = replace(packing.unpack_rows(packed, start, stop), perm=None, in_features=0)
-            weight = reference.dequantize(rows, act_dtype).double()
+        for weight in weights:
             found[0].append(exact @ weight.t())
-            weight.square_()
+            weight = weight.square()
             found[1].append((squares @ weight.t()).sqrt_())
             # Below the smallest normal number units do not shrink
             weight.clamp_(min=limits.smallest_normal**2).mul_(half_unit**2)
@@ -102,12 +115,19 @@ class Difference:
 def check(
     reached: Reached, kernel: Kernel, packed: PackedWeight, truth: Truth
 ) -> Difference | None:
-    """Run one launch twice; None if it is right.
+    """Run one launch twice with its fewest tokens, and with a whole tile of them; None if right.
 
     `truth` is `packed`'s. A weight's `perm` is not followed: the operator gathers, not the kernel.
     """
     if kernel.op is Op.EMBEDDING:
         return _check_lookup(reached, kernel, packed, truth.x.dtype)
+    tile = reached.launch.tile
+    tokens = {reached.tokens, max(reached.tokens, tile.block_m if tile is not None else 0)}
+    found = (_check_tokens(reached._replace(tokens=m), packed, truth) for m in sorted(tokens))
+    return next(filter(None, found), None)
+
+
+def _check_tokens(reached: Reached, packed: PackedWeight, truth: Truth) -> Difference | None:
     m, n = reached.tokens, packed.n
     x = truth.x[torch.arange(m, device=truth.x.device) % TOKENS]
     bias = truth.bias if reached.has_bias else None
@@ -147,25 +167,29 @@ def _worst(parts: tuple[torch.Tensor, ...], expected: torch.Tensor, allowed: tor
     )
 
 
+def spreads(outputs: int) -> float:
+    """How many spreads the largest of so many sums of random errors stays within (Hoeffding)."""
+    return math.sqrt(2 * math.log(2 * outputs / FALSE_ALARM))
+
+
 def tolerance(
     launch: Launch, truth: Truth, expected: torch.Tensor, outputs: int, k: int
 ) -> torch.Tensor:
     """By how much each output may differ from `expected`, `[TOKENS, N]`.
 
     An output is rounded once to its dtype. A weight that is scaled before it is multiplied is
-    rounded too, and the errors of K weights add up at random: the largest of `outputs` sums stays
-    within as many spreads as Hoeffding's inequality says. fp32 sums may be cut off instead of
-    rounded, after every eight products. cuBLAS may add parts of K, and then the bias, in 16 bits.
+    rounded too, and the errors of K weights add up at random, to as many `spreads` as the largest
+    of `outputs` sums may have. fp32 sums may be cut off instead of rounded, after every eight
+    products. cuBLAS may add parts of K, and then the bias, in 16 bits.
     """
     limits = torch.finfo(truth.x.dtype)
-    half_unit = limits.eps / 2
-    spreads = math.sqrt(2 * math.log(2 * outputs / FALSE_ALARM))
+    half_unit, most = limits.eps / 2, spreads(outputs)
     adding = (k / 8 + 64) * torch.finfo(torch.float32).eps
     allowed = expected.abs() * half_unit + truth.spread * adding
     if launch.tile is None or launch.tile.scale_weights:
-        allowed += truth.rounding * spreads
+        allowed += truth.rounding * most
     if launch.tile is None:
-        allowed += (truth.sums.abs() + truth.spread * spreads) * half_unit
+        allowed += (truth.sums.abs() + truth.spread * most) * half_unit
     allowed += limits.smallest_normal * half_unit
     allowed *= 1 + limits.eps
     # What is too large for the dtype is infinite

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusedq_kernels import reference
 from fusedq_kernels.types import LogicalWeight, WeightType
-from gemmbench import comparison, shapes, timing, weights
+from gemmbench import answers, comparison, shapes, timing, weights
 from gemmbench.contender import Prepared, Unavailable
 from gemmbench.libraries import LIBRARIES
 from gemmbench.own import OWN, Fused
@@ -83,7 +84,9 @@ def test_contenders_multiply_by_the_weight_they_were_given(
         prepared = contender.prepare(logical, torch.float16)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    assert weights.rms_error(prepared.run(x), x, logical) < 1e-3
+    errors = answers.Answer(x, logical).errors(prepared.run(x))
+    assert errors.rms < 1e-3
+    assert not errors.wrong
     assert prepared.dram_bytes(3) >= prepared.weight_bytes
 
 
@@ -127,16 +130,44 @@ def test_words_hold_codes_from_the_low_bits_up() -> None:
     assert pack_words(codes, 8).tolist() == [[0x04030201, 0x0F070605]]
 
 
-def test_rms_error_sees_the_ends_of_large_problems_and_nan() -> None:
+@pytest.mark.parametrize("at", [(0, 0), (1023, 24_575), (700, 11_111)])
+def test_one_wrong_output_of_25_million_is_seen(at: tuple[int, int]) -> None:
+    spec = weights.default_spec(WeightType.UINT4B8, None, 128, torch.bfloat16)
+    logical = weights.random_weight(24_576, 128, spec, CPU)
+    x = weights.random_tokens(1024, 128, torch.bfloat16, CPU)
+    answer = answers.Answer(x, logical)
+    weight = reference.dequantize(logical, torch.bfloat16).bfloat16()
+    y = (x.float() @ weight.float().t()).bfloat16()
+    errors = answer.errors(y)
+    assert errors.verdict == ""
+    assert 1e-3 < errors.rms < 3e-3
+    row = weight[at[1]].float().norm().item()
+    for value in (y[at].item() + 0.15 * row, torch.nan):
+        y[at] = value
+        assert answer.errors(y).wrong == 1
+        assert answer.errors(y).verdict
+
+
+def test_a_bias_is_part_of_the_answer() -> None:
     spec = weights.default_spec(WeightType.UINT4B8, None, 128, torch.float16)
-    logical = weights.random_weight(2048, 128, spec, CPU)
-    x = weights.random_tokens(256, 128, torch.float16, CPU)
-    y = Fused().prepare(logical, torch.float16).run(x)
-    assert weights.rms_error(y, x, logical) < 1e-3
-    for token, row in ((0, 0), (255, 2047)):
-        broken = y.clone()
-        broken[token, row] = torch.nan
-        assert weights.rms_error(broken, x, logical) == float("inf")
+    logical = weights.random_weight(64, 128, spec, CPU)
+    x, bias = weights.random_tokens(3, 128, torch.float16, CPU), torch.full((64,), 9.0).half()
+    answer = answers.Answer(x, logical)
+    y = Fused().prepare(logical, torch.float16).with_bias(x, bias)
+    assert answer.errors(y, bias).verdict == ""
+    assert answer.errors(y).verdict.startswith("RMS error ")
+
+
+def test_what_is_wrong_with_a_bias_alone_is_not_timed(tmp_path: Path) -> None:
+    class Forgetful(Fused):
+        def prepare(self, logical: LogicalWeight, act_dtype: torch.dtype) -> Prepared:
+            right = super().prepare(logical, act_dtype)
+            return right._replace(with_bias=lambda x, bias: right.run(x))
+
+    rows = compare([Forgetful("forgetful")], tmp_path).measure(2)
+    (row,) = [row for row in rows if row["kernel"] == "forgetful"]
+    assert row["us"] == ""
+    assert row["detail"].startswith("WRONG, not timed: with a bias, RMS error ")
 
 
 def test_median_and_spread_of_times() -> None:

@@ -7,8 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 import kernels_correct
-from fusedq_kernels import ops
-from fusedq_kernels.types import QuantSpec, WeightType
+from fusedq_kernels import guard, ops
+from fusedq_kernels.types import Launch, QuantSpec, TileConfig, WeightType
 from gemmbench import exactness
 from gemmbench.results import ResultFile
 
@@ -47,7 +47,7 @@ def test_shards_of_the_cases_are_all_of_them() -> None:
 def test_a_slightly_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ops.run
     monkeypatch.setattr(ops, "run", lambda *a: real(*a) * 1.001)
-    with pytest.raises(AssertionError, match=r"M=3 Launch.*: RMS error 1\.0\de-03, bound 2\.8e"):
+    with pytest.raises(AssertionError, match=r"M=3 Launch.*, no bias: .* RMS error 9\.\d\de-04, b"):
         exactness.check_right(subject(), 3, every_tile=False)
 
 
@@ -62,6 +62,44 @@ def test_an_output_that_is_never_written_is_seen(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ops, "run", forgetful)
     with pytest.raises(AssertionError, match="RMS error nan"):
         exactness.check_right(subject(), 3, every_tile=False)
+
+
+@pytest.mark.parametrize("at", [(0, 0), (2, 71), (2, 0)])
+def test_one_output_that_is_wrong_with_a_bias_alone_is_seen(
+    monkeypatch: pytest.MonkeyPatch, at: tuple[int, int]
+) -> None:
+    real = ops.run
+
+    def run(x, packed, bias, launch):
+        y = real(x, packed, bias, launch)
+        if bias is not None:
+            # The smallest step that no rounding of the output explains
+            y[at] += 4 * torch.finfo(y.dtype).eps * max(1, y[at].abs().item())
+        return y
+
+    monkeypatch.setattr(ops, "run", run)
+    with pytest.raises(AssertionError, match=r"M=3 .*, a bias: 1 of 216 outputs wrong"):
+        exactness.check_right(subject(), 3, every_tile=False)
+
+
+@pytest.mark.parametrize("tile", [TileConfig(64, 128, 1, 4, 2, scale_weights=True), None])
+def test_the_bound_follows_from_the_number_of_outputs(tile: TileConfig | None) -> None:
+    """Of 25 million right outputs none is taken for wrong, and one that is wrong is seen."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((25_600, 64), generator=generator)
+    # Per-channel scales: rows of norms that differ
+    weight *= torch.rand((25_600, 1), generator=generator) + 0.5
+    x = torch.randn((1000, 64), generator=generator).bfloat16()
+    truths = [
+        guard.Truth.of_tokens(part, weight[:, 0].bfloat16(), [weight.double()])
+        for part in x.split(exactness._TOKENS)
+    ]
+    y = (x.float() @ weight.bfloat16().float().t()).bfloat16()
+    launch = Launch("triton-gemm", tile, "test")
+    assert 1e-3 < exactness._check_outputs(y, False, launch, truths) < 3e-3
+    y[999, 25_599] += 0.08 * weight[25_599].norm() + 0.01 * y[999, 25_599].abs()
+    with pytest.raises(AssertionError, match="1 of 25600000 outputs wrong"):
+        exactness._check_outputs(y, False, launch, truths)
 
 
 def test_bits_that_change_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

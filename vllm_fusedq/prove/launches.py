@@ -80,7 +80,7 @@ def run_launches(layer: LoadedLayer, target: Target, max_tokens: int, *, compare
         except Exception as error:
             raise _does_not_run(layer, target, reached, error) from error
         if found is not None:
-            raise _is_wrong(layer, target, reached, found)
+            raise _is_wrong(layer, target, found)
         count += 1
     return count
 
@@ -95,12 +95,10 @@ def _does_not_run(
     )
 
 
-def _is_wrong(
-    layer: LoadedLayer, target: Target, reached: Reached, found: guard.Difference
-) -> KernelError:
+def _is_wrong(layer: LoadedLayer, target: Target, found: guard.Difference) -> KernelError:
     return KernelError(
-        f"{_where(layer)}: found that {reached} is wrong on {_here(target)}: {found}; supported: "
-        f"what plain PyTorch computes in float64, within rounding; {_WAY_OUT}"
+        f"{_where(layer)}: found that {found.reached} is wrong on {_here(target)}: {found}; "
+        f"supported: what plain PyTorch computes in float64, within rounding; {_WAY_OUT}"
     )
 
 
