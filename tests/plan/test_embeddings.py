@@ -33,9 +33,9 @@ from vllm_fusedq.plan.capacity import Demand, capacity_of
 from vllm_fusedq.plan.layer import LayerPlan, Target, plan_layer
 from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.plan.shards import shard_embedding
+from vllm_fusedq.prove.launches import LoadedLayer
 from vllm_fusedq.prove.selfcheck import check_layer
 from vllm_fusedq.prove.trace import judge, record
-from vllm_fusedq.prove.launches import LoadedLayer
 from vllm_fusedq.worker.warmup import warm_up
 
 HALF = torch.float16

@@ -7,12 +7,14 @@ import torch
 import triton
 
 from fusedq_kernels import ops, prepared, testing
+from fusedq_kernels.call import Call
 from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.cuda.decode import DECODERS
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import TILED_LAYOUTS, Policy, QuantSpec, WeightType
 from vllm_fusedq.errors import KernelError
 from vllm_fusedq.plan.layer import Target
+from vllm_fusedq.plan.uses import Use
 from vllm_fusedq.prove.launches import LoadedLayer, run_launches
 
 N, K = 160, 256
@@ -23,7 +25,11 @@ def layer(weight_type: WeightType, has_bias: bool = True) -> LoadedLayer:
     spec = QuantSpec(weight_type, 64, torch.float32)
     logical = testing.random_logical(N, K, spec)
     packed = packing.pack(logical, TILED_LAYOUTS[weight_type], torch.float16)
-    return LoadedLayer("layers.3.qkv_proj", packed, "triton-gemm", has_bias, "triton-gather")
+    uses = tuple(
+        Use.of(Call.of(packed, kernel, torch.float16), TARGET.device)
+        for kernel in ("triton-gather", "triton-gemm")
+    )
+    return LoadedLayer("layers.3.qkv_proj", packed, uses, has_bias)
 
 
 @pytest.fixture

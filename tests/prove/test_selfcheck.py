@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from checkpoints import ALL_BUILDS, write_checkpoint
-from fusedq_kernels.choose.device import cpu_device
+from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import LogicalWeight, PackedWeight
 from heads import config_with_head, quantized_head
@@ -91,6 +91,39 @@ def test_a_kernel_that_reads_wrongly_is_found(
         assert check.wrong_values == 0
         assert check.max_error > check.limit
         assert not check.passed
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs where no GPU is")
+def test_on_a_gpu_every_launch_is_compared_in_both_modes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of the interpreter stand for those of a GPU."""
+    from fusedq_kernels import ops
+    from vllm_fusedq.prove import selfcheck
+
+    monkeypatch.setattr(selfcheck, "on_gpu", lambda packed: True)
+    monkeypatch.setattr(selfcheck, "MAX_TOKENS", 20)
+    write_checkpoint(tmp_path, "awq", hidden=128, intermediate=192)
+    checkpoint = read_checkpoint(tmp_path)
+    target = Target(device_by_name("h200"), torch.float16)
+    qkv = next(each for each in plan_model(checkpoint, target).layers if "qkv" in each.prefix)
+    check = check_layer(checkpoint, qkv, target, torch.device("cpu"))
+    assert check.passed
+    # Three kinds of tiles for up to 20 tokens, and two in batch-invariant mode
+    assert check.launches == 5
+    real = ops.run
+
+    def wrong_beyond_16(x, *rest, out):
+        y = real(x, *rest, out=out)
+        if len(x) > 16:
+            y[-1, -1] += 1
+        return y
+
+    monkeypatch.setattr(ops, "run", wrong_beyond_16)
+    check = check_layer(checkpoint, qkv, target, torch.device("cpu"))
+    assert not check.passed
+    assert "qkv_proj (uint4, groups of " in check.wrong_launch
+    assert "with 17 tokens and no bias is wrong on h200" in check.wrong_launch
 
 
 def run(*arguments: str) -> tuple[int, str]:

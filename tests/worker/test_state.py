@@ -3,7 +3,9 @@
 import json
 import logging
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import jsonschema
 import pytest
@@ -11,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from checkpoints import write_checkpoint
+from fusedq_kernels import warmup
 from fusedq_kernels.call import Call
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.layouts.packing import empty_packed
@@ -24,7 +27,7 @@ from vllm_fusedq.prove.launches import LoadedLayer
 from vllm_fusedq.report.document import write_document
 from vllm_fusedq.settings import Settings
 from vllm_fusedq.worker.state import WorkerRank, WorkerState
-from vllm_fusedq.worker.warmup import warm_up
+from vllm_fusedq.worker.warmup import compile_ahead, warm_up
 
 PLAN_SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "schemas" / "plan.v1.json"
 STRIPED = Target(cpu_device(fused_op=False), torch.bfloat16)
@@ -113,3 +116,89 @@ def test_a_document_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         write_document(target, {"a": object()})
     assert json.loads(target.read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+class Compiler:
+    """Stands for `AheadCompiler`: keeps what it was given."""
+
+    made: ClassVar[list["Compiler"]] = []
+    cache = Path("some/cache")
+
+    def __init__(self, work: Callable[[], None], device: torch.device) -> None:
+        self.work, self.device, self.waited = work, device, 0
+        self.made.append(self)
+
+    def wait(self) -> None:
+        self.waited += 1
+
+
+def test_the_first_weight_compiles_each_kind_of_layer_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedq_kernels.cuda import ahead
+
+    monkeypatch.setattr(ahead, "AheadCompiler", Compiler)
+    monkeypatch.setattr(Compiler, "made", [])
+    write_checkpoint(tmp_path, "awq", layers=2)
+    target = Target(device_by_name("h200"), torch.float16)
+    state = WorkerState(target, Settings(), max_tokens=20)
+    biased: list[str] = []
+    plans = plan_model(read_checkpoint(tmp_path), target).layers
+    for plan in plans:
+        state.layer_created(plan, lambda plan=plan: plan.prefix in biased)
+    assert state.plans == list(plans)
+    # A layer's bias is registered after its weights
+    biased.extend(plan.prefix for plan in plans if "qkv" in plan.prefix)
+    device = torch.device("cuda", 1)
+    for _ in range(3):
+        state.weight_arrives(device)
+    (compiler,) = Compiler.made
+    assert compiler.device == device
+    compiled = []
+    monkeypatch.setattr(
+        warmup,
+        "run_once",
+        lambda reached, kernel, packed, dtype: compiled.append((reached, packed)),
+    )
+    compiler.work()
+    assert {packed.qweight.device.type for _, packed in compiled} == {"meta"}
+    # Four kinds of layers in two blocks
+    assert len({id(packed) for _, packed in compiled}) == 4
+    assert {packed.n for reached, packed in compiled if reached.has_bias} == {
+        plan.n for plan in plans if "qkv" in plan.prefix
+    }
+    # Blocks of multi-token prediction come later
+    state.layer_created(plans[0], lambda: False)
+    state.weight_arrives(device)
+    assert len(Compiler.made) == 2
+
+
+def test_on_a_cpu_nothing_is_compiled(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "awq")
+    plans = [(plan, False) for plan in plan_model(read_checkpoint(tmp_path), STRIPED).layers]
+    assert compile_ahead(plans, STRIPED, 64, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_the_warm_up_waits_for_the_compiler_and_compares_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, check: bool
+) -> None:
+    """The CPU's kernel stands for a GPU's, which is never without Triton."""
+    from vllm_fusedq.worker import warmup as worker_warmup
+
+    monkeypatch.setattr(worker_warmup, "on_gpu", lambda packed: True)
+    compared = []
+
+    def run(layer: LoadedLayer, target: Target, max_tokens: int, *, compare: bool) -> int:
+        compared.append((layer.name, compare))
+        return 3
+
+    monkeypatch.setattr(worker_warmup, "run_launches", run)
+    spec = QuantSpec(WeightType.UINT4B8, 128, torch.float16)
+    packed = empty_packed(TILED_LAYOUTS[spec.weight_type], 128, 128, spec, 0, torch.float16, "cpu")
+    layers = [LoadedLayer(name, packed, "cpu-striped", has_bias=False) for name in ("a", "b")]
+    compiler = Compiler(lambda: None, torch.device("cuda"))
+    warmed = warm_up(layers, STRIPED, 64, check=check, ahead=[compiler])
+    assert compiler.waited == 1
+    assert compared == [("a", check)]
+    assert (warmed.launches, warmed.checked, warmed.cache) == (3, 3 * check, "some/cache")

@@ -86,13 +86,16 @@ def _run(
             *(f"{check.max_error:.1e}", f"{check.limit:.1e}", f"{check.rms_error:.1e}"),
             style="" if check.passed else "red",
         )
+        if check.wrong_launch:
+            err.print(check.wrong_launch, style="red", highlight=False)
     worst = max(checks, key=lambda check: check.max_error)
     failed = sum(not check.passed for check in checks)
+    launches = sum(check.launches for check in checks)
     with writing():
         out.print(table)
         out.print(
             f"{len(checks)} layers checked, {failed} failed; worst error {worst.max_error:.1e} of "
-            f"the reference's RMS in {worst.plan.name}",
+            f"the reference's RMS in {worst.plan.name}; {launches} launches compared",
             highlight=False,
         )
     return failed

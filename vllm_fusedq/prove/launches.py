@@ -57,6 +57,11 @@ class LoadedLayer:
             yield from ((kernel, each) for each in reached)
 
 
+def on_gpu(packed: PackedWeight) -> bool:
+    """Whether its launches are compiled for this machine, and so may be wrong on it alone."""
+    return packed.qweight.is_cuda
+
+
 def run_launches(layer: LoadedLayer, target: Target, max_tokens: int, *, compare: bool) -> int:
     """Run every launch of a layer, each compared with plain PyTorch or else on zeros.
 

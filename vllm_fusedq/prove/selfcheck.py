@@ -2,7 +2,8 @@
 
 For each layer the checkpoint's tensors are decoded once more and compared with what the resident
 weight unpacks to; then random activations are multiplied by the fused kernel and, in float64 and
-plain PyTorch, by the decoded weight. No vLLM is needed.
+plain PyTorch, by the decoded weight. On a GPU every launch that a layer can reach is compared as
+the loader's warm-up does, in batch-invariant mode too. No vLLM is needed.
 """
 
 from collections.abc import Iterator
@@ -15,16 +16,20 @@ from safetensors import safe_open
 from fusedq_kernels import ops, reference
 from fusedq_kernels.catalogue import Op
 from fusedq_kernels.layouts import packing
-from fusedq_kernels.types import Layout, LogicalWeight, PackedWeight
+from fusedq_kernels.types import Layout, LogicalWeight, PackedWeight, Policy
 from vllm_fusedq.checkpoint.read import Checkpoint
+from vllm_fusedq.errors import KernelError
 from vllm_fusedq.formats import stored_slices
 from vllm_fusedq.formats.layer import LayerFormat, Region
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.plan.shards import PartShard
+from vllm_fusedq.prove.launches import LoadedLayer, on_gpu, run_launches
 
 # Few, some and many tokens: decode and prefill run other tiles.
 TOKENS = (1, 17, 96)
+# Launches for up to so many tokens are compared on a GPU; vLLM's largest default batch.
+MAX_TOKENS = 16384
 # Rows decoded at a time: bounds the float64 copy of the weight.
 ROWS = 1024
 
@@ -36,7 +41,8 @@ class LayerCheck:
     `wrong_values` counts codes, scales and zero points that the resident weight holds wrongly, and
     values of an embedding that are looked up wrongly. `max_error` and `rms_error` are of the worst
     of several numbers of tokens, relative to the root-mean-square of the reference; `limit` is what
-    rounding alone can explain of `max_error`.
+    rounding alone can explain of `max_error`. `launches` were compared too, and `wrong_launch` says
+    which of them is wrong and how.
     """
 
     plan: LayerPlan
@@ -44,10 +50,13 @@ class LayerCheck:
     max_error: float
     rms_error: float
     limit: float
+    launches: int = 0
+    wrong_launch: str = ""
 
     @property
     def passed(self) -> bool:
-        return self.wrong_values == 0 and self.max_error <= self.limit
+        right = self.wrong_values == 0 and self.max_error <= self.limit
+        return right and not self.wrong_launch
 
 
 def check_layer(
@@ -92,7 +101,26 @@ def check_layer(
         max((worst for worst, _ in errors), default=0.0),
         max((rms for _, rms in errors), default=0.0),
         _limit(target.act_dtype.torch),
+        *_launches(checkpoint, plan, target, loader.packed),
     )
+
+
+def _launches(
+    checkpoint: Checkpoint, plan: LayerPlan, target: Target, packed: PackedWeight
+) -> tuple[int, str]:
+    """How many launches are right, and what is said of the first that is wrong."""
+    if not on_gpu(packed):
+        return 0, ""
+    has_bias = any(f"{part.module}.bias" in checkpoint.tensors for part in plan.shard.parts)
+    layer = LoadedLayer(plan.name, packed, plan.uses, has_bias)
+    count = 0
+    for batch_invariant in (False, True):
+        mode = replace(target, policy=Policy(batch_invariant))
+        try:
+            count += run_launches(layer, mode, MAX_TOKENS, compare=True)
+        except KernelError as error:
+            return count, str(error)
+    return count, ""
 
 
 def _stored(

@@ -118,7 +118,7 @@ class WorkerState:
         note = settle({name: one for each in self.loaders for name, one in each.findings.items()})
         self.load_seconds = time.perf_counter() - self.started - self.pack_seconds
         layers = (
-            LoadedLayer(each.plan.prefix, each.packed, each.plan.uses, bias)
+            LoadedLayer(each.plan.name, each.packed, each.plan.uses, bias)
             for each, bias in zip(self.loaders, self._with_bias, strict=True)
         )
         self.warmed = warm_up(

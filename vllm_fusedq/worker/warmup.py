@@ -14,7 +14,7 @@ import torch
 from fusedq_kernels import warmup
 from fusedq_kernels.layouts import packing
 from vllm_fusedq.plan.layer import LayerPlan, Target
-from vllm_fusedq.prove.launches import LoadedLayer, run_launches
+from vllm_fusedq.prove.launches import LoadedLayer, on_gpu, run_launches
 
 if TYPE_CHECKING:
     from fusedq_kernels.cuda.ahead import AheadCompiler
@@ -59,7 +59,7 @@ def compile_ahead(
             in_features=plan.k,
             ordered=plan.ordered,
         )
-        layer = LoadedLayer(plan.prefix, packed, plan.uses, has_bias)
+        layer = LoadedLayer(plan.name, packed, plan.uses, has_bias)
         layers.setdefault(layer.kind, layer)
 
     def work() -> None:
@@ -99,7 +99,7 @@ def warm_up(
             distinct.setdefault(layer.kind, layer)
     count = checked = 0
     for layer in distinct.values():
-        compare = check and layer.packed.qweight.is_cuda
+        compare = check and on_gpu(layer.packed)
         ran = run_launches(layer, target, max_tokens, compare=compare)
         count += ran
         checked += ran * compare

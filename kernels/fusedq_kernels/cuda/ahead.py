@@ -30,13 +30,19 @@ class AheadCompiler:
 
     Args:
         work: calls kernels, as `warmup.run_once` does.
-        device: of the CUDA device to compile for; None for the current one of every thread.
+        device: the CUDA device to compile for; None for the current one of every thread.
+        threads: that compile at a time; None for as many as there are cores.
     """
 
-    def __init__(self, work: Callable[[], object], device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        work: Callable[[], object],
+        device: torch.device | None = None,
+        threads: int | None = None,
+    ) -> None:
         self._work, self._device = work, device
         self.cache = cache_folder()
-        self.threads = len(os.sched_getaffinity(0))
+        self.threads = threads or len(os.sched_getaffinity(0))
         self._thread = threading.Thread(target=self._run, name="fusedq-compile", daemon=True)
         self._thread.start()
 

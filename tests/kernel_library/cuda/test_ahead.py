@@ -18,10 +18,10 @@ triton.knobs.compilation.listener = lambda **facts: hits.append(facts["cache_hit
 act, spec = torch.float16, types.QuantSpec(types.WeightType.UINT4B8, 128, torch.float16)
 tiles = [types.TileConfig(16, 64, 1, 4, 2), types.TileConfig(32, 64, 1, 4, 2)]
 
-def work():
+def work(device="meta"):
     # Two layers and two tiles: two binaries
     for n in (256, 512):
-        packed = packing.empty_packed(types.Layout.P4, n, 512, spec, 0, act, "meta")
+        packed = packing.empty_packed(types.Layout.P4, n, 512, spec, 0, act, device)
         for tile in tiles:
             reached = warmup.Reached(types.Launch("triton-gemm", tile, "test"), 3)
             warmup.run_once(reached, catalogue.TRITON_GEMM, packed, act)
@@ -72,7 +72,7 @@ def broken(self, *_):
 compiler.CUDABackend.make_cubin = broken
 compile_ahead()
 try:
-    work()
+    work("cpu")
 except RuntimeError as error:
     print(error)
 
