@@ -1,4 +1,4 @@
-"""Writes a checkpoint with random 4-bit weights in the layout of a real quantizer, for speed runs.
+"""Writes a checkpoint with random weights in the layout of a real quantizer, for speed runs.
 
     python benchmarks/random_checkpoint.py llama-3-8b gptq FOLDER
 
@@ -9,7 +9,9 @@ the GPU where there is one.
 
 import json
 import shutil
+import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,12 +19,16 @@ import torch
 import typer
 from safetensors.torch import save_file
 
+from fusedq_kernels.types import WeightType
 from gemmbench.shapes import MODELS, ModelShape
 
 GROUP_SIZE = 128
 PACK = 8
-# The standard deviation of codes that are equally likely from 0 to 15.
+NF4_BLOCK = 64
+# The standard deviation of codes that are equally likely from 0 to 15, to 255, of NF4's values.
 CODE_DEVIATION = 4.6
+BYTE_DEVIATION = 73.9
+NF4_DEVIATION = statistics.pstdev(WeightType.NF4.codebook)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -44,8 +50,8 @@ def write_random_checkpoint(
 ) -> None:
     """Write config.json and one safetensors file per block; the tokenizer is copied if given.
 
-    `layout` is a key of `LAYOUTS`: 4-bit weights with groups of 128 and fp16 scales, bf16 for all
-    else. Raises ValueError for an unknown layout.
+    `layout` is a key of `LAYOUTS`: weights in groups of 128 with fp16 scales, NF4 in blocks of 64
+    with fp32 ones, bf16 for all else. Raises ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
@@ -134,23 +140,55 @@ def _awq(n: int, k: int, generator: torch.Generator) -> Tensors:
     }
 
 
-def _compressed_tensors(n: int, k: int, generator: torch.Generator) -> Tensors:
+def _compressed_tensors(
+    n: int,
+    k: int,
+    generator: torch.Generator,
+    bits: int = 4,
+    deviation: float = CODE_DEVIATION,
+) -> Tensors:
     return {
-        "weight_packed": _words((n, k // PACK), generator),
-        "weight_scale": _scales((n, k // GROUP_SIZE), k, generator),
+        "weight_packed": _words((n, k * bits // 32), generator),
+        "weight_scale": _scales((n, k // GROUP_SIZE), k, generator, deviation),
         "weight_shape": torch.tensor([n, k]),
     }
 
 
-def _words(size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+def _nf4(n: int, k: int, generator: torch.Generator) -> Tensors:
+    state = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": "bfloat16", "shape": [n, k]}
+    absmax = _scales((n * k // NF4_BLOCK,), k, generator, NF4_DEVIATION).float()
+    text = json.dumps(state).encode()
+    return {
+        "weight": _words((n * k // 8, 1), generator).view(torch.uint8).reshape(-1, 1),
+        "weight.absmax": absmax,
+        "weight.quant_map": torch.tensor(WeightType.NF4.codebook),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(text), dtype=torch.uint8),
+    }
+
+
+def _words(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     options = {"generator": generator, "device": generator.device, "dtype": torch.int32}
     # The upper bound is exclusive and must itself be an int32.
     return torch.randint(-(2**31), 2**31 - 1, size, **options)
 
 
-def _scales(size: tuple[int, int], k: int, generator: torch.Generator) -> torch.Tensor:
+def _scales(
+    size: tuple[int, ...], k: int, generator: torch.Generator, deviation: float = CODE_DEVIATION
+) -> torch.Tensor:
     uniform = torch.rand(size, generator=generator, device=generator.device)
-    return ((0.5 + uniform) / (CODE_DEVIATION * k**0.5)).half()
+    return ((0.5 + uniform) / (deviation * k**0.5)).half()
+
+
+def _compressed_config(bits: int) -> dict[str, object]:
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group"}
+    group = {"targets": ["Linear"], "weights": {**weights, "group_size": GROUP_SIZE}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
 
 
 _COMMON = {"bits": 4, "group_size": GROUP_SIZE}
@@ -163,22 +201,17 @@ LAYOUTS: dict[str, tuple[Callable[..., Tensors], dict[str, object]]] = {
         },
     ),
     "awq": (_awq, {"quant_method": "awq", **_COMMON, "zero_point": True, "version": "gemm"}),
-    "compressed-tensors": (
-        _compressed_tensors,
+    "compressed-tensors": (_compressed_tensors, _compressed_config(4)),
+    "w8a16": (
+        partial(_compressed_tensors, bits=8, deviation=BYTE_DEVIATION),
+        _compressed_config(8),
+    ),
+    "nf4": (
+        _nf4,
         {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "ignore": ["lm_head"],
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": {
-                        **{"num_bits": 4, "type": "int", "symmetric": True},
-                        **{"strategy": "group", "group_size": GROUP_SIZE},
-                    },
-                }
-            },
+            **{"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False},
+            **{"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False},
+            **{"bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["lm_head"]},
         },
     ),
 }
