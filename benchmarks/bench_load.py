@@ -7,14 +7,15 @@ each width and for the packed layouts of both devices. Reading the file is not p
 the resident weight.
 """
 
-import argparse
 import csv
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from random_layers import RandomLayer, Tensors, random_layers
@@ -47,46 +48,50 @@ COLUMNS = (
 )
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DEVICES = {"cpu": cpu_device(fused_op=True), "gpu-layout": device_by_name("h200")}
+PLACES = ("cpu", "cuda")
+DRY_N, DRY_K = 64, 256
+
+app = typer.Typer(add_completion=False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=14336, help="out_features")
-    parser.add_argument("--k", type=int, default=4096, help="in_features")
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="cpu: CPU seconds of all threads, where others use the machine too",
-    )
-    parser.add_argument(
-        "--on", choices=("cpu", "cuda"), default="cpu", help="where layers are decoded and packed"
-    )
-    parser.add_argument("--only", default="", help="formats whose name contains this")
-    parser.add_argument("--csv", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+@app.command(help=__doc__)
+def main(
+    n: Annotated[int, typer.Option(help="out_features")] = 14336,
+    k: Annotated[int, typer.Option(help="in_features")] = 4096,
+    group_size: Annotated[int, typer.Option()] = 128,
+    threads: Annotated[int, typer.Option()] = 2,
+    repeats: Annotated[int, typer.Option()] = 7,
+    clock: Annotated[str, typer.Option(help="wall, or cpu: seconds of all threads")] = "wall",
+    on: Annotated[str, typer.Option(help="cpu or cuda: where it is decoded and packed")] = "cpu",
+    only: Annotated[str, typer.Option(help="formats whose name contains this")] = "",
+    file: Annotated[Path | None, typer.Option("--csv", help="write the rows to this file")] = None,
+    dry_run: Annotated[bool, typer.Option(help="tiny, on a CPU; times mean nothing")] = False,
+) -> None:
+    for name, given, known in (("clock", clock, tuple(CLOCKS)), ("device", on, PLACES)):
+        if given not in known:
+            raise typer.BadParameter(f"unknown {name} {given!r}; known: {', '.join(known)}")
+    if dry_run:
+        n, k, on, repeats = DRY_N, DRY_K, "cpu", 1
+    if on == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("no CUDA device here; --on cpu packs on the CPU")
+    torch.set_num_threads(threads)
     rows = []
-    for made in random_layers(arguments.n, arguments.k, arguments.group_size):
-        if arguments.only not in made.name:
+    for made in random_layers(n, k, group_size):
+        if only not in made.name:
             continue
         layer = describe(made)
-        for device in DEVICES if arguments.on == "cpu" else ("gpu-layout",):
-            clock = CLOCKS[arguments.clock]
+        for device in DEVICES if on == "cpu" else ("gpu-layout",):
             seconds, packed = measure(
-                layer, made.tensors, device, arguments.repeats, clock, torch.device(arguments.on)
+                layer, made.tensors, device, repeats, CLOCKS[clock], torch.device(on)
             )
             median = statistics.median(seconds)
             speed, weight = packed / 1e6 / median, median * 1e9 / (layer.n * layer.k)
             row = (made.name, device, round(speed), round(packed / 1e6, 1), round(weight, 2))
-            rows.append((*row, arguments.clock, arguments.threads, torch.__version__))
+            rows.append((*row, clock, threads, torch.__version__))
             print(f"{made.name:34} {device:11} {speed:7.0f} MB/s {weight:6.2f} ns/weight")
-    if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
+    if file is not None:
+        with file.open("w", newline="") as stream:
+            csv.writer(stream).writerows([COLUMNS, *rows])
 
 
 def describe(made: RandomLayer) -> LayerFormat:
@@ -132,4 +137,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    main()
+    app()
