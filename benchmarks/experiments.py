@@ -37,7 +37,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command(help=__doc__)
 def main(
-    number: Annotated[list[int] | None, typer.Argument(help="1 to 8")] = None,
+    number: Annotated[list[int] | None, typer.Argument(help="of the questions")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the CSV files")] = None,
     seconds: Annotated[float, typer.Option(help="stop after this long")] = 540,
     dry_run: Annotated[bool, typer.Option(help="tiny, on a CPU; times mean nothing")] = False,

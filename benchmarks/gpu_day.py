@@ -84,8 +84,8 @@ STEPS: dict[str, Step] = {
     "bits": Step("bit-equality of tiles, accumulation", (Command("experiments.py 3 5"),)),
     "right": Step("every kernel against float64", (Command("kernels_correct.py --jobs 8"),)),
     "bound": Step("what limits decoding", (Command("experiments.py 1"),)),
-    "tail": Step("split-K", (Command("experiments.py 4"),)),
-    "prefill": Step("prefill tiles, exact prefill", (Command("experiments.py 2 7"),)),
+    "tail": Step("split-K", (Command("experiments.py 4 10"),)),
+    "prefill": Step("prefill tiles, exact prefill", (Command("experiments.py 2 7 9"),)),
     "types": Step("NF4, 8 bits, fp16, zero points", (Command("experiments.py 6 8"),)),
     "tune": Step("rows for what is served most", (Command(f"tune.py {_TUNED}"),)),
     "tune-types": Step(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fusedq_kernels.types import TileConfig, WeightType
 from gemmbench.contender import Contender
 from gemmbench.numerics import ACCUMULATION, BIT_EQUALITY, Numerics
-from gemmbench.variants import PORTABLE, Variant, describe
+from gemmbench.variants import MULTIPLIED, PORTABLE, Variant, describe
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,12 @@ def _scaling(block_m: int, block_n: int, num_stages: int, num_warps: int = 8) ->
 
 
 _DECODE_TILES = [_tile(m, n, 4, ns) for m, n in ((8, 64), (8, 128), (16, 128)) for ns in (3, 4, 6)]
+# One warpgroup a program, then two, which wait for each other at barriers.
+_PREFILL_TILES = [
+    *(_scaling(128, 64, 3, num_warps=4), _scaling(128, 64, 2, num_warps=4)),
+    *(_scaling(128, 128, 3, num_warps=4), _scaling(128, 128, 2, num_warps=4)),
+    *(_scaling(256, 64, 3, num_warps=4), _scaling(256, 128, 3)),
+]
 _PORTABLE_TILES = [_tile(m, n, 4, 4) for m, n in ((8, 64), (8, 128), (16, 128))]
 EXPERIMENTS: dict[int, Experiment] = {
     1: Experiment(
@@ -149,6 +155,31 @@ EXPERIMENTS: dict[int, Experiment] = {
             )
         ),
         names=("fusedq", "without-dequant", "cublas"),
+    ),
+    9: Experiment(
+        "Is one warpgroup a program, two programs an SM, the better prefill tile?",
+        "128x128 with 4 warps 10 to 20 % faster than 256x128 with 8 at 512 to 2048 tokens, equal "
+        "at 8192; 128x64 between the two; 256x64 with 4 warps slower than all, as shared memory "
+        "holds one program",
+        "256x128 with 8 warps within 3 % of the best from 512 tokens on: barriers are not what "
+        "its stalls cost",
+        (Case((_O, _GATE_UP), (256, 512, 1024, 2048, 4096, 8192)),),
+        _tiles(_PREFILL_TILES, split_k=1),
+        ("fusedq", "cublas"),
+    ),
+    10: Experiment(
+        "What does a small weight lose around its loop, and to shifts?",
+        "the time over K, drawn to K = 0, is 3.0 to 3.6 us unsplit, 0.4 us more with 4 splits at "
+        "one token and 0.9 us more at 16; multiplied, with 11 % fewer instructions on the ALU and "
+        "as many in all, 0 to 4 % faster at K = 8192",
+        "under 2 us at K = 0: the loop itself is slow where it is short; multiplied slower: the "
+        "high half of a product is no instruction at full rate, shifts stay",
+        (Case(tuple((4096, k) for k in (1024, 2048, 4096, 8192)), (1, 16)),),
+        (
+            *(Variant(f"split {split}", split_k=split) for split in (1, 4, 8)),
+            Variant("split 4 multiplied", split_k=4, decoders=tuple(MULTIPLIED.items())),
+        ),
+        ("fusedq", "without-dequant", "cublas"),
     ),
 }
 

@@ -5,7 +5,7 @@ the decoder, the counters that split-K counts in.
 """
 
 # Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
-# ruff: noqa: SIM300
+# ruff: noqa: RET505, SIM300
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +20,14 @@ from fusedq_kernels.catalogue import KERNELS
 from fusedq_kernels.choose.heuristics import select
 from fusedq_kernels.cuda.decode import DECODERS
 from fusedq_kernels.cuda.integers import code_pairs, portable_integers
-from fusedq_kernels.cuda.planes import halves
+from fusedq_kernels.cuda.planes import columns_of_four, four_planes_by_asm, halves
+from fusedq_kernels.cuda.ptx import integer_ptx
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, round_up, whole_splits
 from fusedq_kernels.types import (
+    DeviceSpec,
     GemmShape,
     LogicalWeight,
+    QuantSpec,
     TileConfig,
     WeightType,
 )
@@ -34,6 +37,11 @@ from gemmbench.weights import packed_bytes, packed_for_gpu
 
 _KERNEL = "triton-gemm"
 _BF16_BITS = tl.constexpr(0x43004300)
+_SHIFT, _MULTIPLY = "shr.u32 upper, $4, 8", "mul.hi.u32 upper, $4, 0x01000000"
+_MULTIPLIED = tl.constexpr(
+    integer_ptx(WeightType.UINT4B8.encoding, torch.bfloat16).replace(_SHIFT, _MULTIPLY)
+)
+assert _MULTIPLY in _MULTIPLIED.value
 
 
 @triton.jit
@@ -64,8 +72,30 @@ def _uint4b8_raw(
     return halves(code_pairs(words, SUB, STEP, 4) | _BF16_BITS, DTYPE)
 
 
+@triton.jit
+def _uint4b8_multiplied(
+    words,
+    metadata,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """`code - 8`; the planes' shift is the high half of a product, which the FMA pipe makes."""
+    if INTERPRET:
+        zero = tl.full((1,), 8, tl.int32)
+        return portable_integers(words, zero, SUB, STEP, DTYPE, INTERPRET, 4)
+    else:
+        tl.static_assert(DTYPE == tl.bfloat16)
+        first, second, third, fourth = four_planes_by_asm((words,), _MULTIPLIED)
+        return halves(columns_of_four(first, second, third, fourth, SUB, STEP), DTYPE)
+
+
 PORTABLE = {WeightType.UINT4B8: _uint4b8_portable}
+MULTIPLIED = {WeightType.UINT4B8: _uint4b8_multiplied}
 RAW_MAGIC = {WeightType.UINT4B8: _uint4b8_raw}
+
+Decoders = tuple[tuple[WeightType, object], ...]
 
 
 @dataclass(frozen=True)
@@ -80,7 +110,7 @@ class Variant:
     tile: TileConfig | None = None
     change: tuple[tuple[str, object], ...] = ()
     split_k: int = 0
-    decoders: tuple[tuple[WeightType, object], ...] = ()
+    decoders: Decoders = ()
     decodes: bool = True
 
     def version(self) -> str:
@@ -88,8 +118,13 @@ class Variant:
 
     def tile_for(self, logical: LogicalWeight, m: int) -> TileConfig:
         """The tile of one launch. Raises ValueError where it does not suit the weight."""
-        n, k = logical.codes.shape
-        chosen = select(GemmShape(m, n, k), logical.spec, device_spec(logical.codes.device)).tile
+        shape = GemmShape(m, *logical.codes.shape)
+        return self.tile_at(shape, logical.spec, device_spec(logical.codes.device))
+
+    def tile_at(self, shape: GemmShape, spec: QuantSpec, device: DeviceSpec) -> TileConfig:
+        """The same for a weight that is not there."""
+        n, k = shape.n, shape.k
+        chosen = select(shape, spec, device).tile
         assert chosen is not None, "a GPU launch has a tile"
         tile = replace(self.tile or chosen, **dict(self.change))
         split = chosen.split_k if self.split_k == 0 else self.split_k

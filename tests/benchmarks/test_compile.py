@@ -10,7 +10,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, {benchmarks!r})
-from compile_experiments import compiled_rows
+from compile_experiments import compiled_variants
 from fusedq_kernels.audit import command, fused
 from fusedq_kernels.audit.compile import compile_kernel
 from fusedq_kernels.types import QuantSpec, WeightType
@@ -53,9 +53,13 @@ for weight_type in (WeightType.UINT4B8, WeightType.NF4):
 
 portable = "16x128 warps 4 stages 4 portable"
 tiles = [each for each in EXPERIMENTS[1].variants if each.name == portable]
-(line,) = compiled_rows(tiles)
+(found,) = compiled_variants(tiles)
 # The budget is that of the assembly.
-assert line.endswith("wgmma: instructions"), line
+assert found.line().endswith("wgmma: instructions"), found
+# Two programs of one warpgroup fit an SM, and one of two.
+prefill = list(compiled_variants(EXPERIMENTS[9].variants[-4::3]))
+assert [(each.row.tile.num_warps, each.programs) for each in prefill] == [(4, 2), (8, 1)], prefill
+assert all(each.problems == "fine" for each in prefill), prefill
 spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
 loops = []
 for decoders in (variants.PORTABLE, {{}}):
