@@ -30,7 +30,7 @@ from vllm_fusedq.formats.shared.unpacking import unpack_columns, unpack_rows
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_region(build: str, data: st.DataObject) -> None:
-    unit = 32 if build.startswith("gptq-3bit") else 16 if build in WIDTH_BUILDS else 8
+    unit = max(ALL_BUILDS[build].unit, 16 if build in WIDTH_BUILDS else 8)
     n, k = unit * data.draw(st.integers(1, 6), "n"), unit * data.draw(st.integers(1, 12), "k")
     group_size = data.draw(st.sampled_from([-1, 8, 16, 24, 32, 128]), "group_size")
     truth = ALL_BUILDS[build].truth(n, k, group_size, seed=data.draw(st.integers(0, 9), "seed"))

@@ -84,7 +84,7 @@ def exists(build: str, model: str) -> bool:
     """Whether a format has these sizes at all."""
     full_k, group_size = MODELS[model]
     k = scaled_down(full_k, group_size)
-    if build.startswith("gptq-3bit") and k % 32:
+    if k % ALL_BUILDS[build].unit:
         return False
     if build in BITSANDBYTES_BUILDS and group_size < 32:
         return False

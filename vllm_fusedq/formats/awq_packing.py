@@ -2,9 +2,10 @@
 
 gemm (`WQLinear_GEMM`): qweight int32 `[K, N / 8]` and qzeros int32 `[G, N / 8]` pack out_features:
 nibble i of word w is out_feature `8 * w + ORDER[i]`. scales `[G, N]`. In other widths than 4 bits
-each row is one stream of bits in the order of out_features, lowest first, of `ceil(N * bits / 32)`
-words (`pack_awq` of GPTQModel). vLLM's AWQ-Marlin kernels expect the bytes of 8-bit words in
-another order, which no tool writes: a config has to name GPTQModel as what made it.
+each row is one stream of bits, lowest first, of `ceil(N * bits / 32)` words: out_features in order
+(`pack_awq` of GPTQModel), or each eight of them in `ORDER` (`pack_awq_bitstream` of AutoRound).
+vLLM's AWQ-Marlin kernels expect the bytes of 8-bit words in another order, which no tool writes: a
+config has to name GPTQModel as what made it.
 
 gemv (`WQLinear_GEMV`): qweight int32 `[N, K / 8]` packs in_features and qzeros int32 `[N, W]`
 groups, both in order from the lowest nibble; scales `[N, 8 * W]`. W words hold G groups and padding
@@ -93,10 +94,17 @@ class AwqPacking(Packing):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmPacking(AwqPacking):
-    """Version gemm: 4 bits in AutoAWQ's order, other widths in one stream of bits."""
+    """Version gemm: 4 bits in AutoAWQ's order, other widths in one stream of bits.
+
+    `interleaved`: the codes of other widths lie in AutoAWQ's order too, in whole runs of 32.
+    """
+
+    interleaved: bool = False
 
     def scheme(self, module: str, stored: Mapping[str, TensorInfo], group_size: int) -> Scheme:
-        n = Dim("n", 32, words=self.bits) if 32 % self.bits else Dim("n", 32 // self.bits)
+        n = Dim("n", 32 // self.bits)
+        if 32 % self.bits:
+            n = Dim("n", 32, words=self.bits, block=32 if self.interleaved else 1)
         layouts = (
             TensorLayout("qweight", (Dim("k"), n), (DType.INT32,)),
             TensorLayout("qzeros", (Dim("g"), n), (DType.INT32,)),
@@ -106,7 +114,7 @@ class GemmPacking(AwqPacking):
         return self._scheme(layouts, group_size, sizes)
 
     def unpack(self, tensors: Tensors, layer: LayerFormat, region: Region) -> Unpacked:
-        order = ORDER if self.bits in BITS else IN_ORDER
+        order = ORDER if self.bits in BITS or self.interleaved else IN_ORDER
         block = layer.tensors[0].dims[1].pack
         # Rows of K become columns: int32 [K, W] -> uint8 [32 * W / bits, K]
         codes, zeros = (

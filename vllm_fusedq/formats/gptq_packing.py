@@ -1,10 +1,10 @@
-"""Tensors of GPTQ checkpoints: AutoGPTQ's and GPTQModel's packing, 2, 3, 4 or 8 bits.
+"""Tensors of GPTQ checkpoints: AutoGPTQ's and GPTQModel's packing, and AutoRound's, 2 to 8 bits.
 
 qweight int32 packs in_features, `[K / 32 * bits, N]`, and qzeros int32 `[G, N / 32 * bits]`
-out_features, both in order from the lowest bits; 3-bit codes straddle words. scales `[G, N]`; g_idx
-int32 `[K]` is each in_feature's group, any group with activation reordering (desc_act), else
-`k // group_size` and often missing. Source: `pack_original` and
-`convert_gptq_v2_to_v1_format_module` of GPTQModel.
+out_features, both in order from the lowest bits; 3-, 5-, 6- and 7-bit codes straddle words. scales
+`[G, N]`; g_idx int32 `[K]` is each in_feature's group, any group with activation reordering
+(desc_act), else `k // group_size` and often missing. Source: `pack_original` and
+`convert_gptq_v2_to_v1_format_module` of GPTQModel, `pack_bitstream` of AutoRound.
 """
 
 from __future__ import annotations
@@ -40,9 +40,13 @@ G_IDX = TensorLayout("g_idx", (Dim("k"),), (DType.INT32, DType.INT64))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqPacking(Packing):
-    """`zero_offset` is what has to be added to a stored zero point to get the zero point."""
+    """`zero_offset` is what has to be added to a stored zero point to get the zero point.
+
+    `conventions` has the names of that in the config.
+    """
 
     zero_offset: int
+    conventions: gptq_zeros.Conventions = gptq_zeros.GPTQ
 
     def scheme(
         self, stored: Mapping[str, TensorInfo], group_size: int, *, symmetric: bool
@@ -90,7 +94,7 @@ class GptqPacking(Packing):
 
     def _layouts(self) -> tuple[TensorLayout, ...]:
         def packed(axis: Axis) -> Dim:
-            if self.bits == gptq_zeros.STRADDLING:
+            if gptq_zeros.straddles(self.bits):
                 return Dim(axis, 32, words=self.bits, multiple=32)
             return Dim(axis, 32 // self.bits)
 

@@ -5,7 +5,7 @@ Configs name the wrong one of the two (with either error), so the values are ask
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fusedq_kernels.lazy import torch
 from vllm_fusedq.errors import WeightLoadError
@@ -17,10 +17,21 @@ from vllm_fusedq.formats.shared.widening import symmetric_zero
 if TYPE_CHECKING:
     from vllm_fusedq.formats.gptq_packing import GptqPacking
 
-STRADDLING = 3
-"""The number of bits whose codes straddle words."""
 
-ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+class Conventions(NamedTuple):
+    """What a tool calls the two: an entry of its config, and the value that it has for either."""
+
+    setting: str
+    minus_one: str
+    as_they_are: str
+
+    def offsets(self) -> dict[str, int]:
+        """What has to be added to a stored zero point, by name."""
+        return {self.minus_one: 1, self.as_they_are: 0}
+
+
+GPTQ = Conventions("checkpoint_format", "gptq", "gptq_v2")
+ZERO_OFFSETS = GPTQ.offsets()
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """One in every field of a word."""
 
@@ -31,9 +42,14 @@ JUDGED_BITS = 4
 CLOSE = 0.25
 
 
+def straddles(bits: int) -> bool:
+    """Whether codes of `bits` bits straddle words."""
+    return 32 % bits != 0
+
+
 def unpack(words: torch.Tensor, bits: int, start: int, length: int) -> torch.Tensor:
     """Codes uint8 `[R, length]` of words int32 `[R, W]` that begin at or before index `start`."""
-    straddling = bits == STRADDLING
+    straddling = straddles(bits)
     codes = unpack_columns(words, bits, straddling)
     return take(codes, 1, start, length, 32 if straddling else 32 // bits)
 
@@ -49,8 +65,8 @@ def zero_points(
     """Zero points uint8 `[n, G]` of words int32 `[G, W]`, None where sym leaves only one.
 
     GPTQModel makes v1 by subtracting one from every field of a word at once, so that a zero point
-    of 0 borrows from the next field; adding it back in the same way is exact. 3-bit fields are
-    taken one by one there.
+    of 0 borrows from the next field; adding it back in the same way is exact. Fields that straddle
+    words are taken one by one there, and by AutoRound.
     """
     stored = _stored_zeros(qzeros, packing.bits, region)
     low, high = (int(bound) for bound in stored.aminmax())
@@ -70,27 +86,29 @@ def zero_points(
         return stored.contiguous()
     if high < top:
         return (stored + 1).contiguous()
-    if packing.bits == STRADDLING:
+    if straddles(packing.bits):
         return ((stored + 1) & top).contiguous()
-    _check_underflow(qzeros, packing.bits, layer.module)
+    _check_underflow(qzeros, packing, layer.module)
     return _stored_zeros(qzeros + ONES[packing.bits], packing.bits, region).contiguous()
 
 
-def _check_underflow(qzeros: torch.Tensor, bits: int, module: str) -> None:
+def _check_underflow(qzeros: torch.Tensor, packing: GptqPacking, module: str) -> None:
     """Refuse words whose two highest fields are full, which a borrow does not explain.
 
     AutoGPTQ fills all fields above a zero point of 0 that it stores minus one, and destroys them.
     Below 4 bits full fields are too common to tell.
     """
+    bits = packing.bits
     if bits < 4:
         return
     full = (1 << bits) - 1
+    setting, minus_one, as_they_are = packing.conventions
     if bool((qzeros >> (32 - 2 * bits) == -1).any()):
         raise WeightLoadError(
             f"{module}.qzeros: found stored zero points {full} side by side, which in "
-            f"checkpoint_format gptq are {full + 1}, or 0 after an underflow that destroyed its "
+            f"{setting} {minus_one} are {full + 1}, or 0 after an underflow that destroyed its "
             f"neighbours; supported are zero points that fit {bits} bits; set "
-            "checkpoint_format to gptq_v2 in the config if they are stored as they are, or "
+            f"{setting} to {as_they_are} in the config if they are stored as they are, or "
             "quantize again"
         )
 
@@ -112,15 +130,16 @@ def judge(
     Raises:
         WeightLoadError: the values contradict what the config names.
     """
-    said = next(name for name, offset in ZERO_OFFSETS.items() if offset == packing.zero_offset)
+    setting, offsets = packing.conventions.setting, packing.conventions.offsets()
+    said = next(name for name, offset in offsets.items() if offset == packing.zero_offset)
     stored = _stored_zeros(qzeros, packing.bits, region)
     if not layer.spec.has_zero_points:
         zero = int(stored[0, 0])
-        found = _named(symmetric_zero(packing.bits) - zero, 0)
-        return Finding(said, found, f"sym is true and every stored zero point {zero}")
+        found = _named(offsets, symmetric_zero(packing.bits) - zero, 0)
+        return Finding(said, found, f"sym is true and every stored zero point {zero}", setting)
     rows = min(region.n, -(-JUDGED_CODES // region.k))
     if packing.bits > JUDGED_BITS or rows * region.k < JUDGED_CODES:
-        return Finding(said, None, "")
+        return Finding(said, None, "", setting)
     codes = unpack(qweight[:, :rows].T, packing.bits, region.k_start, region.k)
     counts = torch.bincount(groups, minlength=stored.shape[1])
     # A histogram needs no wider copy of the codes, as their sum does
@@ -128,18 +147,16 @@ def judge(
     total = (numbers * torch.arange(len(numbers), device=numbers.device)).sum().item()
     excess = total - (stored[:rows].long() * counts).sum().item()
     excess /= codes.numel()
-    found = _named(excess, CLOSE)
+    found = _named(offsets, excess, CLOSE)
     if found not in (None, said):
         raise WeightLoadError(
             f"{layer.module}.qzeros: found codes that average {excess:.2f} above the stored zero "
-            f"points, where weights around zero average {packing.zero_offset} in checkpoint_format "
-            f"{said} and {ZERO_OFFSETS[found]} in {found}; set checkpoint_format to {found} in the "
-            "config"
+            f"points, where weights around zero average {packing.zero_offset} in {setting} {said} "
+            f"and {offsets[found]} in {found}; set {setting} to {found} in the config"
         )
-    return Finding(said, found, f"codes average {excess:.2f} above the stored zero points")
+    why = f"codes average {excess:.2f} above the stored zero points"
+    return Finding(said, found, why, setting)
 
 
-def _named(offset: float, tolerance: float) -> str | None:
-    return next(
-        (name for name, known in ZERO_OFFSETS.items() if abs(offset - known) <= tolerance), None
-    )
+def _named(offsets: dict[str, int], offset: float, tolerance: float) -> str | None:
+    return next((name for name, known in offsets.items() if abs(offset - known) <= tolerance), None)

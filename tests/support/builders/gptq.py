@@ -17,7 +17,7 @@ from builders.truth import (
 
 def gptq_words(codes: np.ndarray, bits: int) -> torch.Tensor:
     """`[R, C]` to int32 `[R, W]`."""
-    return pack_straddling(codes, bits) if bits == 3 else pack_along_columns(codes, bits=bits)
+    return pack_straddling(codes, bits) if 32 % bits else pack_along_columns(codes, bits=bits)
 
 
 def gptq_tensors(truth: Truth, *, stored_minus_one: bool = True, g_idx: bool = True) -> Tensors:
@@ -58,6 +58,11 @@ def gptq_config(
     }
 
 
+def unit(bits: int) -> int:
+    """How many codes make whole words."""
+    return 32 if 32 % bits else max(8, 32 // bits)
+
+
 def v1(bits: int = 4, *, sym: bool, **config: Any) -> Build:
     return Build(
         sym,
@@ -66,6 +71,7 @@ def v1(bits: int = 4, *, sym: bool, **config: Any) -> Build:
         zero_range=(1, 2**bits - 1),
         ordered=config.get("desc_act", False),
         bits=bits,
+        unit=unit(bits),
     )
 
 
@@ -76,6 +82,7 @@ def v2(bits: int = 4, *, sym: bool, g_idx: bool = True, **config: Any) -> Build:
         partial(gptq_config, sym=sym, bits=bits, version="gptq_v2", **config),
         ordered=config.get("desc_act", False),
         bits=bits,
+        unit=unit(bits),
     )
 
 

@@ -85,7 +85,7 @@ def random_truth(
 class Build:
     """One flavour of a format: how its tensors are stored and what its config says.
 
-    `zero_range` None stands for every zero point of `bits` bits.
+    `zero_range` None stands for every zero point of `bits` bits. N and K are multiples of `unit`.
     """
 
     symmetric: bool
@@ -94,6 +94,7 @@ class Build:
     zero_range: tuple[int, int] | None = None
     ordered: bool = False
     bits: int = 4
+    unit: int = 8
 
     def truth(
         self, n: int, k: int, group_size: int, seed: int = 0, dtype: torch.dtype = torch.float16

@@ -10,12 +10,14 @@ from vllm_fusedq.errors import WeightLoadError
 class Finding:
     """One layer's evidence: the convention that the config named and the one its values prove.
 
-    `found` is None where they prove none, and the layer was read as `said`. `why` is the evidence.
+    `found` is None where they prove none, and the layer was read as `said`. `why` is the evidence,
+    `setting` the config's entry that names the convention.
     """
 
     said: str
     found: str | None
     why: str
+    setting: str = "checkpoint_format"
 
 
 def settle(findings: Mapping[str, Finding]) -> str:
@@ -38,9 +40,10 @@ def settle(findings: Mapping[str, Finding]) -> str:
             f"{findings[layers[0]].why or 'too few values to tell'})"
             for found, layers in by_found.items()
         )
+        setting = next(iter(findings.values())).setting
         raise WeightLoadError(
             f"found layers that were stored in different ways: {listing}; supported: one "
-            f"checkpoint_format for all; set it to {' or '.join(sorted(named))} in the config if "
+            f"{setting} for all; set it to {' or '.join(sorted(named))} in the config if "
             "that is what the model was quantized with, or quantize again"
         )
     (found,) = surprising
