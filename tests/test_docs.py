@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from vllm_fusedq.formats import FORMATS
+from vllm_fusedq.formats.autoround import DEFAULT_PACKING
 from vllm_fusedq.formats.awq_packing import VERSIONS
 from vllm_fusedq.formats.bitsandbytes import STATES
 from vllm_fusedq.formats.compressed_tensors import PACKINGS
@@ -46,6 +47,7 @@ def test_the_support_table_is_up_to_date() -> None:
         ("awq", VERSIONS),
         ("gptq", ZERO_OFFSETS),
         ("compressed-tensors", PACKINGS),
+        ("auto-round", ["auto_round", DEFAULT_PACKING, "auto_round:auto_awq"]),
         ("bitsandbytes", [weight_type.name for weight_type in STATES.values()]),
         ("fusedq", [f"version {LAYOUT_VERSION}"]),
     ],

@@ -111,6 +111,7 @@ EXCLUSIONS = {
     "awq": {"modules_to_not_convert": ["up_proj"]},
     "gptq-sym": {"dynamic": {r"-:.*\.up_proj": {}}},
     "gptq-asym": {"modules_in_block_to_quantize": [["mlp.gate_proj"], ["mlp.down_proj"], ["attn"]]},
+    "autoround-sym": {"extra_config": {UP: {"bits": 16}}},
     "ct-sym": {"ignore": ["lm_head", UP]},
     "ct-asym": {"ignore": ["lm_head", "re:.*up_proj$"]},
 }
@@ -133,7 +134,7 @@ def test_excluded_module_that_is_packed(build: str, tmp_path: Path) -> None:
     assert "; correct " in text
 
 
-@pytest.mark.parametrize("build", ["awq", "gptq-sym", "ct-sym"])
+@pytest.mark.parametrize("build", ["awq", "gptq-sym", "autoround-sym", "ct-sym"])
 def test_quantized_module_that_is_plain(build: str, tmp_path: Path) -> None:
     fmt = load(tmp_path, build, edits=[make_plain(UP, 96, 64)])
     assert UP in fmt.modules()
@@ -148,7 +149,7 @@ def test_quantized_module_that_is_absent(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("build", ["awq", "gptq-sym"])
+@pytest.mark.parametrize("build", ["awq", "gptq-sym", "autoround-sym"])
 def test_modules_outside_the_quantized_blocks_stay_as_they_are(build: str, tmp_path: Path) -> None:
     names = ("visual.blocks.0.fc1.weight", "projector.weight")
     edits = [add(name, torch.zeros(8, 8)) for name in names]
@@ -157,7 +158,12 @@ def test_modules_outside_the_quantized_blocks_stay_as_they_are(build: str, tmp_p
     assert fmt.layer_of("projector") is None
 
 
-MARKERS = {"awq": "qweight", "gptq-sym": "qweight", "ct-sym": "weight_packed"}
+MARKERS = {
+    "awq": "qweight",
+    "gptq-sym": "qweight",
+    "autoround-sym": "qweight",
+    "ct-sym": "weight_packed",
+}
 
 
 def test_a_quantized_lm_head_of_a_method_without_any(tmp_path: Path) -> None:

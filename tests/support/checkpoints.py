@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from builders import awq, bitsandbytes, compressed_tensors, gptq
+from builders import autoround, awq, bitsandbytes, compressed_tensors, gptq
 from builders.awq import AWQ_BUILDS
 from builders.compressed_tensors import compressed_tensors_config
 from builders.compressed_tensors import pack_quantized_tensors as compressed_tensors_tensors
@@ -47,10 +47,12 @@ __all__ = [
 
 Edit = Callable[[Tensors], object]
 
-BUILDS = awq.BUILDS | gptq.BUILDS | compressed_tensors.BUILDS
+BUILDS = awq.BUILDS | gptq.BUILDS | compressed_tensors.BUILDS | autoround.BUILDS
 """Every format at 4 bits."""
 
-WIDTH_BUILDS = awq.WIDTH_BUILDS | gptq.WIDTH_BUILDS | compressed_tensors.WIDTH_BUILDS
+WIDTH_BUILDS = (
+    awq.WIDTH_BUILDS | gptq.WIDTH_BUILDS | compressed_tensors.WIDTH_BUILDS | autoround.WIDTH_BUILDS
+)
 """Every other number of bits."""
 
 ORDERED_BUILDS = gptq.ORDERED_BUILDS | compressed_tensors.ORDERED_BUILDS

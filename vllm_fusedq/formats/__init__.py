@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
+from vllm_fusedq.formats.autoround import AutoRoundFormat
 from vllm_fusedq.formats.awq import AwqFormat
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
 from vllm_fusedq.formats.bitsandbytes import BitsAndBytesFormat
@@ -38,6 +39,7 @@ FORMATS: dict[str, type[CheckpointFormat]] = {
     "awq": AwqFormat,
     "gptq": GptqFormat,
     "compressed-tensors": CompressedTensorsFormat,
+    "auto-round": AutoRoundFormat,
     "bitsandbytes": BitsAndBytesFormat,
     "fusedq": FusedQFormat,
 }
@@ -51,7 +53,8 @@ def format_for(checkpoint: Checkpoint) -> CheckpointFormat:
     """
     method = checkpoint.quant_config.get("quant_method")
     for name, known in FORMATS.items():
-        if method == name or (method is None and checkpoint.quant_source in known.config_sources):
+        named = method == name or method in known.other_names
+        if named or (method is None and checkpoint.quant_source in known.config_sources):
             return known.from_checkpoint(checkpoint)
     found = "no quant_method" if method is None else f"quant_method {method!r:.80}"
     raise UnsupportedCheckpoint(

@@ -44,6 +44,8 @@ class CheckpointFormat(ABC):
     """
 
     name: ClassVar[str]
+    other_names: ClassVar[tuple[str, ...]] = ()
+    """What configs called the same method before."""
     config_sources: ClassVar[tuple[str, ...]] = ()
     """Where this method's config may come from without naming the method."""
     markers: ClassVar[frozenset[str]]

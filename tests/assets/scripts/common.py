@@ -166,20 +166,21 @@ def rounded(value):
     return round(value, 6) if isinstance(value, float) else value
 
 
-def save_random_llama(folder: Path, layers: int) -> None:
+def save_random_llama(folder: Path, layers: int, **sizes: object) -> None:
     """A model whose linear layers are small: 64 x 64 in attention, 64 x 96 in the MLP."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        tie_word_embeddings=True,
-    )
+    defaults = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+    }
+    config = LlamaConfig(**(defaults | sizes))
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     base = Path(__file__).parents[1] / "tiny-llama-bf16"
     for name in TOKENIZER_FILES:
