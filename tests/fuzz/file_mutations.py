@@ -15,7 +15,7 @@ MEANING = frozenset(
     {"checkpoint_format", "format", "version", "bits", "w_bit", "num_bits", "type"}
     | {"sym", "symmetric", "zero_point", "desc_act", "static_groups", "actorder"}
     | {"group_size", "q_group_size", "strategy", "meta", "dynamic", "quant_method", "config_groups"}
-    | {"group_0", "weights", "schemes", "weight_type", "ordered"}
+    | {"group_0", "weights", "schemes", "weight_type", "ordered", "packing_format"}
 )
 # Entries that may make a planner see less: what is left must still be right.
 SELECTION = frozenset(

@@ -55,6 +55,7 @@ class BnbBuild:
     nested: bool
     symmetric: bool = True
     ordered: bool = False
+    unit: int = 8
 
     def truth(
         self, n: int, k: int, group_size: int, seed: int = 0, dtype: object = None
