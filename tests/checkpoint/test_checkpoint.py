@@ -176,6 +176,13 @@ def test_a_quantization_section_that_is_no_object(model: Path) -> None:
         read_checkpoint(model)
 
 
+@pytest.mark.parametrize("found", [1e308, "LlamaForCausalLM", {"a": 1}, [None]])
+def test_architectures_that_are_no_list_of_names(found: object, model: Path) -> None:
+    edit_config(model, architectures=found)
+    with pytest.raises(CheckpointError, match=r"config.json: architectures is .*expected a list"):
+        read_checkpoint(model)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

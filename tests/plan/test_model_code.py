@@ -93,6 +93,8 @@ def test_the_version_beside_this_package_is_found() -> None:
         ({"new_decoder_architecture": True, "num_kv_heads": 2}, HeadOrder(2, 2, 8)),
         ({"new_decoder_architecture": True, "n_head_kv": 2}, HeadOrder(2, 2, 8)),
         ({"new_decoder_architecture": True, "num_kv_heads": 3}, None),
+        ({"new_decoder_architecture": True, "num_kv_heads": "2"}, None),
+        ({"new_decoder_architecture": True, "num_kv_heads": -2}, None),
         ({"multi_query": False}, None),
     ],
 )

@@ -101,6 +101,7 @@ def read_checkpoint(
     if CONFIG_FILE not in names:
         raise CheckpointError(f"{files.name}: {_no_config(names)}")
     config = _read_json(files, CONFIG_FILE)
+    _check_architectures(files, config)
     source, quant_config = _quant_config(files, names, config)
     weight_map = _weight_map(files, names) if INDEX_FILE in names else {}
     tensors: dict[str, TensorInfo] = {}
@@ -190,6 +191,15 @@ def _weight_files(
             "code when they are read; convert the checkpoint to safetensors"
         )
     raise CheckpointError(f"{files.name}: no *.safetensors file; download the checkpoint again")
+
+
+def _check_architectures(files: CheckpointFiles, config: Mapping[str, Any]) -> None:
+    found = config.get("architectures") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(
+            f"{files.label(CONFIG_FILE)}: architectures is {found!r:.80}, expected a list of model "
+            "class names; download the checkpoint again"
+        )
 
 
 def _weight_map(files: CheckpointFiles, names: Sequence[str]) -> dict[str, str]:

@@ -7,10 +7,8 @@ is found while loading (`load/provenance.py`, `integration/placeholder.py`).
 """
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.errors import Problem
@@ -123,23 +121,22 @@ def head_order(checkpoint: Checkpoint, module: str, n: int) -> HeadOrder | None:
     heads = checkpoint.number("num_attention_heads", "n_head")
     if heads is None:
         return None
-    groups = _falcon_groups(checkpoint.config, heads)
+    groups = _falcon_groups(checkpoint, heads)
     rows = groups * (heads // groups + 2)
     if heads % groups or n % rows:
         return None
     return HeadOrder(groups, heads // groups, n // rows)
 
 
-def _falcon_groups(config: Mapping[str, Any], heads: int) -> int:
+def _falcon_groups(checkpoint: Checkpoint, heads: int) -> int:
     """Key/value heads by the config's own keys and defaults."""
-    if config.get("new_decoder_architecture", False):
-        return config.get("num_kv_heads") or config.get("n_head_kv") or heads
-    return 1 if config.get("multi_query", True) else heads
+    if checkpoint.config.get("new_decoder_architecture", False):
+        return checkpoint.number("num_kv_heads", "n_head_kv") or heads
+    return 1 if checkpoint.config.get("multi_query", True) else heads
 
 
 def _architectures(checkpoint: Checkpoint) -> frozenset[str]:
-    found = checkpoint.config.get("architectures")
-    return frozenset(name for name in found or () if isinstance(name, str))
+    return frozenset(checkpoint.config.get("architectures") or ())
 
 
 def _has(code: ModelCode) -> bool:
