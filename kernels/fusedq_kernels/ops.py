@@ -106,11 +106,14 @@ def run(
     call = replace(Call.of(packed, launch.kernel, x.dtype), in_features=packed.k)
     ready, weight = prepared(call.text), (packed.qweight, packed.scales, packed.zeros)
     ready.check(x, *weight, bias, None)
+    if x.ndim != 2:
+        raise ValueError(f"x must have shape [M, {packed.k}], got {list(x.shape)}")
+    launched = ready.launched(launch.kernel, launch.tile)
     y = torch.empty((x.shape[0], packed.n), dtype=x.dtype, device=x.device) if out is None else out
     check_out(y, x, packed.n)
     if x.shape[0]:
         x = x if x.stride(1) == 1 else x.contiguous()
-        ready.launched(launch.kernel, launch.tile)(x, *weight, bias, y)
+        launched(x, *weight, bias, y)
     return y
 
 

@@ -117,12 +117,11 @@ print(json.dumps([row.as_json() for row in rows]))
 
 LAUNCH_SCRIPT = """
 import torch
-from fusedq_kernels import testing
+from fusedq_kernels import ops, testing
 from fusedq_kernels.audit import fused
 from fusedq_kernels.audit import slices
-from fusedq_kernels.cuda import gemm
-from fusedq_kernels.layouts import packing
 from fusedq_kernels.cuda import sliced
+from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import Launch, Layout, QuantSpec, TileConfig, WeightType
 
 compiled = []

@@ -74,12 +74,12 @@ def test_a_measured_row_is_audited(tmp_path, monkeypatch) -> None:
     try:
         found = {each.key() for each in variants.launchable(device_by_name("sm_90"))}
         spec = QuantSpec(WeightType.NF4, 64, torch.bfloat16)
-        shape = GemmShape(8, 4096, 2048)
+        shape = GemmShape(8, 4096, 4096)
         launch = heuristics.select(shape, spec, device_by_name("h200"))
     finally:
         tuning._packaged.cache_clear()
     assert launch.source.startswith("tuned:h200")
-    args = (spec, 2048, 0, torch.bfloat16, False)
+    args = (spec, 4096, 0, torch.bfloat16, False)
     assert variants.standing_for(launch.tile, *args).key() in found
     assert variants.standing_for(launch.tile, *args).key() not in audited((9, 0))
 

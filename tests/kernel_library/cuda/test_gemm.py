@@ -200,10 +200,11 @@ def test_tile_width_does_not_change_the_result():
         lambda x: torch.cat([x[:, :1], x], 1)[:, 1:],
         lambda x: torch.cat([x, x[:, :8]], 1)[:, : x.shape[1]],
         lambda x: x.repeat_interleave(2, 0)[::2],
+        lambda x: x.t().contiguous().t(),
     ],
-    ids=["wide-rows", "misaligned", "odd-stride", "every-second-row"],
+    ids=["wide-rows", "misaligned", "odd-stride", "every-second-row", "column-major"],
 )
-def test_any_row_stride_and_alignment(view):
+def test_any_strides_and_alignment(view):
     spec = QuantSpec(WeightType.UINT4B8, 128, torch.float16)
     problem = testing.make_problem(3, 72, 144, spec)
     packed = pack(problem.logical, torch.float16)
@@ -215,28 +216,61 @@ def test_any_row_stride_and_alignment(view):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a | {"x": a["x"].float()}, "float16 or bfloat16, got torch.float32"),
-        (lambda a: a | {"x": a["x"][:, :128]}, r"shape \[M, 144\], got \[3, 128\]"),
-        (lambda a: a | {"x": a["x"][0]}, r"shape \[M, 144\], got \[144\]"),
-        (lambda a: a | {"x": a["x"].t().contiguous().t()}, "unit column stride"),
-        (lambda a: a | {"x": a["x"].to("meta")}, "x is on meta"),
+        (lambda a: a | {"x": a["x"].float()}, "x must be float16 or bfloat16, got float32"),
+        (
+            lambda a: a | {"x": a["x"][:, :128]},
+            r"x must have shape \[\.\.\., 144\], got \[3, 128\]",
+        ),
+        (lambda a: a | {"x": a["x"][0]}, r"x must have shape \[M, 144\], got \[144\]"),
+        (lambda a: a | {"x": a["x"][None]}, r"x must have shape \[M, 144\], got \[1, 3, 144\]"),
+        (lambda a: a | {"x": a["x"].to("meta")}, "qweight must be on meta like x"),
+        (
+            lambda a: a | {"bias": a["bias"].to("meta")},
+            "bias must be on (cpu|cuda:0) like x, got meta",
+        ),
         (
             lambda a: a | {"bias": a["bias"][:8]},
-            r"of shape \[72\], got torch.float16 of shape \[8\]",
+            r"bias must be torch.float16 \[72\], got torch.float16 \[8\]",
         ),
-        (lambda a: a | {"bias": a["bias"].float()}, "bias must be contiguous torch.float16"),
+        (
+            lambda a: a | {"bias": a["bias"].float()},
+            r"bias must be torch.float16 \[72\], got torch.float32 \[72\]",
+        ),
+        (
+            lambda a: a | {"bias": a["bias"].repeat_interleave(2)[::2]},
+            r"bias must be contiguous, got strides \(2,\)",
+        ),
+        (
+            lambda a: a | {"packed": replace(a["packed"], scales=a["packed"].scales.float())},
+            "scales must be torch.int32 .*, got torch.float32",
+        ),
+        (
+            lambda a: a | {"packed": replace(a["packed"], zeros=a["packed"].scales)},
+            "zeros must be absent, got one",
+        ),
         (
             lambda a: a | {"packed": replace(a["packed"], layout=Layout.CPU_WNA16)},
-            "reads layout P4, got CPU_WNA16",
+            "triton-gemm reads layout P4, got CPU_WNA16",
         ),
-        (lambda a: a | {"launch": launch(block_n=256)}, "block_n 256 does not divide"),
+        (
+            lambda a: a | {"launch": launch(block_n=256)},
+            "block_n 256 does not divide the padded N 128",
+        ),
         (
             lambda a: a | {"launch": launch(split_k=0)},
-            "split_k or segments must be 1 and none below, got split_k 0 and",
+            "split_k or segments must be 1 and none below, got split_k 0 and segments 1",
         ),
         (
-            lambda a: a | {"launch": Launch("cpu-striped", None, "test")},
-            "launch must be triton-gemm with a tile",
+            lambda a: a | {"launch": launch(segments=0)},
+            "split_k or segments must be 1 and none below, got split_k 1 and segments 0",
+        ),
+        (
+            lambda a: a | {"launch": launch(split_k=2, segments=2)},
+            "split_k or segments must be 1 and none below, got split_k 2 and segments 2",
+        ),
+        (
+            lambda a: a | {"launch": Launch("triton-gemm", None, "test")},
+            "triton-gemm needs a tile, got none",
         ),
     ],
 )
