@@ -23,6 +23,7 @@ from fusedq_kernels.types import TILED_LAYOUTS, QuantSpec, TileConfig
 
 ACT_DTYPES = tuple(dtype.torch for dtype in calls.ACT_DTYPES)
 
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _TL_DTYPES = {
     DType.FLOAT16: tl.float16,
     DType.BFLOAT16: tl.bfloat16,
@@ -30,6 +31,8 @@ _TL_DTYPES = {
 }
 # A finer step masks rows of x, which a descriptor cannot.
 _MIN_DESCRIPTOR_STEP = 16
+# Fewer tokens are multiplied by mma on a GPU with tcgen05, too.
+_MIN_TCGEN05_TOKENS = 8 if _TRITON >= (3, 8) else 16
 # Fixed here because Triton's default is about to change and would change the last bit of results.
 FP_FUSION = True
 # 16 MiB of 16-bit tokens of 4096 features. On an H200 8192 tokens took 8 % less time in groups of
@@ -48,6 +51,7 @@ def kernel_constants(
     return weight_constants(spec, groups) | {
         "SCALE_WEIGHTS": tile.scale_weights,
         "SCALE_STEPS": tile.scale_steps,
+        "OWN_ROW": tile.scale_steps and tile.block_m >= _MIN_TCGEN05_TOKENS,
         "NARROW_SCALE": tile.scale_weights and spec.scale_dtype.torch == act_dtype,
         "X_DESCRIPTOR": tile.x_descriptor,
         "HAS_BIAS": has_bias,

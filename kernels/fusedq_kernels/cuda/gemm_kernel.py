@@ -126,6 +126,7 @@ def fused_gemm_kernel(
     SCALE_DTYPE: tl.constexpr,
     SCALE_WEIGHTS: tl.constexpr,
     SCALE_STEPS: tl.constexpr,
+    OWN_ROW: tl.constexpr,
     NARROW_SCALE: tl.constexpr,
     X_DESCRIPTOR: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -144,9 +145,10 @@ def fused_gemm_kernel(
     """One `[BLOCK_M, BLOCK_N]` tile of y over one split of K, or over SEGMENTS of them in order.
 
     Grid: `gemm.launch_grid`. `first_step` is the group phase in units of STEP; STEPS_PER_GROUP is 0
-    when one group spans all of K. `metadata.py` explains VECTOR and PAIRED. With SPLIT_K above 1,
-    `partial_ptr` is fp32 `[SPLIT_K, M, N]` and `arrivals_ptr` int32, zero, one per tile. SPLIT_K or
-    SEGMENTS is 1; both cut K every `blocks_per_part` blocks and add the parts in the same order.
+    when one group spans all of K. `metadata.py` explains VECTOR, PAIRED and OWN_ROW. With SPLIT_K
+    above 1, `partial_ptr` is fp32 `[SPLIT_K, M, N]` and `arrivals_ptr` int32, zero, one per tile.
+    SPLIT_K or SEGMENTS is 1; both cut K every `blocks_per_part` blocks and add the parts in the
+    same order.
     With X_DESCRIPTOR, `x_ptr` is a tensor descriptor of x in blocks of `[BLOCK_M, STEP]`, which the
     tensor memory accelerator (sm_90 and newer) loads by one instruction; STEP is 16 at least then.
     """
@@ -156,8 +158,6 @@ def fused_gemm_kernel(
     # masked to zero.
     ROWS: tl.constexpr = decoded_rows(STEP)
     PARTS: tl.constexpr = ROWS // STEP
-    # tcgen05, as `TileConfig` says; 8 tokens are multiplied by mma there, too.
-    OWN_ROW: tl.constexpr = SCALE_STEPS and BLOCK_M > 8
     SCALE_LAST: tl.constexpr = STEPS_PER_GROUP == 0 and not SCALE_STEPS
     SUMS_IN_FLIGHT: tl.constexpr = 8 if BLOCK_M * BLOCK_N <= 2048 else 1
     pid_m, pid_n, pid_k = tile_of(SPLIT_K)
