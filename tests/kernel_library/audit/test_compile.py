@@ -350,5 +350,7 @@ def test_one_audited_binary_serves_every_size(compiling):
 def test_integer_weights_reach_the_matrix_cores_of_an_amd_gpu(weight_type, compiling):
     assembly = json.loads(compiling(AMD_SCRIPT, weight_type))
     assert "v_mfma_f32_16x16x16_bf16" in assembly
-    assert re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*([1-9]\d*)", assembly) == []
+    # Scalar registers may spill to lanes of vector registers: no memory is touched.
+    for count in ("vgpr_spill_count", "private_segment_fixed_size"):
+        assert set(re.findall(rf"\.{count}:\s*(\d+)", assembly)) == {"0"}
     assert "scratch_" not in assembly
