@@ -196,7 +196,8 @@ def test_the_warm_up_waits_for_the_compiler_and_compares_on_a_gpu(
     monkeypatch.setattr(worker_warmup, "run_launches", run)
     spec = QuantSpec(WeightType.UINT4B8, 128, torch.float16)
     packed = empty_packed(TILED_LAYOUTS[spec.weight_type], 128, 128, spec, 0, torch.float16, "cpu")
-    layers = [LoadedLayer(name, packed, "cpu-striped", has_bias=False) for name in ("a", "b")]
+    use = Use.of(Call.of(packed, "cpu-striped", torch.float16), STRIPED.device)
+    layers = [LoadedLayer(name, packed, (use,), has_bias=False) for name in ("a", "b")]
     compiler = Compiler(lambda: None, torch.device("cuda"))
     warmed = warm_up(layers, STRIPED, 64, check=check, ahead=[compiler])
     assert compiler.waited == 1
