@@ -19,7 +19,7 @@ from fusedq_kernels.types import (
 )
 from gemmbench.own import device_spec
 from gemmbench.results import Row
-from gemmbench.variants import RAW_MAGIC, decoding, describe
+from gemmbench.variants import RAW_MAGIC, Variant, describe
 from gemmbench.weights import default_spec, packed_for_gpu, random_tokens, random_weight
 
 _KERNEL = "triton-gemm"
@@ -63,22 +63,22 @@ def _accumulation(device: torch.device, small: bool) -> Iterator[Row]:
     for act_dtype in (torch.bfloat16, torch.float16):
         spec = QuantSpec(WeightType.UINT4B8, _GROUP, act_dtype)
         logical, x, magnitude = cancelling_problem(n, k, m, spec, act_dtype, device)
-        packed = packed_for_gpu(logical, act_dtype)
         exact = TileConfig(64, 128, 1, 8, 4)
         scaled = TileConfig(64, 128, 1, 8, 4, scale_weights=True, x_descriptor=True)
-        variants = {
-            "scale on the partial product": (exact, {}),
-            "the same in 16 tokens": (replace(exact, block_m=16, num_warps=4), {}),
-            "scale on the weights": (scaled, {}),
-        }
+        few = replace(exact, block_m=16, num_warps=4)
+        variants = [
+            Variant("scale on the partial product", exact, split_k=1),
+            Variant("the same in 16 tokens", few, split_k=1),
+            Variant("scale on the weights", scaled, split_k=1),
+        ]
         if act_dtype == torch.bfloat16:
-            variants["magic number left in"] = (exact, RAW_MAGIC)
-        for name, (tile, decoders) in variants.items():
-            with decoding(decoders):
-                y = _run(x, packed, tile)
+            raw = tuple(RAW_MAGIC.items())
+            variants.append(Variant("magic number left in", exact, split_k=1, decoders=raw))
+        for each in variants:
+            y = each.prepare(logical, act_dtype).run(x)
             error = y.double().square().mean().sqrt().item() / magnitude
-            found = {"variant": name, "quantity": "accumulation error", "value": f"{error:.2e}"}
-            yield _row(spec, act_dtype, n, k, m) | found
+            found = {"variant": each.name, "quantity": "accumulation error"}
+            yield _row(spec, act_dtype, n, k, m) | found | {"value": f"{error:.2e}"}
 
 
 def cancelling_problem(
