@@ -167,23 +167,28 @@ def print_roofline(
     jobs: Sequence[Job], files: dict[str, ResultFile], act_dtype: str, device: torch.device
 ) -> None:
     """Predictions for our kernel on the GPU that is here, else an H200, beside measured times."""
+    keys = ("weight_type", "group_size", "n", "k", "m")
     measured = {
-        (r["weight_type"], int(r["n"]), int(r["k"]), int(r["m"])): float(r["us"])
+        tuple(r[name] for name in keys): float(r["us"])
         for file in files.values()
         for r in file.rows()
         if r["kernel"] == "fusedq" and r["us"] and r["act_dtype"] == act_dtype
     }
     table = Table(title=f"static roofline, {device_spec(device).name}", show_edge=False)
-    for column in ("weight", "N", "K", "M", "launch", "us", "limited by", "measured us", "ratio"):
+    for column in (
+        *("weight", "group", "N", "K", "M", "launch"),
+        *("us", "limited by", "measured us", "ratio"),
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for job in jobs:
         for _, m in job.tokens:
             found, launch = comparison.predict(job.n, job.k, m, job.spec, device)
-            key = (job.spec.weight_type.value, job.n, job.k, m)
+            problem = (job.spec.weight_type.value, job.spec.group_size, job.n, job.k, m)
+            key = tuple(map(str, problem))
             us, model = measured.get(key), found.get("model_us")
             ratio = f"{us / model:.2f}" if us and model else ""
             cells = (launch.source, model or "", found.get("model_limit", ""), us or "", ratio)
-            table.add_row(*map(str, (*key, *cells)))
+            table.add_row(*key, *map(str, cells))
     Console(width=140).print(table)
 
 

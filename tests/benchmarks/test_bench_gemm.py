@@ -40,6 +40,7 @@ def plain(output: str) -> str:
 def test_every_contender_that_loads_is_timed_and_right(finished_run: tuple[Path, str]) -> None:
     rows = ResultFile(finished_run[0] / "gemm_decode.csv").rows()
     by_kernel = {row["kernel"]: row for row in rows if row["n"] == "128"}
+    assert {row["group_size"] for row in rows} == {"128", "32"}
     everywhere = {"fusedq", "cublas", "dequant+cublas", "dequant+tiled", "load-only"}
     assert everywhere | {"without-dequant", "dequant-twice"} <= set(by_kernel)
     for row in rows:
@@ -50,12 +51,15 @@ def test_every_contender_that_loads_is_timed_and_right(finished_run: tuple[Path,
     assert {row["layers"] for row in rows} == {"dry-run/square", "dry-run/wide"}
 
 
+@pytest.mark.parametrize("group_size", [128, 32])
 def test_bytes_are_those_of_the_packed_weight_and_of_both_passes(
-    finished_run: tuple[Path, str],
+    finished_run: tuple[Path, str], group_size: int
 ) -> None:
     rows = ResultFile(finished_run[0] / "gemm_decode.csv").rows()
-    dram = {row["kernel"]: row["dram_mb"] for row in rows if row["n"] == "128"}
-    packed = 128 * 256 // 2 + 2 * 128 * 4
+    problem = {"n": "128", "group_size": str(group_size)}
+    dram = {row["kernel"]: row["dram_mb"] for row in rows if problem.items() <= row.items()}
+    # Scales take 2 bytes.
+    packed = 128 * 256 // 2 + 256 // group_size * 128 * 2
     moved = packed + 2 * (256 + 128)
     assert float(dram["fusedq"]) == round(moved / 1e6, 3)
     assert float(dram["dequant+cublas"]) == round((moved + 2 * 2 * 128 * 256) / 1e6, 3)
@@ -86,7 +90,7 @@ def test_a_run_out_of_time_says_what_remains(tmp_path: Path) -> None:
     options = ("--out", str(tmp_path), "--contender", "fusedq", "--seconds", "0")
     done = invoke(*ARGUMENTS, *options)
     assert done.exit_code == 0, done.output
-    assert "2 problems remain: run it again" in done.output
+    assert "4 problems remain: run it again" in done.output
     assert not (tmp_path / "gemm_decode.csv").exists()
 
 
@@ -101,8 +105,8 @@ def test_the_roofline_stands_beside_what_was_measured(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     (line,) = [line for line in done.output.splitlines() if "9.8" in line]
     cells = [cell.strip() for cell in line.replace("┃", "│").split("│")]
-    assert cells[:4] == ["uint4b8", "4096", "4096", "1"]
-    assert float(cells[-1]) == pytest.approx(9.8 / float(cells[5]), abs=0.01)
+    assert cells[:5] == ["uint4b8", "128", "4096", "4096", "1"]
+    assert float(cells[-1]) == pytest.approx(9.8 / float(cells[6]), abs=0.01)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
