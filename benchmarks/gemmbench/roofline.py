@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, group_geometry, round_up
-from fusedq_kernels.layouts.resident import resident_tensors
+from fusedq_kernels.layouts.resident import resident_tensors, scale_words
 from fusedq_kernels.types import (
     TILED_LAYOUTS,
     DeviceSpec,
@@ -171,7 +171,8 @@ def roofline(
     per_weight = instructions_per_weight(spec, tile, k)
     flops = 2 * decoded * tile.block_m
 
-    hbm = min(rates.hbm, _in_flight(spec, tile, device, programs) / LOADED_LATENCY_SECONDS)
+    in_flight = _in_flight(k, spec, tile, device, programs)
+    hbm = min(rates.hbm, in_flight / LOADED_LATENCY_SECONDS)
     issue_rate = _ISSUE_LANES * _ISSUE_EFFICIENCY * device.num_sms * rates.clock
     memory_tail = (1 + imbalance) / 2
     return Roofline(
@@ -197,10 +198,14 @@ def _imbalance(programs: int, k_blocks: int, split_k: int, tiles: int, num_sms: 
     return max(1.0, busiest * num_sms / (tiles * k_blocks))
 
 
-def _in_flight(spec: QuantSpec, tile: TileConfig, device: DeviceSpec, programs: int) -> float:
+def _in_flight(
+    k: int, spec: QuantSpec, tile: TileConfig, device: DeviceSpec, programs: int
+) -> float:
     """Bytes of packed weight that all SMs together can have requested and not yet received."""
     weight_tile = tile.block_n * BLOCK_K * spec.weight_type.bits // 8
-    stage = weight_tile + _ACT_BYTES * tile.block_m * BLOCK_K + 4 * tile.block_n
+    groups = group_geometry(k, spec.group_size, 0)
+    words = tile.block_n // scale_words(spec, groups).rows * (BLOCK_K // groups.step)
+    stage = weight_tile + _ACT_BYTES * tile.block_m * BLOCK_K + 4 * words
     by_smem = device.smem_per_block // (tile.num_stages * stage + _SMEM_RESERVED_PER_PROGRAM)
     by_warps = _MAX_WARPS_PER_SM // tile.num_warps
     resident = max(1, min(by_smem, by_warps))

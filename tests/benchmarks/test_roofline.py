@@ -21,29 +21,29 @@ TOY_RATES = Rates(hbm=1e9, l2=4e9, tensor=1e12, clock=1e9)
 def test_bytes_and_times_of_a_small_problem() -> None:
     tile = TileConfig(block_m=16, block_n=64, split_k=1, num_warps=4, num_stages=3)
     found = roofline(GemmShape(16, 256, 512), INT4, TOY, tile, TOY_RATES)
-    # 256 x 512 codes of half a byte and 4 groups x 256 scales of 4 bytes.
-    assert found.weight_bytes == 65536 + 4096
+    # 256 x 512 codes of half a byte and 4 groups x 256 scales of 2 bytes.
+    assert found.weight_bytes == 65536 + 2048
     # x is 16 x 512, y 16 x 256, 2 bytes each.
-    assert found.dram_bytes == 69632 + 16384 + 8192
+    assert found.dram_bytes == 67584 + 16384 + 8192
     # Each of the 4 tiles of outputs reads x again.
-    assert found.l2_bytes == 69632 + 4 * 16384 + 8192
+    assert found.l2_bytes == 67584 + 4 * 16384 + 8192
     assert found.flops == 2 * 16 * 256 * 512
     assert (found.programs, found.waves, found.imbalance) == (4, 1.0, 1.0)
     # A thread decodes 64 weights and holds 8 accumulators: 120 + 8 + 1.55 * 64 instructions.
     assert found.instructions == pytest.approx(256 * 512 * 227.2 / 64)
-    assert found.dram_s == pytest.approx(94208e-9)
-    assert found.l2_s == pytest.approx(143360 / 4e9)
+    assert found.dram_s == pytest.approx(92160e-9)
+    assert found.l2_s == pytest.approx(141312 / 4e9)
     assert found.issue_s == pytest.approx(256 * 512 * 3.55 / 409.6e9)
     assert found.tensor_s == pytest.approx(2 * 16 * 256 * 512 / 1e12)
     assert found.limiter == "dram"
-    assert found.seconds == pytest.approx(94208e-9 + 1.5e-6)
+    assert found.seconds == pytest.approx(92160e-9 + 1.5e-6)
 
 
 def test_split_k_pays_for_its_partials_and_last_pass() -> None:
     tile = TileConfig(block_m=16, block_n=64, split_k=2, num_warps=4, num_stages=3)
     found = roofline(GemmShape(16, 256, 512), INT4, TOY, tile, TOY_RATES)
     assert found.programs == 8
-    assert found.l2_bytes == 143360 + 2 * 2 * 16 * 256 * 4
+    assert found.l2_bytes == 141312 + 2 * 2 * 16 * 256 * 4
     assert found.fixed_s == pytest.approx(2.8e-6)
 
 
@@ -51,7 +51,7 @@ def test_padding_and_the_busiest_sm_count() -> None:
     # N pads from 320 to 384: 6 tiles on 4 SMs, so one SM does 2 of a mean of 1.5.
     tile = TileConfig(block_m=16, block_n=64, split_k=1, num_warps=4, num_stages=3)
     found = roofline(GemmShape(1, 320, 512), INT4, TOY, tile, TOY_RATES)
-    assert found.weight_bytes == 384 * 512 // 2 + 4 * 384 * 4
+    assert found.weight_bytes == 384 * 512 // 2 + 4 * 384 * 2
     assert found.imbalance == pytest.approx(2 / 1.5)
     assert found.dram_s == pytest.approx(
         (found.weight_bytes + 2 * (512 + 320)) / 1e9 * (1 + 4 / 3) / 2
@@ -68,11 +68,25 @@ def test_too_few_programs_cannot_keep_hbm_busy() -> None:
     assert found.dram_s == pytest.approx(found.dram_bytes / (16384 / 0.9e-6) * 2.5)
 
 
+def test_scales_take_their_part_of_a_programs_shared_memory() -> None:
+    rates = Rates(hbm=1e15, l2=1e18, tensor=1e18, clock=1e12)
+    tile = TileConfig(block_m=16, block_n=64, split_k=1, num_warps=4, num_stages=3)
+    # A stage: 4096 bytes of codes, 4096 of x, 128 of scales with groups of 128, 512 with 32.
+    device = replace(TOY, smem_per_block=2 * (3 * (8192 + 128) + 1024))
+    in_flight = []
+    for group_size in (128, 32):
+        spec = replace(INT4, group_size=group_size)
+        found = roofline(GemmShape(1, 512, 512), spec, device, tile, rates)
+        in_flight.append(found.dram_bytes / found.dram_s * 0.9e-6)
+    # Two of three stages on each of 4 SMs: two programs an SM, or one.
+    assert in_flight == pytest.approx([4 * 2 * 2 * 4096, 4 * 1 * 2 * 4096])
+
+
 def test_prefill_reads_the_weight_once_per_tile_of_tokens() -> None:
     tile = TileConfig(block_m=128, block_n=128, split_k=1, num_warps=8, num_stages=3)
     found = roofline(GemmShape(512, 256, 512), INT4, TOY, tile, TOY_RATES)
-    assert found.l2_bytes == 4 * 69632 + 2 * 512 * (512 * 2 + 256)
-    assert found.dram_bytes == 69632 + 2 * 512 * (512 + 256)
+    assert found.l2_bytes == 4 * 67584 + 2 * 512 * (512 * 2 + 256)
+    assert found.dram_bytes == 67584 + 2 * 512 * (512 + 256)
     assert found.instructions == pytest.approx(4 * 256 * 512 * (120 + 64 + 1.55 * 64) / 64)
 
 
