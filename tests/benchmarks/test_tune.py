@@ -100,17 +100,18 @@ def run(*arguments: object) -> str:
 def test_a_dry_run_writes_rows_that_select_reads_and_resumes(tmp_path: Path) -> None:
     options = ("--dry-run", "--keep", 2, "--bucket", 64, "--out", tmp_path)
     assert "0 s" in run(*options, "--seconds", 0)
-    assert "2 rows in" in run(*options)
+    assert "4 rows in" in run(*options)
     path = tmp_path / "h200.json"
     (table,) = tuning.read(path)
+    # Of each shape first groups of 128, then of 32.
     launch = select(GemmShape(64, 256, 128), INT4, H200, table_for=lambda _: table)
-    assert launch.source == "tuned:h200 row 2"
+    assert launch.source == "tuned:h200 row 3"
     assert "[1/" not in run(*options)
     before = (tmp_path / "tune.csv").read_text()
-    assert "[1/2" in run(*options, "--bucket", 8)
+    assert "[1/4" in run(*options, "--bucket", 8)
     assert (tmp_path / "tune.csv").read_text().startswith(before)
     (table,) = tuning.read(path)
-    assert [row.max_m for row in table.rows] == [8, 64, 8, 64]
+    assert [row.max_m for row in table.rows] == [8, 64] * 4
 
 
 def test_a_dry_run_measures_slices_for_many_tokens(tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_tables_of_another_triton_stay(tmp_path: Path) -> None:
     row = tuning.TunedRow(*(WeightType.UINT4B8, 128, 4096, 4096, 64, "triton-gemm", TILE, 5.0))
     tuning.write(path, [tuning.TunedTable("h200", "2.9.0", "2026-01-01", "abc", (row,))])
     run("--dry-run", "--keep", 1, "--bucket", 64, "--out", tmp_path)
-    assert [len(table.rows) for table in tuning.read(path)] == [1, 2]
+    assert [len(table.rows) for table in tuning.read(path)] == [1, 4]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
