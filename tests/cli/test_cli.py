@@ -165,7 +165,9 @@ def test_a_pipe_gets_one_line_per_row_however_long(tmp_path: Path) -> None:
     assert "KV cache for 16 x 8192 tokens (the activations' dtype, 163840 bytes per token)" in kv
     assert float(kv.split()[0]) == 21.475
     (order,) = (line for line in lines if "warning" in line and "down_proj" in line)
-    assert "1.23 times its share of the rows, 6.20 bits per weight with the scales" in order
+    # 17,696 rows for 14,336, in 139 blocks of 128 rows: 4 bits each, a 16-bit scale for each 16 of
+    # them; and a row's place in 4 bytes, for 8,192 outputs: 139 x 128 x 5 / 14336 + 0.005
+    assert "1.23 times its share of the rows, 6.21 bits per weight with the scales" in order
 
 
 def test_expert_parallel_says_that_experts_are_refused(tmp_path: Path) -> None:
