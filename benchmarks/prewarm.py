@@ -31,7 +31,13 @@ from gemmbench.experiments import EXPERIMENTS
 from gemmbench.own import device_spec
 from gemmbench.shapes import DECODE_TOKENS, PREFILL_TOKENS, named_shapes
 from gemmbench.variants import Decoders, Variant, decoding
-from gemmbench.weights import default_spec, packed_for_gpu, random_tokens, random_weight
+from gemmbench.weights import (
+    default_spec,
+    default_specs,
+    packed_for_gpu,
+    random_tokens,
+    random_weight,
+)
 
 TIMED_EXPERIMENTS = (9, 10)
 WEIGHT_TYPES = (WeightType.UINT4B8, WeightType.UINT4, WeightType.UINT8B128, WeightType.NF4)
@@ -88,11 +94,11 @@ def compilations(device: DeviceSpec) -> Iterator[Compilation]:
                         yield Compilation(spec, tile, each.decoders)
     for weight_type in WEIGHT_TYPES:
         for n, k in named_shapes(["llama-3-8b"], [1]):
-            spec = default_spec(weight_type, None, k, torch.bfloat16)
-            for m in (*DECODE_TOKENS, *PREFILL_TOKENS):
-                tile = select(GemmShape(m, n, k), spec, device).tile
-                if tile is not None:
-                    yield Compilation(spec, tile)
+            for spec in default_specs(weight_type, (), k, torch.bfloat16):
+                for m in (*DECODE_TOKENS, *PREFILL_TOKENS):
+                    tile = select(GemmShape(m, n, k), spec, device).tile
+                    if tile is not None:
+                        yield Compilation(spec, tile)
 
 
 def run(each: Compilation, device: torch.device, weight: tuple[int, int]) -> None:
