@@ -151,7 +151,7 @@ def instructions_per_weight(spec: QuantSpec, tile: TileConfig, k: int) -> float:
 def roofline(
     shape: GemmShape, spec: QuantSpec, device: DeviceSpec, tile: TileConfig, rates: Rates
 ) -> Roofline:
-    """The bound of `gemm.fused_gemm` for one problem, tile and device.
+    """The bound of `triton-gemm` for one problem, tile and device.
 
     Every tile of tokens reads the whole weight through L2, every tile of outputs reads its tokens;
     from DRAM each is read once. Half of a wave's imbalance is hidden for memory, none for compute.

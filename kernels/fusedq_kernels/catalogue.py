@@ -79,10 +79,8 @@ class Kernel:
             ones.
         prepared_by: "module:function" of `prepare`, imported when it is first called.
         seen_as: part of the name under which a profile shows it.
-        launch: for one number of tokens; kernels without tiles have one for all.
-        launches: for 1 to so many tokens, each with the fewest tokens that reach it.
-        scratch_bytes: the largest of what a call allocates beside its 16-bit tokens and outputs,
-            for a launch and a shape.
+        tiled_launch, tiled_launches: of a kernel with tiles, what `launch` and `launches` give.
+        scratch_bytes: the largest of what a launch of a shape allocates beside tokens and outputs.
         most_scratch: the most GPU memory of it that any number of tokens takes, for planning.
         beside: the launch of another kernel that measured rows put beside its own.
         batch_invariant: whether it can give a row the same bits in any batch.

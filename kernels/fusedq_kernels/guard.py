@@ -206,7 +206,8 @@ def _check_lookup(
     if packed.perm is not None:
         rows = torch.empty_like(rows).index_copy_(1, packed.perm.long(), rows)
     # An id that is none of the weight's gets zeros
-    ids, rows = torch.cat([ids, ids.new_tensor([packed.n])]), torch.cat([rows, rows[:1] * 0])
+    nothing = rows.new_zeros(1, rows.shape[1])
+    ids, rows = torch.cat([ids, ids.new_tensor([packed.n])]), torch.cat([rows, nothing])
     found = [ops.embedding(ids, packed, kernel.name, act_dtype) for _ in range(2)]
     differs = (found[0] != rows).nonzero()
     unlike = int((_bits(found[0]) != _bits(found[1])).sum())

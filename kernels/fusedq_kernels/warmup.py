@@ -25,16 +25,17 @@ class Reached(NamedTuple):
     has_bias: bool = False
 
     def __str__(self) -> str:
-        """Like "triton-gemm 16x64, 2 splits, 4 warps, 3 stages (rule: m<=16), 9 tokens, bias"."""
+        """ "triton-gemm 16x64, 2 splits, 4 warps, 3 stages (rule: ..) with 9 tokens and a bias"."""
         words = f"{self.launch.kernel} ({self.launch.source})"
         if (tile := self.launch.tile) is not None:
             parts = tile.split_k * tile.segments
             words = (
-                f"{self.launch.kernel} {tile.block_m}x{tile.block_n}, {parts} splits, "
+                f"{self.launch.kernel} {tile.block_m}x{tile.block_n}, "
+                f"{parts} split{'s' * (parts != 1)}, "
                 f"{tile.num_warps} warps, {tile.num_stages} stages ({self.launch.source})"
             )
         bias = "a bias" if self.has_bias else "no bias"
-        return f"{words} with {self.tokens} tokens and {bias}"
+        return f"{words} with {self.tokens} token{'s' * (self.tokens != 1)} and {bias}"
 
 
 def reachable(

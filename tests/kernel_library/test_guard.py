@@ -167,6 +167,11 @@ def test_rows_of_an_embedding(monkeypatch) -> None:
     truth = guard.Truth.of(packed, torch.float16)
     lookup = Reached(Launch("triton-gather", None, "test"), 1)
     assert guard.check(lookup, TRITON_GATHER, packed, truth) is None
+    spec = QuantSpec(WeightType.UINT4B8, 64, torch.float32)
+    logical = testing.random_logical(N, K, spec)
+    logical.scales[0] *= 1e9  # infinite in fp16, which zeros for an unknown id must not depend on
+    wide = packing.pack(logical, TILED_LAYOUTS[spec.weight_type], torch.float16)
+    assert guard.check(lookup, TRITON_GATHER, wide, guard.Truth.of(wide, torch.float16)) is None
     real = ops.embedding
     monkeypatch.setattr(ops, "embedding", lambda ids, *rest: real(ids.clamp(max=N - 2), *rest))
     found = guard.check(lookup, TRITON_GATHER, packed, truth)

@@ -63,7 +63,7 @@ def test_a_wrong_decoder_names_layer_launch_and_versions(
         "layers.3.qkv_proj (fp4, groups of 64, [160, 256] out_features x in_features per rank): "
         "found that triton-gemm 8x"
     )
-    assert "with 1 tokens and no bias is wrong on h200 with Triton " in message
+    assert "with 1 token and no bias is wrong on h200 with Triton " in message
     assert f"Triton {triton.__version__}, activations float16: " in message
     assert " of 160 outputs wrong (the worst: token 0, output " in message
     assert "supported: what plain PyTorch computes in float64, within rounding; " in message

@@ -43,7 +43,7 @@ def offline_snapshot(repository: str, revision: str | None) -> Path | None:
 
 
 class HubFiles:
-    """One commit of a repository; `checkpoint_files.LocalFiles` is its local twin.
+    """One commit of a repository; `files.LocalFiles` is its local twin.
 
     Raises:
         RepositoryError: the repository does not exist, is closed to this user or out of reach.

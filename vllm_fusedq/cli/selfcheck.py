@@ -87,15 +87,16 @@ def _run(
             style="" if check.passed else "red",
         )
         if check.wrong_launch:
-            err.print(check.wrong_launch, style="red", highlight=False)
+            err.print(check.wrong_launch, style="red", markup=False, highlight=False)
     worst = max(checks, key=lambda check: check.max_error)
     failed = sum(not check.passed for check in checks)
     launches = sum(check.launches for check in checks)
+    compared = f"; {launches} launches compared" if launches else ""
     with writing():
         out.print(table)
         out.print(
             f"{len(checks)} layers checked, {failed} failed; worst error {worst.max_error:.1e} of "
-            f"the reference's RMS in {worst.plan.name}; {launches} launches compared",
+            f"the reference's RMS in {worst.plan.name}" + compared,
             highlight=False,
         )
     return failed

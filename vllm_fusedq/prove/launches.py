@@ -123,6 +123,6 @@ def _here(target: Target) -> str:
 
 
 _WAY_OUT = (
-    "install another Triton (another vLLM), serve without --quantization fusedq, and report this "
-    "message"
+    "install another Triton (with another vLLM) or serve without --quantization fusedq, and report "
+    "this message"
 )

@@ -73,6 +73,9 @@ def check_layer(
     for (shard_id, name), tensor in {(p.shard_id, n): t for (p, n), t in stored.items()}.items():
         loader.add(name, tensor, shard_id)
     loader.check_complete()
+    launches = _launches(checkpoint, plan, target, loader.packed)
+    if launches[1]:
+        return LayerCheck(plan, 0, 0.0, 0.0, _limit(target.act_dtype.torch), *launches)
     resident = packing.unpack(loader.packed)
     generator = torch.Generator().manual_seed(0)
     product, lookup = plan.use(Op.MATMUL), plan.use(Op.EMBEDDING)
@@ -101,14 +104,14 @@ def check_layer(
         max((worst for worst, _ in errors), default=0.0),
         max((rms for _, rms in errors), default=0.0),
         _limit(target.act_dtype.torch),
-        *_launches(checkpoint, plan, target, loader.packed),
+        *launches,
     )
 
 
 def _launches(
     checkpoint: Checkpoint, plan: LayerPlan, target: Target, packed: PackedWeight
 ) -> tuple[int, str]:
-    """How many launches are right, and what is said of the first that is wrong."""
+    """The number of launches in modes that are right, and what is said of the first wrong one."""
     if not on_gpu(packed):
         return 0, ""
     has_bias = any(f"{part.module}.bias" in checkpoint.tensors for part in plan.shard.parts)

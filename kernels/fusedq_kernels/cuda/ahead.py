@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ class AheadCompiler:
 
     What does not compile is left to the launch itself, which then says what was wrong.
 
-    `cache` is where they go.
+    `cache` is the folder that the binaries go to.
 
     Args:
         work: calls kernels, as `warmup.run_once` does.
@@ -75,8 +76,10 @@ def cache_folder() -> Path:
     if _writable(folder):
         return folder
     usable = Path(tempfile.mkdtemp(prefix="fusedq-triton-"))
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        (usable / entry.name).symlink_to(entry)
+    # What cannot be read either has nothing to link to
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            (usable / entry.name).symlink_to(entry)
     triton.knobs.cache.dir = str(usable)
     atexit.register(shutil.rmtree, usable, ignore_errors=True)
     logger.warning(

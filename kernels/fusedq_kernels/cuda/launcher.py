@@ -2,8 +2,8 @@
 
 Triton's JIT binds, specialises and hashes all arguments of every launch. What they can differ in
 from one launch of a layer to the next is small: a pointer that 16 does not divide, the device. So
-the kernel that the JIT has compiled is kept and called as `kernel.warmup`'s result is in Triton's
-tutorials; launch hooks (profilers) are its own and run as before.
+the kernel that the JIT has compiled is kept and called directly, as Triton's tutorials call what
+`kernel.warmup` returns. Launch hooks (profilers) still run.
 """
 
 from typing import Any
@@ -44,7 +44,9 @@ class Launcher:
             compiled = self.kernel[grid](*arguments, **self.keywords)
             # A hook may have forbidden to compile
             if compiled is not None:
-                self.compiled[device] = compiled
+                # Triton 3.9 returns the future of what another thread compiles
+                whole = compiled.result() if hasattr(compiled, "result") else compiled
+                self.compiled[device] = whole
             return
         stream = driver.active.get_current_stream(device)
         compiled[grid](*arguments, *self.constants, stream=stream)

@@ -64,6 +64,14 @@ os.environ["TRITON_CACHE_DIR"] = str(Path(sys.argv[1], "file", "cache"))
 compile_ahead()
 """
 
+UNREADABLE = """
+os.environ["TRITON_CACHE_DIR"] = sys.argv[1]
+def denied(self):
+    raise PermissionError(self)
+ahead._writable, Path.iterdir, Path.is_dir = lambda folder: False, denied, denied
+compile_ahead()
+"""
+
 BROKEN = """
 os.environ["TRITON_CACHE_DIR"] = sys.argv[1]
 from triton.backends.nvidia import compiler
@@ -91,6 +99,11 @@ def test_launches_share_binaries_and_find_them(compiling, tmp_path) -> None:
 
 def test_a_cache_that_cannot_be_made_is_replaced(compiling, tmp_path) -> None:
     (line,) = compiling(SCRIPT + NOWHERE, str(tmp_path), driver=True).splitlines()
+    assert re.fullmatch(r"\[False, False\] \S*/fusedq-triton-\w+", line)
+
+
+def test_a_cache_that_cannot_be_read_is_replaced(compiling, tmp_path) -> None:
+    (line,) = compiling(SCRIPT + UNREADABLE, str(tmp_path), driver=True).splitlines()
     assert re.fullmatch(r"\[False, False\] \S*/fusedq-triton-\w+", line)
 
 
