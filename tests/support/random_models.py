@@ -30,13 +30,19 @@ class RandomModel:
     truths: dict[str, Truth]
 
     @torch.no_grad()
-    def sure_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int | None]:
-        """What each prompt goes on with, None where a second token is nearly as likely."""
-        found: list[int | None] = []
-        for prompt in prompts:
-            scores, tokens = self.model(torch.tensor([list(prompt)])).logits[0, -1].topk(2)
-            found.append(int(tokens[0]) if scores[0] - scores[1] > SURE else None)
-        return found
+    def sure_prompts(
+        self, candidates: Sequence[list[int]], count: int
+    ) -> tuple[list[list[int]], list[int]]:
+        """The first `count` prompts whose next token no second one is near to, and these tokens."""
+        prompts, found = [], []
+        for prompt in candidates:
+            scores, tokens = self.model(torch.tensor([prompt])).logits[0, -1].topk(2)
+            if scores[0] - scores[1] > SURE:
+                prompts.append(prompt)
+                found.append(int(tokens[0]))
+            if len(found) == count:
+                return prompts, found
+        raise AssertionError(f"only {len(found)} of {len(candidates)} prompts have a sure answer")
 
     @torch.no_grad()
     def logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float | None]]:
