@@ -19,8 +19,19 @@ from vllm_fusedq.names import (
 )
 
 BLOCKS = [f"model.layers.{index}.mlp.down_proj" for index in range(12)]
-STACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+STACKED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["c_fc_0", "c_fc_1"],
+}
 QKV = tuple(f"model.layers.0.self_attn.{part}_proj" for part in "qkv")
+
+HYBRID = (
+    *QKV,
+    "model.layers.0.mamba.in_proj",
+    "model.layers.1.mamba.in_proj",
+    "model.layers.0.mamba.out_proj",
+    "model.layers.0.self_attn.out_proj",
+)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +92,41 @@ def test_a_draft_s_names_in_the_checkpoint(extra: str, prefix: str, stored: str)
             {"language_model.lm_head": "lm_head"},
             ("lm_head",),
         ),
+        # Prefixes of a hybrid's own: by the only module of the block with that last name
+        ("model.layers.0.mixer.in_proj", HYBRID, {}, ("model.layers.0.mamba.in_proj",)),
+        ("model.layers.1.mixer.in_proj", HYBRID, {}, ("model.layers.1.mamba.in_proj",)),
+        ("model.layers.0.qkv_proj", HYBRID, {}, QKV),
+        ("model.2.mixer.in_proj", HYBRID, {}, ("model.layers.0.mamba.in_proj",)),
+        ("model.3.mixer.in_proj", HYBRID, {}, ("model.layers.1.mamba.in_proj",)),
+        (
+            "lm.layers.0.mixer.in_proj",
+            HYBRID,
+            {f"lm.{module.removeprefix('model.')}": module for module in HYBRID},
+            ("model.layers.0.mamba.in_proj",),
+        ),
+        # EXAONE's, and LFM2-VL's
+        (
+            "model.h.0.mlp.gate_up_proj",
+            ["transformer.h.0.mlp.c_fc_0", "transformer.h.0.mlp.c_fc_1"],
+            {},
+            ("transformer.h.0.mlp.c_fc_0", "transformer.h.0.mlp.c_fc_1"),
+        ),
+        ("model.h.1.mlp.c_proj", ["transformer.h.0.mlp.c_proj"], {}, ("model.h.1.mlp.c_proj",)),
+        (
+            "language.model.layers.0.feed_forward.w2",
+            ["model.language_model.layers.0.feed_forward.w2", "model.tower.layers.0.mlp.w2"],
+            {
+                "language_model.model.layers.0.feed_forward.w2": (
+                    "model.language_model.layers.0.feed_forward.w2"
+                )
+            },
+            ("model.language_model.layers.0.feed_forward.w2",),
+        ),
+        # Not one but two modules could be meant
+        ("llm.h.0.fc", ["model.h.0.fc", "thinker.h.0.fc"], {}, ("llm.h.0.fc",)),
+        ("model.layers.0.mixer.out_proj", HYBRID, {}, ("model.layers.0.mixer.out_proj",)),
+        ("model.1.mixer.in_proj", HYBRID, {}, ("model.1.mixer.in_proj",)),
+        ("model.4.mixer.in_proj", HYBRID, {}, ("model.4.mixer.in_proj",)),
     ],
 )
 def test_the_modules_of_a_layer(

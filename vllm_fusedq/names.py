@@ -1,6 +1,7 @@
 """Names of layers: vLLM's against the checkpoint's, and names that differ in a number alone."""
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 # Fused vLLM layers and the checkpoint modules stacked in them (vLLM's packed_modules_mapping of
@@ -16,7 +17,7 @@ MTP_BLOCKS = ("mtp_layers", "mtp_block")
 
 # What tools put before the names of one and the same model: those that vLLM's models map
 _PREFIX_PARTS = frozenset(
-    {"model", "language_model", "language", "text_model", "thinker", "vlm", "llm"}
+    {"model", "language_model", "language", "text_model", "transformer", "thinker", "vlm", "llm"}
 )
 
 # Below the names of layers that a wrapper clamps (Gemma 4's vision and audio towers)
@@ -24,6 +25,7 @@ WRAPPED_LINEAR = ".linear"
 
 _FUSED_NAMES = {name: (fused, sid) for fused, parts in FUSED_LAYERS.items() for name, sid in parts}
 _LAYER = re.compile(r"(.*\.|)layers\.(\d+)(\..+)")
+_BEHIND = re.compile(r"(.*\.|)(\d+)(\..+)")
 _INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -53,7 +55,54 @@ def stored_modules(
         found = _stacked(name, modules, renamed, stacked)
         if any(module in modules for module in found):
             return found
-    return _stacked(names[-1], modules, renamed, stacked)
+    unknown = _stacked(names[-1], modules, renamed, stacked)
+    return _by_place(names[1], modules, renamed, stacked) or unknown
+
+
+def _by_place(
+    name: str,
+    modules: Collection[str],
+    renamed: Mapping[str, str],
+    stacked: Mapping[str, Sequence[str]],
+) -> tuple[str, ...]:
+    """The modules of a layer that vLLM gives another name than its own path; () where unsure.
+
+    Those at the same path but for its prefix (of EXAONE `model.h.0` is `transformer.h.0`), or the
+    only ones of the block with that last name: hybrids call a Mamba layer `layers.0.mixer.in_proj`
+    that is stored as `layers.0.mamba.in_proj`, and Falcon-H1 leaves out its `self_attn`.
+    """
+    parent, _, last = name.rpartition(".")
+    wanted = {last, *stacked.get(last, ())}
+    stored_in: dict[str, set[str]] = defaultdict(set)
+    for known, stored in (*((module, module) for module in modules), *renamed.items()):
+        outer, _, name_in_it = known.rpartition(".")
+        if name_in_it in wanted:
+            stored_in[f"{without_prefix(outer)}."].add(stored.rpartition(".")[0])
+    block = _block(name, modules)
+    in_block = (each for outer, each in stored_in.items() if block and outer.startswith(block))
+    at_path = stored_in.get(f"{without_prefix(parent)}.", set()) if parent else set()
+    found = at_path or set().union(*in_block)
+    return _stacked(f"{found.pop()}.{last}", modules, {}, stacked) if len(found) == 1 else ()
+
+
+def _block(name: str, modules: Collection[str]) -> str:
+    """Up to its number the block of a module, without its prefix; "" where it is in none.
+
+    Falcon-H1 numbers its Mamba layers as if they followed the blocks: of 2, `model.2` is in
+    `model.layers.0`.
+    """
+    if match := _LAYER.fullmatch(name):
+        return without_prefix(f"{match[1]}layers.{match[2]}.")
+    if match := _BEHIND.fullmatch(name):
+        index = int(match[2]) - _blocks(modules, match[1])
+        return without_prefix(f"{match[1]}layers.{index}.") if index >= 0 else ""
+    return ""
+
+
+def _blocks(modules: Collection[str], before: str) -> int:
+    """How many blocks are below `before`."""
+    indices = (int(m[2]) for name in modules if (m := _LAYER.fullmatch(name)) and m[1] == before)
+    return max(indices, default=-1) + 1
 
 
 def _stacked(
@@ -84,8 +133,7 @@ def stored_prefix(prefix: str, modules: Collection[str]) -> str:
     if match is None:
         return prefix
     before, index, rest = match[1], int(match[2]), match[3]
-    blocks = {int(m[2]) for name in modules if (m := _LAYER.fullmatch(name)) and m[1] == before}
-    behind = index - max(blocks, default=-1) - 1
+    behind = index - _blocks(modules, before)
     lists = {name.removeprefix(before).partition(".")[0] for name in modules}
     extra = [name for name in MTP_BLOCKS if name in lists]
     return f"{before}{extra[0]}.{behind}{rest}" if behind >= 0 and extra else prefix
