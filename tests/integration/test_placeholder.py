@@ -66,6 +66,26 @@ def test_nothing_is_refused_once_the_layer_is_loaded(
     assert getattr(parameter, "output_dim", None) is None
 
 
+def test_vllms_mixer_finds_the_weight_whose_loader_it_sets(
+    placeholder: Callable[..., torch.nn.Parameter],
+) -> None:
+    """As the mixer of vLLM 0.26 to 0.31 does it, whatever the format."""
+    from vllm.model_executor.utils import set_weight_attrs
+
+    from vllm_fusedq.integration.placeholder import expect_another_loader
+
+    layer, parameter = torch.nn.Module(), placeholder()
+    layer.register_parameter("qweight", parameter)
+    own = parameter.weight_loader
+    restore = expect_another_loader(layer)
+    for tensor in (layer.weight, parameter):
+        delattr(tensor, "weight_loader")
+        set_weight_attrs(tensor, {"weight_loader": print})
+    restore()
+    assert not hasattr(layer, "weight")
+    assert parameter.weight_loader is own
+
+
 def test_vllms_reload_takes_placeholders_apart_and_together(
     placeholder: Callable[..., torch.nn.Parameter],
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 from checkpoints import Tensors, write_checkpoint
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from published import FORMATS, QUANTIZED_HEADS, Model, write_headers
-from random_models import falcon_config, write_random_model
+from random_models import falcon_config, falcon_h1_config, write_random_model
 from vllm_configs import current_config
 from vllm_fusedq.checkpoint.read import Checkpoint, read_checkpoint
 from vllm_fusedq.errors import PreflightError
@@ -228,6 +228,40 @@ def test_one_layer_of_four_parts_in_two_modules(
     assert names == ["gate_proj", "gate_proj", "gate_proj", "up_proj"]
     assert [part.shard_id for part in plan.shard.parts] == [0, 1, 2, 3]
     assert plan.n == model.intermediate
+
+
+@pytest.mark.parametrize("build", ["ct-asym", "awq", "bnb-nf4"])
+def test_mamba_layers_with_one_group_are_planned_alike(
+    tmp_path: Path, rank_of: Callable[[int, int], None], build: str
+) -> None:
+    """vLLM's mixer, which gives tensors of some names a loader of its own."""
+    from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    from vllm_fusedq.integration.placeholder import WeightLoader
+
+    config = falcon_h1_config()
+    checkpoint = read_checkpoint(write_random_model(tmp_path, config, build).path)
+    target = Target(DEVICES["cpu"], torch.bfloat16)
+    sizes = (config.hidden_size, config.mamba_d_state, config.mamba_d_conv, config.mamba_d_ssm)
+    heads = {"num_heads": config.mamba_n_heads, "head_dim": config.mamba_d_head}
+    for tp, rank in ((1, 0), (2, 0), (2, 1), (4, 3)):
+        rank_of(rank, tp)
+        quantized = {"quant_config": config_for(checkpoint, target), "prefix": "model.1.mixer"}
+        with building(), set_default_torch_dtype(torch.bfloat16):
+            layer = MambaMixer2(*sizes, True, False, n_groups=1, **heads, **quantized).in_proj
+        worker = quantized["quant_config"].worker
+        worker.all_created(quantized["quant_config"].format)
+        loaders = [parameter.weight_loader for parameter in layer.parameters()]
+        assert len(loaders) == len(layer.fusedq_loaders[0].tensor_dtypes)
+        assert all(isinstance(each, WeightLoader) for each in loaders)
+        here = plan_model(checkpoint, target, tp, ranks=[rank]).layers
+        (here,) = (plan for plan in here if plan.prefix == "model.layers.0.mamba.in_proj")
+        there = worker.plans[0]
+        assert there.prefix == "model.1.mixer.in_proj"
+        assert (here.uses, here.resident) == (there.uses, there.resident)
+        if tp > 1:
+            assert here.shard.parts == there.shard.parts
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, FalconConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, FalconConfig, FalconH1Config, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from checkpoints import ALL_BUILDS, Truth, write_json
@@ -66,6 +66,25 @@ def falcon_config(heads: int = 4, kv_heads: int = 2) -> FalconConfig:
         new_decoder_architecture=1 < kv_heads < heads,
         multi_query=kv_heads == 1,
         bias=False,
+    )
+
+
+def falcon_h1_config(layers: int = 1) -> FalconH1Config:
+    """Attention beside a Mamba-2 layer with one group of B and C, in each block."""
+    return FalconH1Config(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mamba_d_ssm=256,
+        mamba_n_heads=32,
+        mamba_d_head=8,
+        mamba_n_groups=1,
+        mamba_d_state=32,
+        mamba_chunk_size=64,
+        tie_word_embeddings=False,
     )
 
 

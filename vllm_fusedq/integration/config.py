@@ -82,7 +82,7 @@ class FusedQConfig(QuantizationConfig):
 
         if self.worker is not None:
             with self.worker.guard():
-                self.worker.check_all_created(self.format)
+                self.worker.all_created(self.format)
         dotted = [name for name in self.format.markers if name != parameter_name(name)]
         renamed = {f".{name}": f".{parameter_name(name)}" for name in dotted}
         unread = self.format.checkpoint.unread
@@ -135,7 +135,7 @@ class FusedQConfig(QuantizationConfig):
         from vllm_fusedq.integration.linear import FusedQLinearMethod
         from vllm_fusedq.integration.vocabulary import vocabulary_method
         from vllm_fusedq.integration.worker import start_worker
-        from vllm_fusedq.plan.model_code import stores_head_groups
+        from vllm_fusedq.plan.model_code import state_rows, stores_head_groups
         from vllm_fusedq.worker.last_words import speaking_last
 
         if not isinstance(layer, LinearBase | VocabParallelEmbedding):
@@ -148,8 +148,10 @@ class FusedQConfig(QuantizationConfig):
                 return vocabulary_method(layer, prefix, modules[0], self.worker, self.format)
             formats = {module: self.format.layer_of(module) for module in modules}
         if any(formats.values()):
-            head_groups = stores_head_groups(self.format.checkpoint, modules[0])
-            return FusedQLinearMethod(self.worker, prefix, formats, head_groups)
+            checkpoint, first = self.format.checkpoint, formats[modules[0]]
+            head_groups = stores_head_groups(checkpoint, modules[0])
+            states = first and state_rows(checkpoint, modules[0], first.n)
+            return FusedQLinearMethod(self.worker, prefix, formats, head_groups, states)
         return UnquantizedLinearMethod()
 
     def modules_of(self, prefix: str) -> tuple[str, ...]:

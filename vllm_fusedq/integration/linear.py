@@ -13,18 +13,20 @@ from vllm.model_executor.layers.linear import (
 
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats.layer import LayerFormat
-from vllm_fusedq.integration.placeholder import check_layer_class
+from vllm_fusedq.integration.placeholder import check_layer_class, expect_another_loader
 from vllm_fusedq.integration.resident import Multiplication, attach, check_sizes, finish
 from vllm_fusedq.plan.head_order import HeadOrder
 from vllm_fusedq.plan.layer import plan_layer
 from vllm_fusedq.plan.shards import QKV_SHARD_IDS, LayerShard, ParallelStyle, partition_parts
+from vllm_fusedq.plan.state_rows import StateRows
 from vllm_fusedq.worker.state import WorkerState
 
 
 class FusedQLinearMethod(LinearMethodBase):
     """Runs one linear layer from its packed weight, never from a dequantized one.
 
-    With `head_groups` an attention layer's rows are stored in the order of `HeadOrder`.
+    With `head_groups` an attention layer's rows are stored in the order of `HeadOrder`; `states`
+    are those of a Mamba-2 layer of which every rank holds a part whole.
     """
 
     def __init__(
@@ -33,11 +35,13 @@ class FusedQLinearMethod(LinearMethodBase):
         prefix: str,
         formats: Mapping[str, LayerFormat | None],
         head_groups: bool = False,
+        states: StateRows | None = None,
     ) -> None:
         self.state = state
         self.prefix = prefix
         self.formats = formats
         self.head_groups = head_groups
+        self.states = states
 
     def create_weights(
         self,
@@ -57,6 +61,8 @@ class FusedQLinearMethod(LinearMethodBase):
             plan = plan_layer(shard, self.formats, self.state.target)
         self.multiplication = Multiplication(plan.main)
         attach(layer, plan, self.state, params_dtype, reordered=self.head_groups)
+        if self._follows_states(output_partition_sizes):
+            self.state.before_loading.append(expect_another_loader(layer))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         finish(layer, self.state)
@@ -85,12 +91,20 @@ class FusedQLinearMethod(LinearMethodBase):
             layer.tp_rank,
             kv_replicas=layer.num_kv_head_replicas if qkv else None,
         )
+        if self._follows_states(n_local):
+            (module,) = totals
+            parts = self.states.shard(module, k_local, layer.tp_size, layer.tp_rank)
+            totals[module] -= self.states.states * (layer.tp_size - 1)
         check_sizes(self.formats, totals, input_size)
         if qkv and self.head_groups:
             kv_heads = layer.total_num_kv_heads
             order = HeadOrder(kv_heads, layer.total_num_heads // kv_heads, layer.head_size)
             parts = order.stored_parts(parts)
         return LayerShard(self.prefix, style, layer.tp_size, parts)
+
+    def _follows_states(self, n_local: list[int]) -> bool:
+        """vLLM gives such a layer one part in place of five where ranks outnumber the groups."""
+        return self.states is not None and len(n_local) == 1
 
     def _refuse_attention(self, parts: int) -> None:
         raise PreflightError.single(

@@ -95,7 +95,7 @@ class Placeholder(torch.nn.Parameter):
 
     def __new__(cls, dtype: torch.dtype, device: torch.device, loader: WeightLoader) -> Any:
         self = super().__new__(cls, torch.zeros(1, dtype=dtype, device=device), False)
-        self.weight_loader = loader
+        self.weight_loader = self.own_loader = loader
         return self
 
 
@@ -111,6 +111,27 @@ def _trap(attribute: str) -> property:
 
 for _attribute in LAYOUT_ATTRIBUTES:
     setattr(Placeholder, _attribute, _trap(_attribute))
+
+
+def expect_another_loader(layer: torch.nn.Module) -> Callable[[], None]:
+    """For a layer whose tensors vLLM's Mamba mixer gives a loader by which it cuts plain weights.
+
+    It is set on tensors of some names, before vLLM 0.32 on a `weight` that must be there in all
+    formats. Returns what gives the placeholders their own loaders back.
+    """
+    stand_in = None
+    if not hasattr(layer, "weight"):
+        stand_in = layer.weight = torch.empty(0)
+        stand_in.weight_loader = None
+
+    def restore() -> None:
+        if stand_in is not None:
+            del layer.weight
+        for parameter in layer.parameters(recurse=False):
+            if isinstance(parameter, Placeholder):
+                parameter.weight_loader = parameter.own_loader
+
+    return restore
 
 
 def check_layer_class(layer: torch.nn.Module, prefix: str) -> None:

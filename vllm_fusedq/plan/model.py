@@ -17,7 +17,7 @@ from vllm_fusedq.formats.shared.vocabulary import is_input_embedding, is_lm_head
 from vllm_fusedq.names import FUSED_LAYERS, fold, natural, unnumbered, vllm_layer
 from vllm_fusedq.plan.attention import kv_heads
 from vllm_fusedq.plan.layer import LayerPlan, Target, plan_layer, target_problems
-from vllm_fusedq.plan.model_code import head_order, rearranged
+from vllm_fusedq.plan.model_code import head_order, rearranged, state_rows
 from vllm_fusedq.plan.shards import (
     LayerShard,
     UnevenSplit,
@@ -163,7 +163,8 @@ def _shards(
                 sizes = (layers[prefix].n, layers[prefix].k)
                 shards.append(shard_embedding(prefix, *sizes, tp, rank, is_tied(checkpoint)))
                 continue
-            if order := head_order(checkpoint, first, layers[first].n):
+            whole = (checkpoint, first, layers[first].n)
+            if order := head_order(*whole) or state_rows(*whole):
                 parts = order.shard(first, layers[first].k, tp, rank)
             else:
                 parts = tuple(

@@ -1,9 +1,10 @@
 """What vLLM's own model code does to a module's tensors on their way into a layer.
 
 Nearly all of it only finds the layer that a tensor belongs to. The exceptions for dense layers in
-vLLM 0.26 to 0.33 are named here: head orders that are followed (`head_order.py`) and rearrangements
-that a packed tensor does not survive, or that packed tensors are left out of. What no table knows
-is found while loading (`load/provenance.py`, `integration/placeholder.py`).
+vLLM 0.26 to 0.33 are named here: orders of rows that are followed (`head_order.py`,
+`state_rows.py`) and rearrangements that a packed tensor does not survive, or that packed tensors
+are left out of. What no table knows is found while loading (`load/provenance.py`,
+`integration/placeholder.py`).
 """
 
 import functools
@@ -13,6 +14,7 @@ from importlib import metadata
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.errors import Problem
 from vllm_fusedq.plan.head_order import HeadOrder
+from vllm_fusedq.plan.state_rows import StateRows
 
 MODELS_PAGE = "docs/models.md"
 AS_STORED = f"models whose tensors reach their layers as they are stored ({MODELS_PAGE})"
@@ -20,6 +22,8 @@ WAY_OUT = "serve this model without --quantization fusedq, or quantize it withou
 
 FALCON = frozenset({"FalconForCausalLM", "RWForCausalLM"})
 HEAD_GROUPS = "query_key_value"
+STATE_PROJECTION = "in_proj"
+STATE_GROUPS = ("mamba_n_groups", "mamba_ngroups", "n_groups")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,20 @@ def head_order(checkpoint: Checkpoint, module: str, n: int) -> HeadOrder | None:
     if heads % groups or n % rows:
         return None
     return HeadOrder(groups, heads // groups, n // rows)
+
+
+def state_rows(checkpoint: Checkpoint, module: str, n: int) -> StateRows | None:
+    """The `n` rows of a Mamba-2 layer with one group of B and C, by the tensors beside them."""
+    parent, _, last = module.rpartition(".")
+    convolution = checkpoint.tensors.get(f"{parent}.conv1d.weight")
+    steps = checkpoint.tensors.get(f"{parent}.dt_bias")
+    one_group = checkpoint.number(*STATE_GROUPS) == 1
+    if last != STATE_PROJECTION or not one_group or convolution is None or steps is None:
+        return None
+    convolved, heads = convolution.shape[0], steps.shape[0]
+    inner = n - convolved - heads
+    states = convolved - inner
+    return StateRows(inner, states, heads) if inner > 0 < states and heads else None
 
 
 def _falcon_groups(checkpoint: Checkpoint, heads: int) -> int:

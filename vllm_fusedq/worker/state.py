@@ -55,9 +55,9 @@ class WorkerState:
 
     `message_file` is where a refusal is left for the API process, `source` what loaded tensors are
     compared with. `plans` are those of the layers that were created, `loaders` those of the layers
-    that are loaded. `load_seconds` is the time from `started` to the last loaded layer without the
-    time spent on repacking; it covers reading the files and building the model. Bytes are this
-    rank's.
+    that are loaded; `before_loading` is called in between. `load_seconds` is the time from
+    `started` to the last loaded layer without the time spent on repacking; it covers reading the
+    files and building the model. Bytes are this rank's.
     """
 
     target: Target
@@ -72,6 +72,7 @@ class WorkerState:
     source: StoredTensors | None = None
     plans: list[LayerPlan] = field(default_factory=list)
     loaders: list[LayerLoader] = field(default_factory=list)
+    before_loading: list[Callable[[], None]] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     load_seconds: float = 0.0
     warmed: WarmUp = field(default_factory=lambda: WarmUp(0.0, 0))
@@ -88,6 +89,8 @@ class WorkerState:
         """Before each weight: with the first after layers were created, start to compile theirs."""
         if not self._created:
             return
+        # Some of vLLM's models (Mamba 2) do not ask `all_created` first
+        self._begin_loading()
         layers = [(plan, has_bias()) for plan, has_bias in self._created]
         self._created.clear()
         compiler = compile_ahead(layers, self.target, self.max_tokens, device)
@@ -132,10 +135,15 @@ class WorkerState:
         if self.rank.reports:
             self._report(note)
 
-    def check_all_created(self, fmt: CheckpointFormat) -> None:
-        """`plan.model.check_all_created` of this worker's layers."""
+    def all_created(self, fmt: CheckpointFormat) -> None:
+        """Before weights are loaded: `plan.model.check_all_created`, and what layers asked for."""
         last = self.rank.pipeline == self.rank.pipeline_size - 1
         check_all_created(fmt, self.plans, first_stage=self.rank.pipeline == 0, last_stage=last)
+        self._begin_loading()
+
+    def _begin_loading(self) -> None:
+        while self.before_loading:
+            self.before_loading.pop()()
 
     @property
     def pack_seconds(self) -> float:
