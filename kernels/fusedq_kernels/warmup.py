@@ -79,18 +79,3 @@ def run_once(
         return
     bias = torch.zeros(packed.n, **like) if reached.has_bias else None
     ops.run(torch.zeros((reached.tokens, packed.k), **like), packed, bias, reached.launch)
-
-
-def warm_up(
-    kernel: Kernel,
-    packed: PackedWeight,
-    device: DeviceSpec,
-    act_dtype: torch.dtype,
-    max_tokens: int,
-    *,
-    with_bias: Iterable[bool] = (False,),
-    policy: Policy = DEFAULT_POLICY,
-) -> int:
-    """Run what is `reachable`, once each; returns how many launches there were."""
-    launches = reachable(kernel, packed, device, max_tokens, with_bias=with_bias, policy=policy)
-    return sum(run_once(reached, kernel, packed, act_dtype) is None for reached in launches)

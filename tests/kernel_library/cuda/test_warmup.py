@@ -21,6 +21,14 @@ def note(key, compile, **_):
     asked.append(key)
     return True
 
+def run_all(kernel, weight, with_bias=(False,), policy=types.DEFAULT_POLICY):
+    launches = list(
+        warmup.reachable(kernel, weight, h200, 700, with_bias=with_bias, policy=policy)
+    )
+    for reached in launches:
+        warmup.run_once(reached, kernel, weight, act)
+    return len(launches)
+
 triton.knobs.runtime.jit_cache_hook = note
 h200 = device.device_by_name("h200")
 act = torch.bfloat16
@@ -36,14 +44,10 @@ for weight_type, group_size, n, k, phase in (
         asked.clear()
         policy = types.Policy(batch_invariant)
         nothing = packing.empty_packed(target, n, k, spec, phase, act, "meta")
-        warmup.warm_up(
-            catalogue.TRITON_GEMM, nothing, h200, act, 700, with_bias=(False, True), policy=policy
-        )
+        run_all(catalogue.TRITON_GEMM, nothing, (False, True), policy)
         ahead = set(asked)
         asked.clear()
-        count = warmup.warm_up(
-            catalogue.TRITON_GEMM, packed, h200, act, 700, with_bias=(False, True), policy=policy
-        )
+        count = run_all(catalogue.TRITON_GEMM, packed, (False, True), policy)
         known = set(asked)
         # What is compiled ahead is what the warm-up runs.
         assert ahead == known
@@ -80,7 +84,7 @@ nothing = packing.empty_packed(target, n, k, spec, phase, act, "meta")
 for allowed, weight in ((False, packed), (True, packed), (None, nothing)):
     asked.clear()
     policy = types.Policy(sliced_prefill=allowed is not False)
-    warmup.warm_up(kernel, weight, h200, act, 700, with_bias=(False, True), policy=policy)
+    run_all(kernel, weight, (False, True), policy)
     found[allowed] = set(asked)
 known = found[True]
 assert len(known - found[False]) == 1
@@ -94,7 +98,7 @@ assert set(asked) == known
 
 nothing = dataclasses.replace(nothing, phase=0)
 asked.clear()
-warmup.warm_up(catalogue.TRITON_GATHER, nothing, h200, act, 700)
+run_all(catalogue.TRITON_GATHER, nothing)
 (ahead,) = asked
 asked.clear()
 ids = torch.zeros(701, dtype=torch.int64)
