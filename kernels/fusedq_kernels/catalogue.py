@@ -275,13 +275,6 @@ def kernel_for(device: DeviceSpec, weight_type: WeightType, op: Op = Op.MATMUL) 
     return next(each for each in kernels_for(device, op) if weight_type in each.layouts)
 
 
-def select(
-    shape: GemmShape, spec: QuantSpec, device: DeviceSpec, policy: Policy = DEFAULT_POLICY
-) -> Launch:
-    """The kernel and tile of a matmul for one problem that `refusals` has passed."""
-    return kernel_for(device, spec.weight_type).launch(shape, spec, device, policy)
-
-
 def refusals(kernel: Kernel, n: int, k: int, spec: QuantSpec, phase: int) -> tuple[Reason, ...]:
     """Every reason of its own why a kernel cannot run a layer; empty if it can.
 

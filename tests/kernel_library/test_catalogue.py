@@ -117,11 +117,15 @@ def test_a_cpu_gets_its_own_kernels() -> None:
     assert names(H200) == ["triton-gemm"]
     assert names(CPU_VEC, Op.EMBEDDING) == ["cpu-gather"]
     assert names(H200, Op.EMBEDDING) == ["triton-gather"]
-    shape, spec = GemmShape(4, 64, 64), QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
-    assert catalogue.select(shape, spec, CPU) == Launch("cpu-striped", None, "rule: cpu")
-    assert catalogue.select(shape, spec, CPU_VEC) == Launch("cpu-wna16", None, "rule: cpu, vec")
-    wide = replace(spec, weight_type=WeightType.UINT8B128)
-    assert catalogue.select(shape, wide, CPU_VEC) == Launch("cpu-striped", None, "rule: cpu, vec")
+    spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
+    for device, weight_type, name, source in (
+        (CPU, WeightType.UINT4B8, "cpu-striped", "rule: cpu"),
+        (CPU_VEC, WeightType.UINT4B8, "cpu-wna16", "rule: cpu, vec"),
+        (CPU_VEC, WeightType.UINT8B128, "cpu-striped", "rule: cpu, vec"),
+    ):
+        kernel, of_type = kernel_for(device, weight_type), replace(spec, weight_type=weight_type)
+        expected = Launch(name, None, source)
+        assert kernel.launch(GemmShape(4, 64, 64), of_type, device) == expected
     for kernel in kernels_for(CPU_VEC):
         assert len(kernel.launches(4096, 4096, spec, CPU_VEC, 1000)) == 1
 

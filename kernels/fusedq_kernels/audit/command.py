@@ -121,7 +121,7 @@ _COLUMNS: Columns = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = _parser()
+    parser = arguments()
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--csv", type=Path, help="write the cells of the table to this file too")
     add = parser.add_argument_group("everything").add_argument
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.csv is None:
             parser.error("--everything writes to --csv")
         return everything.run(args.target, args.csv, everything.Share.parse(args.share), args.jobs)
-    rows = _rows(args)
+    rows = rows_of(args)
     sliced = [] if args.tile or args.batch_invariant else _slice_rows(args)
     if args.csv:
         write_csv(args.csv, rows, sliced)
@@ -168,12 +168,8 @@ def write_csv(path: Path, rows: Iterable[AuditRow], sliced: Iterable[slices.Slic
         writer.writerows(cells)
 
 
-def rows_of(argv: list[str]) -> list[AuditRow]:
-    """What the command finds with these arguments."""
-    return _rows(_parser().parse_args(argv))
-
-
-def _parser() -> argparse.ArgumentParser:
+def arguments() -> argparse.ArgumentParser:
+    """What chooses the kernels to compile."""
     parser = argparse.ArgumentParser(prog="python -m fusedq_kernels.audit", description=__doc__)
     add = parser.add_argument
     add("--target", default="sm_90", help="known device or architecture, or all")
@@ -188,7 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rows(args: argparse.Namespace) -> list[AuditRow]:
+def rows_of(args: argparse.Namespace) -> list[AuditRow]:
+    """`audit` of what the `arguments` chose."""
     return [
         row
         for target in _targets(args)

@@ -95,7 +95,8 @@ WORKER_SCRIPT = """
 import json, sys
 from fusedq_kernels.audit import command
 runs = json.loads(sys.argv[1])
-rows = {name: command.rows_of(arguments.split()) for name, arguments in runs.items()}
+parse = command.arguments().parse_args
+rows = {name: command.rows_of(parse(arguments.split())) for name, arguments in runs.items()}
 print(json.dumps({name: [row.as_json() for row in rows[name]] for name in runs}))
 """
 
