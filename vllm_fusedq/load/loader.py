@@ -21,9 +21,7 @@ from vllm_fusedq.load.provenance import StoredTensors
 from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.plan.shards import PartShard
 
-# Decoded codes per stripe: bounds what packing needs beyond a layer's own bytes. A CPU wants a
-# stripe in its cache, a GPU wants few launches.
-STRIPE_CODES = {"cpu": 1 << 19, "cuda": 1 << 24}
+# Bounds what packing a small layer needs beyond its own bytes
 MIN_STRIPES = 8
 
 
@@ -163,16 +161,13 @@ class LayerLoader:
 
     def _repack(self) -> None:
         self._weigh_evidence()
-        codes = STRIPE_CODES[self.packed.qweight.device.type]
-        rows = min(codes // self.plan.rows, self.plan.n // MIN_STRIPES)
-        rows = max(rows - rows % packing.ROW_ALIGNMENT, packing.ROW_ALIGNMENT)
-        held = self.plan.shard.held
-        for start in range(0, held, rows):
-            stop = min(start + rows, held)
+        held, plan = self.plan.shard.held, self.plan
+        device, at_most = self.packed.qweight.device, plan.n // MIN_STRIPES
+        for start, stop in packing.stripes(held, plan.rows, device, at_most):
             weight = _stack([self._logical(*piece) for piece in self._pieces(start, stop)])
             if stop == held:
                 # Rows of padding beyond the last stripe stay as allocated, worth zero
-                weight = _padded(weight, min(-held % packing.ROW_ALIGNMENT, self.plan.n - held))
+                weight = _padded(weight, min(-held % packing.ROW_ALIGNMENT, plan.n - held))
             packing.pack_rows(self.packed, start, weight)
 
     def _weigh_evidence(self) -> None:

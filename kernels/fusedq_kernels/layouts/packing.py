@@ -49,7 +49,7 @@ PERM_DTYPE = resident.PERM_DTYPE.torch
 
 # Codes per stripe: on a CPU a stripe and its temporaries stay within a few MB and mostly in cache,
 # a GPU wants few launches.
-_STRIPE_CODES, _STRIPE_CODES_GPU = 1 << 20, 1 << 24
+_STRIPE_CODES, _STRIPE_CODES_GPU = 1 << 19, 1 << 24
 
 
 class TensorSpec(NamedTuple):
@@ -204,9 +204,15 @@ def _check_rows(packed: PackedWeight, start: int, rows: LogicalWeight) -> None:
             raise ValueError(f"{name} must be {shape} {dtype}, got {found}")
 
 
-def stripes(count: int, k: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """`[start, stop)` of consecutive rows of K codes, as many at a time as suit the device."""
+def stripes(
+    count: int, k: int, device: torch.device, at_most: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """`[start, stop)` of consecutive rows of K codes, as many at a time as suit the device.
+
+    `at_most` rows at a time where given, but never fewer than ROW_ALIGNMENT.
+    """
     codes = _STRIPE_CODES if device.type == "cpu" else _STRIPE_CODES_GPU
-    rows = max(ROW_ALIGNMENT, codes // k // ROW_ALIGNMENT * ROW_ALIGNMENT)
+    rows = codes // k if at_most is None else min(codes // k, at_most)
+    rows = max(rows - rows % ROW_ALIGNMENT, ROW_ALIGNMENT)
     for start in range(0, count, rows):
         yield start, min(start + rows, count)
