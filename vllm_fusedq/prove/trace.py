@@ -11,6 +11,7 @@ from typing import Any
 from torch.profiler import record_function
 
 from fusedq_kernels.catalogue import KERNELS, Op
+from fusedq_kernels.geometry import BLOCK_N, round_up
 from fusedq_kernels.types import PackedWeight
 from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.plan.uses import Use
@@ -67,7 +68,7 @@ def judge(
     problems = []
     if not calls:
         problems.append("the layer never ran")
-    allowed = allowed_bytes(plan, use, packed, tokens)
+    allowed = allowed_bytes(plan, use, tokens)
     resident = [
         list(t.shape) for t in (packed.qweight, packed.scales, packed.zeros) if t is not None
     ]
@@ -97,12 +98,12 @@ def judge(
     )
 
 
-def allowed_bytes(plan: LayerPlan, use: Use, packed: PackedWeight, tokens: int) -> int:
+def allowed_bytes(plan: LayerPlan, use: Use, tokens: int) -> int:
     """The largest single allocation that a call of `tokens` tokens may need."""
-    # A lookup's outputs are rows; a product pads and reorders what it reads
+    # A lookup's outputs are rows; a product pads outputs, and pads and reorders what it reads
     features = {
         Op.EMBEDDING: plan.k,
-        Op.MATMUL: max(packed.scales.shape[1], plan.n, plan.k + 256, plan.rows + 256),
+        Op.MATMUL: max(round_up(plan.n, BLOCK_N), plan.k + 256, plan.rows + 256),
     }
     activations = tokens * features[use.op] * use.call.dtype.itemsize
     return max(activations, use.scratch_bytes(tokens)) + _SLACK_BYTES
