@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fusedq_kernels import testing
+from fusedq_kernels.choose import waves
 from fusedq_kernels.cuda import gemm
 from fusedq_kernels.cuda.gemm_kernel import tile_of
 from fusedq_kernels.types import QuantSpec, TileConfig, WeightType
@@ -57,7 +58,7 @@ def test_grouped_tiles_give_the_same_bits(monkeypatch, options, tokens):
     problem = testing.make_problem(139, 264, 400, QuantSpec(WeightType.UINT4, 64, HALF))
     packed = pack(problem.logical, HALF)
     plain = run(problem.x, packed, None, launch(**options))
-    monkeypatch.setattr(gemm, "GROUP_TOKENS", tokens)
+    monkeypatch.setattr(waves, "GROUP_TOKENS", tokens)
     y = run(problem.x, packed, None, launch(**options))
     assert gemm.launch_grid(139, 384, launch().tile)[2] > 1
     assert torch.equal(y, plain)
