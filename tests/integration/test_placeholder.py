@@ -30,7 +30,7 @@ def placeholder(tmp_path: Path) -> Callable[..., torch.nn.Parameter]:
 
     def make(reordered: bool = False) -> torch.nn.Parameter:
         return Placeholder(
-            torch.int32, device, WeightLoader(loader, "qweight", None, reordered=reordered)
+            torch.int32, device, WeightLoader(loader, "qweight", reordered=reordered)
         )
 
     return make

@@ -6,6 +6,7 @@ codes that are packed, or has left them out because there was no answer: it gets
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from vllm.model_executor.layers import linear, vocab_parallel_embedding
 from vllm_fusedq.errors import PreflightError, WeightLoadError
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.model_code import AS_STORED, WAY_OUT
-from vllm_fusedq.worker.last_words import speaking_last
 
 # What vLLM's own parameters say of themselves to code that cuts or reorders them.
 LAYOUT_ATTRIBUTES = ("output_dim", "input_dim", "packed_dim", "packed_factor")
@@ -37,7 +37,8 @@ class WeightLoader:
     """vLLM's per-parameter `weight_loader` callable for one checkpoint tensor name.
 
     Where `reordered`, the layer follows by itself what the model's code does to a plain weight.
-    `before` is told of each tensor that arrives, by the device that it goes to.
+    `before` is told of each tensor that arrives, by the device that it goes to. `guard` is that of
+    the `WorkerState`, around what may refuse.
     """
 
     # vLLM's reload tells the loaders that it wrapped from the others by name.
@@ -47,13 +48,13 @@ class WeightLoader:
         self,
         loader: LayerLoader,
         name: str,
-        message_file: str | None,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
         reordered: bool = False,
         before: Callable[[torch.device], None] | None = None,
     ) -> None:
         self.loader = loader
         self.name = name
-        self.message_file = message_file
+        self.guard = guard
         self.reordered = reordered
         self.before = before
 
@@ -68,7 +69,7 @@ class WeightLoader:
             # A reload's rehearsal, which counts copied elements; the tensor comes a second time
             param.copy_(param)
             return
-        with speaking_last(self.message_file):
+        with self.guard():
             if self.before is not None:
                 self.before(self.loader.packed.qweight.device)
             self.loader.add(self.name, loaded_weight, loaded_shard_id)
@@ -82,7 +83,7 @@ class WeightLoader:
         if self.reordered or not self.loader.missing():
             return
         plan = self.loader.plan
-        with speaking_last(self.message_file):
+        with self.guard():
             raise WeightLoadError(
                 f"{plan.name}.{self.name}: found vLLM's code for this model asking for the "
                 f"{attribute} of a quantized tensor, by which it rearranges weights while loading; "

@@ -38,7 +38,7 @@ def attach(
         weight_loader = WeightLoader(
             loader,
             name,
-            state.message_file,
+            state.guard,
             reordered=reordered,
             before=state.weight_arrives,
         )
