@@ -1,5 +1,6 @@
 """Every launch of a layer, compared with PyTorch: right ones pass, a wrong one names its layer."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,10 @@ def layer(weight_type: WeightType, has_bias: bool = True) -> LoadedLayer:
     return LoadedLayer("layers.3.qkv_proj", packed, uses, has_bias)
 
 
+def compared(layer: LoadedLayer, max_tokens: int = 70) -> int:
+    return run_launches(layer, TARGET, max_tokens, layer.truth(TARGET))
+
+
 @pytest.fixture
 def fresh() -> None:
     """Kernels are prepared anew, before and after."""
@@ -44,10 +49,10 @@ def fresh() -> None:
 def test_right_launches_are_counted(batch_invariant: bool) -> None:
     target = replace(TARGET, policy=Policy(batch_invariant))
     fp4 = layer(WeightType.FP4)
-    count = run_launches(fp4, target, 70, compare=True)
+    count = run_launches(fp4, target, 70, fp4.truth(target))
     assert count == len(list(fp4.launches(target, 70))) > 4
     assert {reached.has_bias for _, reached in fp4.launches(target, 70)} == {False, True}
-    assert run_launches(fp4, target, 70, compare=False) == count
+    assert run_launches(fp4, target, 70) == count
 
 
 def test_a_wrong_decoder_names_layer_launch_and_versions(
@@ -57,7 +62,7 @@ def test_a_wrong_decoder_names_layer_launch_and_versions(
     fp4 = layer(WeightType.FP4)
     multiplied = tuple(use for use in fp4.uses if use.kernel.name == "triton-gemm")
     with pytest.raises(KernelError) as error:
-        run_launches(replace(fp4, uses=multiplied), TARGET, 70, compare=True)
+        compared(replace(fp4, uses=multiplied))
     message = str(error.value)
     assert message.startswith(
         "layers.3.qkv_proj (fp4, groups of 64, [160, 256] out_features x in_features per rank): "
@@ -82,21 +87,25 @@ def test_a_launch_that_is_wrong_with_a_bias_alone_is_found(
         return y
 
     monkeypatch.setattr(ops, "run", run)
-    assert run_launches(layer(WeightType.FP4, has_bias=False), TARGET, 70, compare=True)
+    assert compared(layer(WeightType.FP4, has_bias=False))
     with pytest.raises(KernelError, match=r"with 64 tokens and a bias is wrong .* output 159: "):
-        run_launches(layer(WeightType.FP4), TARGET, 70, compare=True)
+        compared(layer(WeightType.FP4))
 
 
-@pytest.mark.parametrize("compare", [True, False])
+def on_zeros(layer: LoadedLayer) -> int:
+    return run_launches(layer, TARGET, 70)
+
+
+@pytest.mark.parametrize("run", [compared, on_zeros])
 def test_a_kernel_that_does_not_compile_is_named(
-    monkeypatch: pytest.MonkeyPatch, compare: bool
+    monkeypatch: pytest.MonkeyPatch, run: Callable[[LoadedLayer], int]
 ) -> None:
-    def run(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("ptxas went away")
 
-    monkeypatch.setattr(ops, "run", run)
+    monkeypatch.setattr(ops, "run", fail)
     with pytest.raises(KernelError) as error:
-        run_launches(layer(WeightType.FP4), TARGET, 70, compare=compare)
+        run(layer(WeightType.FP4))
     assert "does not run on h200 with Triton " in str(error.value)
     assert "(RuntimeError: ptxas went away); supported: launches that compile" in str(error.value)
 
@@ -107,7 +116,7 @@ def test_memory_that_runs_out_is_no_fault_of_a_kernel(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(ops, "run", run)
     with pytest.raises(torch.OutOfMemoryError):
-        run_launches(layer(WeightType.FP4), TARGET, 70, compare=True)
+        compared(layer(WeightType.FP4))
 
 
 def test_a_models_default_dtype_does_not_blur_the_truth(
@@ -116,6 +125,6 @@ def test_a_models_default_dtype_does_not_blur_the_truth(
     """vLLM loads weights with the model's dtype as torch's default."""
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert run_launches(layer(WeightType.NF4), TARGET, 17, compare=True)
+        assert compared(layer(WeightType.NF4), 17)
     finally:
         torch.set_default_dtype(torch.float32)

@@ -19,6 +19,7 @@ from vllm_fusedq.cli import app
 from vllm_fusedq.load.convert import convert
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
+from vllm_fusedq.prove.launches import LoadedLayer
 from vllm_fusedq.prove.selfcheck import LayerCheck, check_layer
 
 STRIPED = Target(cpu_device(fused_op=False), torch.float16)
@@ -101,6 +102,8 @@ def test_on_a_gpu_every_launch_is_compared_in_both_modes(
     from fusedq_kernels import ops
     from vllm_fusedq.prove import selfcheck
 
+    truths, truth = [], LoadedLayer.truth
+    monkeypatch.setattr(LoadedLayer, "truth", lambda *a: truths.append(truth(*a)) or truths[-1])
     monkeypatch.setattr(selfcheck, "on_gpu", lambda packed: True)
     monkeypatch.setattr(selfcheck, "MAX_TOKENS", 20)
     write_checkpoint(tmp_path, "awq", hidden=128, intermediate=192)
@@ -111,6 +114,7 @@ def test_on_a_gpu_every_launch_is_compared_in_both_modes(
     assert check.passed
     # Three kinds of tiles for up to 20 tokens, and two in batch-invariant mode
     assert check.launches == 5
+    assert len(truths) == 1
     real = ops.run
 
     def wrong_beyond_16(x, *rest, out):

@@ -189,8 +189,8 @@ def test_the_warm_up_waits_for_the_compiler_and_compares_on_a_gpu(
     monkeypatch.setattr(worker_warmup, "on_gpu", lambda packed: True)
     compared = []
 
-    def run(layer: LoadedLayer, target: Target, max_tokens: int, *, compare: bool) -> int:
-        compared.append((layer.name, compare))
+    def run(layer: LoadedLayer, target: Target, max_tokens: int, truth: object) -> int:
+        compared.append((layer.name, truth is not None))
         return 3
 
     monkeypatch.setattr(worker_warmup, "run_launches", run)

@@ -42,6 +42,10 @@ class LoadedLayer:
             self.has_bias,
         )
 
+    def truth(self, target: Target) -> guard.Truth:
+        """What its launches are compared with; the same for every policy."""
+        return guard.Truth.of(self.packed, target.act_dtype.torch)
+
     def launches(self, target: Target, max_tokens: int) -> Iterator[tuple[Kernel, Reached]]:
         """What 1 to `max_tokens` tokens reach."""
         for kernel in self.kernels:
@@ -62,8 +66,10 @@ def on_gpu(packed: PackedWeight) -> bool:
     return packed.qweight.is_cuda
 
 
-def run_launches(layer: LoadedLayer, target: Target, max_tokens: int, *, compare: bool) -> int:
-    """Run every launch of a layer, each compared with plain PyTorch or else on zeros.
+def run_launches(
+    layer: LoadedLayer, target: Target, max_tokens: int, truth: guard.Truth | None = None
+) -> int:
+    """Run every launch of a layer, each compared with the layer's `truth` or else on zeros.
 
     Returns:
         How many there were.
@@ -72,7 +78,6 @@ def run_launches(layer: LoadedLayer, target: Target, max_tokens: int, *, compare
         KernelError: a launch does not run here, or gives something else than PyTorch.
     """
     act_dtype, count = target.act_dtype.torch, 0
-    truth = guard.Truth.of(layer.packed, act_dtype) if compare else None
     for kernel, reached in layer.launches(target, max_tokens):
         found = None
         try:

@@ -116,11 +116,11 @@ def _launches(
         return 0, ""
     has_bias = any(f"{part.module}.bias" in checkpoint.tensors for part in plan.shard.parts)
     layer = LoadedLayer(plan.name, packed, plan.uses, has_bias)
-    count = 0
+    count, truth = 0, layer.truth(target)
     for batch_invariant in (False, True):
         mode = replace(target, policy=Policy(batch_invariant))
         try:
-            count += run_launches(layer, mode, MAX_TOKENS, compare=True)
+            count += run_launches(layer, mode, MAX_TOKENS, truth)
         except KernelError as error:
             return count, str(error)
     return count, ""

@@ -100,7 +100,8 @@ def warm_up(
     count = checked = 0
     for layer in distinct.values():
         compare = check and on_gpu(layer.packed)
-        ran = run_launches(layer, target, max_tokens, compare=compare)
+        truth = layer.truth(target) if compare else None
+        ran = run_launches(layer, target, max_tokens, truth)
         count += ran
         checked += ran * compare
     if torch.cuda.is_available():
