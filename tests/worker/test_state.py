@@ -3,6 +3,7 @@
 import json
 import logging
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -43,16 +44,22 @@ def loaded(path: Path, target: Target, **settings: str) -> WorkerState:
         vllm_version="0.32.0",
         unquantized=plan.unquantized,
     )
-    state.plans.extend(plan.layers)
+    load_all(state, path)
+    return state
+
+
+def load_all(state: WorkerState, path: Path) -> None:
+    """Create and load all layers of the checkpoint in `path`, for real."""
+    plans = plan_model(read_checkpoint(path), state.target).layers
+    state.plans.extend(plans)
     with safe_open(path / "model.safetensors", "pt") as file:
-        for plan in state.plans:
-            loader = LayerLoader.create(plan, target.act_dtype, torch.device("cpu"))
+        for plan in plans:
+            loader = LayerLoader.create(plan, state.target.act_dtype, torch.device("cpu"))
             for part, fmt in zip(plan.shard.parts, plan.formats, strict=True):
                 for stored in fmt.tensors:
                     tensor = file.get_tensor(f"{part.module}.{stored.name}")
                     loader.add(stored.name, tensor, part.shard_id)
             state.layer_loaded(loader, has_bias="qkv" in plan.prefix)
-    return state
 
 
 def test_seconds_and_bytes_are_told_apart(tmp_path: Path) -> None:
@@ -72,6 +79,21 @@ def test_seconds_and_bytes_are_told_apart(tmp_path: Path) -> None:
     assert document["repacking"]["seconds"] > 0
     assert document["warm_up"]["seconds"] > 0
     assert state.load_seconds > 0
+
+
+def test_layers_that_are_created_later_are_warmed_up_alone(tmp_path: Path) -> None:
+    """Multi-token prediction: a block like those of the model adds no launch, others add theirs."""
+    write_checkpoint(tmp_path / "model", "awq", layers=2)
+    write_checkpoint(tmp_path / "more", "awq", intermediate=128)
+    state = loaded(tmp_path / "model", STRIPED)
+    launches, seconds, loading = state.warmed.launches, state.warmed.seconds, state.load_seconds
+    for added, folder in ((0, "model"), (2, "more")):
+        load_all(state, tmp_path / folder)
+        assert state.warmed.launches == launches + added
+    assert state.warmed.seconds > seconds
+    assert state.load_seconds > loading
+    elapsed = time.perf_counter() - state.started
+    assert elapsed >= state.load_seconds + state.pack_seconds + seconds
 
 
 def test_the_log_names_the_plan_and_the_three_steps(

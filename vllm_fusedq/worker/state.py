@@ -56,8 +56,8 @@ class WorkerState:
     `message_file` is where a refusal is left for the API process, `source` what loaded tensors are
     compared with. `plans` are those of the layers that were created, `loaders` those of the layers
     that are loaded; `before_loading` is called in between. `load_seconds` is the time from
-    `started` to the last loaded layer without the time spent on repacking; it covers reading the
-    files and building the model. Bytes are this rank's.
+    `started` to the last loaded layer without the time spent on repacking and warming up; it covers
+    reading the files and building the model. Bytes are this rank's.
     """
 
     target: Target
@@ -79,6 +79,7 @@ class WorkerState:
     _with_bias: list[bool] = field(default_factory=list)
     _created: list[tuple[LayerPlan, Callable[[], bool]]] = field(default_factory=list)
     _ahead: list["AheadCompiler"] = field(default_factory=list)
+    _warm: set[object] = field(default_factory=set)
 
     def layer_created(self, plan: LayerPlan, has_bias: Callable[[], bool]) -> None:
         """Take note of a layer that is to be loaded; `has_bias` is asked once all are there."""
@@ -119,17 +120,19 @@ class WorkerState:
         if self.source is not None:
             self.source.release()
         note = settle({name: one for each in self.loaders for name, one in each.findings.items()})
-        self.load_seconds = time.perf_counter() - self.started - self.pack_seconds
+        spent = self.pack_seconds + self.warmed.seconds
+        self.load_seconds = time.perf_counter() - self.started - spent
         layers = (
             LoadedLayer(each.plan.name, each.packed, each.plan.uses, bias)
             for each, bias in zip(self.loaders, self._with_bias, strict=True)
         )
-        self.warmed = warm_up(
+        self.warmed += warm_up(
             layers,
             self.target,
             self.max_tokens,
             check=self.settings.check_kernels,
             ahead=self._ahead,
+            known=self._warm,
         )
         self._ahead.clear()
         if self.rank.reports:

@@ -31,6 +31,15 @@ class WarmUp:
     checked: int = 0
     cache: str | None = None
 
+    def __add__(self, later: "WarmUp") -> "WarmUp":
+        return WarmUp(
+            self.seconds + later.seconds,
+            self.launches + later.launches,
+            self.waited + later.waited,
+            self.checked + later.checked,
+            later.cache or self.cache,
+        )
+
 
 def compile_ahead(
     plans: Iterable[tuple[LayerPlan, bool]],
@@ -77,10 +86,12 @@ def warm_up(
     *,
     check: bool = True,
     ahead: Iterable["AheadCompiler"] = (),
+    known: set[object] | None = None,
 ) -> WarmUp:
     """Run each distinct launch of `layers` for 1 to `max_tokens` tokens.
 
-    Layers of one shape and scheme share their launches. On a GPU each is compared with plain
+    Layers of one kind share their launches; kinds that are `known` are left out, and those that are
+    run join them. On a GPU each is compared with plain
     PyTorch if `check`. In Triton's interpreter there is nothing to compile, and nothing is run.
 
     Raises:
@@ -92,13 +103,13 @@ def warm_up(
         compiler.wait()
         cache = str(compiler.cache)
     waited = time.perf_counter() - start
-    distinct: dict[object, LoadedLayer] = {}
+    known = set() if known is None else known
+    count = checked = 0
     for layer in layers:
         device = layer.packed.qweight.device.type
-        if all(kernel.device == device for kernel in layer.kernels):
-            distinct.setdefault(layer.kind, layer)
-    count = checked = 0
-    for layer in distinct.values():
+        if layer.kind in known or any(kernel.device != device for kernel in layer.kernels):
+            continue
+        known.add(layer.kind)
         compare = check and on_gpu(layer.packed)
         truth = layer.truth(target) if compare else None
         ran = run_launches(layer, target, max_tokens, truth)
