@@ -1,6 +1,7 @@
 """Draft models: planned by their own tensors, and which are refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_models import UNQUANTIZED, asset
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.formats import format_for
-from vllm_fusedq.integration.draft import check_draft
+from vllm_fusedq.integration.draft import check_draft, model_config_of
 
 TARGET = "tiny-llama-gptq-g128"
 
@@ -85,3 +86,14 @@ def test_looking_up_the_prompt_is_no_draft_model() -> None:
             target_parallel_config=ParallelConfig(),
         )
     )
+
+
+def test_a_draft_has_a_revision_of_its_own() -> None:
+    """It may be built under the configuration of the model that is served."""
+    target, draft = (SimpleNamespace(revision=each, runner_type="generate") for each in "td")
+    served = object()
+    config = SimpleNamespace(model_config=target, quant_config=served, speculative_config=None)
+    assert model_config_of(config, served).revision == "t"
+    config.speculative_config = SimpleNamespace(draft_model_config=draft)
+    assert model_config_of(config, served).revision == "t"
+    assert model_config_of(config, object()).revision == "d"

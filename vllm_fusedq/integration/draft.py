@@ -39,3 +39,14 @@ def is_draft(vllm_config: Any, quant_config: object) -> bool:
     # Some drafts are built under the configuration of the model that is served
     own = vllm_config.quant_config is quant_config
     return not own or vllm_config.model_config.runner_type == "draft"
+
+
+def model_config_of(vllm_config: Any, quant_config: object) -> Any:
+    """vLLM's configuration of the model that `quant_config` belongs to, the draft's or the other's.
+
+    A draft may be built under the configuration of the model that is served; its revision is its
+    own.
+    """
+    if is_draft(vllm_config, quant_config):
+        return vllm_config.speculative_config.draft_model_config
+    return vllm_config.model_config

@@ -19,7 +19,7 @@ from vllm_fusedq.checkpoint.hub import REPOSITORY_ID
 from vllm_fusedq.checkpoint.read import INDEX_FILE, OTHER_FORMAT, Checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.integration.devices import worker_device
-from vllm_fusedq.integration.draft import check_draft, is_draft
+from vllm_fusedq.integration.draft import check_draft, is_draft, model_config_of
 from vllm_fusedq.integration.worker_methods import install_worker_methods
 from vllm_fusedq.load.provenance import StoredTensors
 from vllm_fusedq.plan.layer import Target
@@ -60,10 +60,11 @@ def start_worker(
         Policy(envs.VLLM_BATCH_INVARIANT, settings.sliced_prefill),
     )
     install_worker_methods()
-    _warn_of_unread_code(vllm_config.model_config)
+    model_config = model_config_of(vllm_config, quant_config)
+    _warn_of_unread_code(model_config)
     rank = _worker_rank(vllm_config)
     plan = plan_model(checkpoint, target, rank.tensor_size)
-    downloaded = vllm_config.model_config.revision, vllm_config.load_config.download_dir
+    downloaded = model_config.revision, vllm_config.load_config.download_dir
     return WorkerState(
         target,
         settings,
