@@ -1,7 +1,7 @@
-"""What waits for a GPU: a quarter of an hour, and all that takes longer, in steps.
+"""What waits for a GPU: what settles most, and all that takes longer, in steps.
 
     python benchmarks/gpu_day.py                             # the steps, predictions and commands
-    python benchmarks/gpu_day.py quarter --until 840         # what fits a quarter of an hour
+    python benchmarks/gpu_day.py first --until 840           # what settles most, in 840 seconds
     python benchmarks/gpu_day.py sane bits --archive day.tar.gz
     python benchmarks/gpu_day.py right --dry-run             # no GPU: the same, tiny, on a CPU
 
@@ -22,12 +22,12 @@ import typer
 
 from campaign.runner import Campaign, archive
 from campaign.step import WORK, Place
-from campaign.steps import LONGER, QUARTER, STEPS
+from campaign.steps import FIRST, LONGER, STEPS
 from fusedq_kernels.choose import tuning
 from gemmbench.own import device_spec
 from gemmbench.results import RESULTS
 
-ALL_OF = {"quarter": tuple(QUARTER)}
+ALL_OF = {"first": tuple(FIRST)}
 
 app = typer.Typer(add_completion=False)
 
@@ -71,7 +71,7 @@ def main(
 def listing() -> str:
     """Every step with its prediction and commands."""
     lines = []
-    for title, steps in (("a quarter of an hour:", QUARTER), ("longer:", LONGER)):
+    for title, steps in (("first:", FIRST), ("longer:", LONGER)):
         lines.append(title)
         for name, each in steps.items():
             lines.append(f"  {name}: {each.purpose}")

@@ -1,4 +1,4 @@
-"""The steps, by name: `QUARTER` in the order of a quarter of an hour, then all that takes longer.
+"""The steps, by name: `FIRST` in the order of what settles most, then all that takes longer.
 
 Predictions of steps that run experiments are those of `gemmbench/experiments.py`.
 """
@@ -59,7 +59,7 @@ def _serve(model: str, layout: str, *sides: str, prediction: str) -> Step:
     )
 
 
-QUARTER: dict[str, Step] = {
+FIRST: dict[str, Step] = {
     "gate": Step(
         "the first kernels are right and start soon",
         (Command("gate.py"),),
@@ -202,4 +202,4 @@ LONGER: dict[str, Step] = {
     ),
     "plots": Step("the figures", (Command("plots.py {out}"),)),
 }
-STEPS = {**QUARTER, **LONGER}
+STEPS = {**FIRST, **LONGER}

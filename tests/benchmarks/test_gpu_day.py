@@ -18,7 +18,7 @@ import gpu_day
 from campaign import runner, verdicts
 from campaign.runner import Campaign
 from campaign.step import BENCHMARKS, ROOT, Command, Place, Step
-from campaign.steps import QUARTER, STEPS
+from campaign.steps import FIRST, STEPS
 from gemmbench.experiments import EXPERIMENTS
 from gemmbench.results import ResultFile
 
@@ -77,13 +77,13 @@ def test_every_experiment_is_a_step_and_in_the_readme(tmp_path: Path) -> None:
         assert f"`{step}`" in README
 
 
-def test_the_quarter_predicts_before_it_measures() -> None:
-    for name, step in QUARTER.items():
+def test_the_first_steps_predict_before_they_measure() -> None:
+    for name, step in FIRST.items():
         assert step.prediction, name
         assert step.changes, name
         assert any(each.isdigit() for each in step.prediction), name
         assert step.gate or step.verdict, name
-    assert next(iter(QUARTER.values())).gate
+    assert next(iter(FIRST.values())).gate
 
 
 def test_a_dry_run_is_the_same_command_without_tool_and_gpu(tmp_path: Path) -> None:
@@ -105,9 +105,9 @@ def test_what_is_limited_and_dry_run_is_understood(command: Command, tmp_path: P
         assert params["dry_run"]
 
 
-def test_a_quarter_in_a_dry_run_leaves_one_archive(tmp_path: Path) -> None:
+def test_the_first_steps_in_a_dry_run_leave_one_archive(tmp_path: Path) -> None:
     """All of it but what imports vLLM: `test_serve_compare.py` and `test_bench_gemm.py` do."""
-    names = [name for name in QUARTER if not name.startswith(("serve-", "compare"))]
+    names = [name for name in FIRST if not name.startswith(("serve-", "compare"))]
     arguments = [*names, "--dry-run", "--work", str(tmp_path), "--until", "600"]
     done = CliRunner().invoke(gpu_day.app, arguments)
     assert done.exit_code == 0, done.output
@@ -258,7 +258,7 @@ def test_without_steps_it_lists_them_and_unknown_ones_are_named() -> None:
     done = CliRunner().invoke(gpu_day.app, ["dance"])
     assert done.exit_code == 2
     plain = " ".join(done.output.replace("│", " ").split())
-    assert "unknown steps ['dance']; known: quarter, gate, right" in plain
+    assert "unknown steps ['dance']; known: first, gate, right" in plain
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -271,7 +271,7 @@ def test_without_steps_it_lists_them_and_unknown_ones_are_named() -> None:
     ],
 )
 def test_without_a_gpu_it_says_how_to_go_on(name: str, message: str) -> None:
-    arguments = ["quarter"] if name == "gpu_day" else []
+    arguments = ["first"] if name == "gpu_day" else []
     done = CliRunner().invoke(import_module(name).app, arguments)
     assert done.exit_code == 2
     assert f"no CUDA device here; {message}" in " ".join(done.output.replace("│", " ").split())
