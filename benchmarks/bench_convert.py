@@ -27,7 +27,7 @@ from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
 
 SHAPE = ModelShape(hidden=2048, intermediate=8192, layers=8, heads=16, kv_heads=8, vocab=512)
-DEVICES = {"gpu-layout": device_by_name("h200"), "cpu": cpu_device(fused_op=True)}
+DEVICES = {"gpu-layout": device_by_name("h200"), "cpu": cpu_device()}
 COLUMNS = ("layout", "checkpoint", "median_s", "min_s", "max_s", "packed_mb", "threads", "torch")
 
 

@@ -101,7 +101,7 @@ def parts_of(n: int, k: int, m: int, clock: Clock) -> tuple[str, dict[str, float
 
     least, place = clock.least, clock.place
     cuda = place.type == "cuda"
-    device = current_device(place, fused_op=False) if cuda else device_by_name("sm_90")
+    device = current_device(place) if cuda else device_by_name("sm_90")
     spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
     packed = packed_for_gpu(random_weight(n, k, spec, place), torch.bfloat16)
     weight = (packed.qweight, packed.scales, packed.zeros)

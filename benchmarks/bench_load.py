@@ -47,7 +47,7 @@ COLUMNS = (
     "torch",
 )
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-DEVICES = {"cpu": cpu_device(fused_op=True), "gpu-layout": device_by_name("h200")}
+DEVICES = {"cpu": cpu_device(), "gpu-layout": device_by_name("h200")}
 PLACES = ("cpu", "cuda")
 DRY_N, DRY_K = 64, 256
 

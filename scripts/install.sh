@@ -16,7 +16,7 @@ die() { printf 'install: %s\n' "$*" >&2; exit 1; }
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   die "$PYTHON is $("$PYTHON" --version 2>&1); Python 3.11 or newer is needed (make PYTHON=python3.11 ...)"
 command -v g++ >/dev/null ||
-  say "warning: no g++ found; torch.compile on a CPU needs one (Debian: apt-get install g++)"
+  say "warning: no g++ found; the CPU kernel and torch.compile on a CPU need one (Debian: apt-get install g++)"
 
 say "virtual environment in $VENV"
 "$PYTHON" -m venv "$VENV"
@@ -38,6 +38,9 @@ else
   # (operator torchvision::nms does not exist); serving text models needs none of them.
   pip uninstall --quiet --yes torchvision torchaudio torchcodec
   "$VENV/bin/python" scripts/name_cpu_build.py
+  say "compiling the CPU kernel"
+  "$VENV/bin/python" -m fusedq_kernels.native.build ||
+    say "warning: layers cannot run on this CPU until it is compiled"
 fi
 
 say "checking the installation"

@@ -33,7 +33,7 @@ FLOORS = [
     {"catalogue"},
     {"cpu", "cuda"},
     {"choose", "layouts", "reference"},
-    {"call"},
+    {"call", "native"},
     {"types"},
     {"encodings", "geometry"},
     {"dtype", "lazy"},

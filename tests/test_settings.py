@@ -12,7 +12,7 @@ from vllm_fusedq.settings import Settings, parse_settings
 
 def test_default_is_the_rule() -> None:
     assert parse_settings({}) == Settings(kernel="auto")
-    assert parse_settings({}).device(cpu_device(fused_op=True)) == cpu_device(fused_op=True)
+    assert parse_settings({}).device(cpu_device()) == cpu_device()
 
 
 @pytest.mark.parametrize(
@@ -60,17 +60,16 @@ def test_wrong_reports_are_refused(report: object, message: str) -> None:
 
 
 def test_striped_kernel_can_be_asked_for_on_a_cpu() -> None:
-    device = Settings("cpu-striped").device(cpu_device(fused_op=True))
-    assert [each.name for each in kernels_for(device)] == ["cpu-striped"]
+    assert Settings("cpu-striped").device(cpu_device()) == cpu_device()
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    device = Settings("triton-gemm").device(cpu_device(fused_op=True))
+    device = Settings("triton-gemm").device(cpu_device())
     assert [each.name for each in kernels_for(device)] == ["triton-gemm"]
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(SettingsError, match="interpreter only; set TRITON_INTERPRET=1"):
-        Settings("triton-gemm").device(cpu_device(fused_op=True))
+        Settings("triton-gemm").device(cpu_device())
 
 
 def test_a_gpu_runs_no_cpu_kernel() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fusedq_kernels.catalogue import KERNELS, Op, kernels_for
+from fusedq_kernels.catalogue import KERNELS, ChosenBy, Op, kernels_for
 from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.types import DeviceSpec
 from vllm_fusedq.errors import SettingsError
@@ -36,17 +36,14 @@ class Settings:
         return self.prefill == "auto" and self.insisted is None
 
     def device(self, found: DeviceSpec) -> DeviceSpec:
-        """`found`, or what stands for it when planning for the kernel that was insisted on.
+        """`found`, or what stands for it when planning for a GPU's kernel in the interpreter.
 
         Raises:
             SettingsError: the device cannot run that kernel.
         """
         names = [kernel.name for kernel in kernels_for(found)]
-        if self.insisted in (None, names[0]):
+        if self.insisted is None or self.insisted in names:
             return found
-        if self.insisted in names:
-            # The one before it needs the operator
-            return replace(found, cpu_isa="")
         if found.kind == "cpu" and KERNELS[self.insisted].device == "cuda":
             if os.environ.get("TRITON_INTERPRET") == "1":
                 return replace(device_by_name("sm_90"), name="interpreter")
@@ -77,8 +74,8 @@ def parse_settings(section: Any) -> Settings:
             f"supported: {', '.join(known)}"
         )
     settings = Settings(**section)
-    by_rule = (each for each in KERNELS.values() if each.op is Op.MATMUL and not each.by_rows)
-    allowed = ["auto", *(each.name for each in by_rule)]
+    matmuls = (each for each in KERNELS.values() if each.op is Op.MATMUL)
+    allowed = ["auto", *(each.name for each in matmuls if each.chosen_by is not ChosenBy.ROWS)]
     if settings.kernel not in allowed:
         raise SettingsError(
             f'additional-config "fusedq": kernel {settings.kernel!r} does not exist; '

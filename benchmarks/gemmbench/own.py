@@ -26,7 +26,7 @@ def device_spec(device: torch.device) -> DeviceSpec:
     """The device behind the measurements; a CPU runs Triton's interpreter as if it were an H200."""
     if device.type == "cpu":
         return devices.device_by_name("h200")
-    return devices.current_device(device, fused_op=False)
+    return devices.current_device(device)
 
 
 @dataclass(frozen=True)

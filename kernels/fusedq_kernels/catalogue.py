@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusedq_kernels.choose import heuristics, slices
 from fusedq_kernels.choose import refusals as reasons
-from fusedq_kernels.cpu import gather, striped, wna16
+from fusedq_kernels.cpu import fused, gather, striped, wna16
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import (
     DEFAULT_POLICY,
@@ -45,6 +45,14 @@ class Op(StrEnum):
 
     MATMUL = "matmul"
     EMBEDDING = "embedding"
+
+
+class ChosenBy(StrEnum):
+    """What leads to a kernel: the rules for a device, measured rows, or nothing but its name."""
+
+    RULE = "rule"
+    ROWS = "rows"
+    NAME = "name"
 
 
 def _no_cautions(spec: QuantSpec, act_dtype: DType) -> tuple[str, ...]:
@@ -81,12 +89,14 @@ class Kernel:
         seen_as: part of the name under which a profile shows it.
         tiled_launch, tiled_launches: of a kernel with tiles, what `launch` and `launches` give.
         scratch_bytes: the largest of what a launch of a shape allocates beside tokens and outputs.
+        scratch_is_seen: whether PyTorch allocates it, so that a profile shows it.
         most_scratch: the most GPU memory of it that any number of tokens takes, for planning.
         beside: the launch of another kernel that measured rows put beside its own.
         batch_invariant: whether it can give a row the same bits in any batch.
         cautions: what `fusedq check` warns of, for a scheme and the activations' dtype.
-        by_rows: whether measured rows alone lead to it.
-        needs_operator: whether it needs vLLM's fused CPU operator (`DeviceSpec.cpu_isa`).
+        chosen_by: what leads to it.
+        has_isa: whether it is compiled for an instruction set (`DeviceSpec.cpu_isa`).
+        readied_by: "module:function" of what must have run before the first layer is packed.
         bare: "module:function" of what a traced graph may call in place of the operator.
     """
 
@@ -100,12 +110,14 @@ class Kernel:
     tiled_launch: Callable[[GemmShape, QuantSpec, DeviceSpec, Policy], Launch] | None = None
     tiled_launches: Callable[..., tuple[tuple[int, Launch], ...]] | None = None
     scratch_bytes: Callable[[Launch, GemmShape], int] = _no_scratch
+    scratch_is_seen: bool = True
     most_scratch: Callable[[int, int, QuantSpec, DeviceSpec, Policy], int] = _no_most_scratch
     beside: Callable[..., heuristics.DeclaredLaunch | None] = _none_beside
     batch_invariant: bool = False
     cautions: Callable[[QuantSpec, DType], tuple[str, ...]] = _no_cautions
-    by_rows: bool = False
-    needs_operator: bool = False
+    chosen_by: ChosenBy = ChosenBy.RULE
+    has_isa: bool = False
+    readied_by: str | None = None
     bare: str | None = None
 
     def layout(self, weight_type: WeightType) -> Layout:
@@ -116,16 +128,16 @@ class Kernel:
         return self.layouts[weight_type][0]
 
     def is_for(self, device: DeviceSpec) -> bool:
-        """Whether it runs on a device by rule."""
-        has_operator = bool(device.cpu_isa) or not self.needs_operator
-        return device.kind == self.device and has_operator and not self.by_rows
+        """Whether it runs on a device, by rule or because it is asked for."""
+        compiled = bool(device.cpu_isa) or not self.has_isa
+        return device.kind == self.device and compiled and self.chosen_by is not ChosenBy.ROWS
 
     def launch(
         self, shape: GemmShape, spec: QuantSpec, device: DeviceSpec, policy: Policy = DEFAULT_POLICY
     ) -> Launch:
         if self.tiled_launch is not None:
             return self.tiled_launch(shape, spec, device, policy)
-        isa = f", {device.cpu_isa}" if device.cpu_isa and self.op is Op.MATMUL else ""
+        isa = f", {device.cpu_isa}" if self.has_isa else ""
         return Launch(self.name, None, f"rule: {device.kind}{isa}")
 
     def launches(
@@ -150,6 +162,11 @@ class Kernel:
         `[M, N]` or `[M, K]` and contiguous, the others as `prepared.Prepared` has checked them.
         """
         return _imported(self.prepared_by)(call, tile)
+
+    def ready(self) -> None:
+        """Make it ready to run, or raise RuntimeError saying why it cannot be."""
+        if self.readied_by is not None:
+            _imported(self.readied_by)()
 
     def bare_call(self, packed: PackedWeight, act_dtype: torch.dtype) -> Callable[..., None] | None:
         """What a traced graph may call in place of `fusedq::matmul_out`, None where nothing."""
@@ -204,7 +221,22 @@ SLICED_CUBLAS = Kernel(
     # aten::mm or aten::addmm; that no more than a slice was dequantized, the allocations tell.
     seen_as="mm",
     scratch_bytes=lambda launch, shape: slices.workspace_bytes(shape.n, shape.k),
-    by_rows=True,
+    chosen_by=ChosenBy.ROWS,
+)
+CPU_FUSED = Kernel(
+    name="cpu-fused",
+    op=Op.MATMUL,
+    device="cpu",
+    layouts=_TILED,
+    refuses=fused.refuses,
+    prepared_by="fusedq_kernels.cpu.fused:prepare",
+    seen_as="fusedq_cpu::",
+    scratch_bytes=fused.scratch_bytes,
+    scratch_is_seen=False,
+    batch_invariant=True,
+    has_isa=True,
+    readied_by="fusedq_kernels.cpu.fused:load",
+    bare="fusedq_kernels.cpu.fused:bare_call",
 )
 CPU_WNA16 = Kernel(
     name="cpu-wna16",
@@ -215,7 +247,7 @@ CPU_WNA16 = Kernel(
     prepared_by="fusedq_kernels.cpu.wna16:prepare",
     seen_as="_C::cpu_gemm_wna16",
     cautions=wna16.cautions,
-    needs_operator=True,
+    chosen_by=ChosenBy.NAME,
     bare="fusedq_kernels.cpu.wna16:bare_call",
 )
 CPU_STRIPED = Kernel(
@@ -228,6 +260,7 @@ CPU_STRIPED = Kernel(
     seen_as="aten::mm",
     scratch_bytes=striped.scratch_bytes,
     cautions=striped.cautions,
+    chosen_by=ChosenBy.NAME,
 )
 TRITON_GATHER = Kernel(
     name="triton-gather",
@@ -248,11 +281,11 @@ CPU_GATHER = Kernel(
     seen_as="aten::index",
     scratch_bytes=gather.scratch_bytes,
 )
-# Of two that run a weight on a device, the first does.
+# Of two that run a weight on a device by rule, the first does.
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        *(TRITON_GEMM, SLICED_CUBLAS, CPU_WNA16, CPU_STRIPED),
+        *(TRITON_GEMM, SLICED_CUBLAS, CPU_FUSED, CPU_WNA16, CPU_STRIPED),
         *(TRITON_GATHER, CPU_GATHER),
     )
 }
@@ -266,13 +299,14 @@ def kernel_named(name: str) -> Kernel:
 
 
 def kernels_for(device: DeviceSpec, op: Op = Op.MATMUL) -> tuple[Kernel, ...]:
-    """Every kernel that `kernel_for` names for this device, the preferred one first."""
+    """Every kernel that runs on this device, the preferred one first, then those by name."""
     return tuple(each for each in KERNELS.values() if each.op is op and each.is_for(device))
 
 
 def kernel_for(device: DeviceSpec, weight_type: WeightType, op: Op = Op.MATMUL) -> Kernel:
-    """The one kernel that runs weights of this type on this device."""
-    return next(each for each in kernels_for(device, op) if weight_type in each.layouts)
+    """The one kernel that runs weights of this type on this device by rule."""
+    by_rule = (each for each in kernels_for(device, op) if each.chosen_by is ChosenBy.RULE)
+    return next(each for each in by_rule if weight_type in each.layouts)
 
 
 def refusals(kernel: Kernel, n: int, k: int, spec: QuantSpec, phase: int) -> tuple[Reason, ...]:

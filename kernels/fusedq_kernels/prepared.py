@@ -142,4 +142,4 @@ def _device_spec(device: torch.device, on_cpu: bool) -> DeviceSpec:
     # On CPU tensors Triton runs in its interpreter, which stands in for a GPU and needs a tile.
     if device.type == "cpu" and not on_cpu:
         return device_by_name("sm_90")
-    return current_device(device, False)
+    return current_device(device)

@@ -128,7 +128,8 @@ class DeviceSpec:
     """What kernel selection needs to know of a device; no live handle.
 
     `kind` is "cuda" or "cpu". `capability`, `num_sms` and `smem_per_block` (bytes) are GPU facts
-    and zero on a CPU; `cpu_isa` is "amx", "vec" or "" (no fused CPU operator) and empty on a GPU.
+    and zero on a CPU; `cpu_isa` is what cpu-fused is compiled for, empty where it cannot be and on
+    a GPU.
     """
 
     name: str

@@ -159,7 +159,7 @@ def test_a_dry_run_serves_side_by_side_names_the_kernels_and_resumes(tmp_path: P
     # Neither repacking a tiny model nor warming up a CPU takes a hundredth of a second
     assert set(values) - timed <= {"repack_s", "warm_up_s"}
     # Two blocks of four fused layers.
-    assert all("cpu-wna16:8" in row["kernels"] for row in rows)
+    assert all("cpu-fused:8" in row["kernels"] for row in rows)
     again = CliRunner().invoke(serve_compare.app, [*arguments, str(tmp_path / "work")])
     assert again.exit_code == 0
     assert "[1/" not in again.output

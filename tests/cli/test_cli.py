@@ -43,7 +43,7 @@ def test_version(argument: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-@pytest.mark.parametrize(("device", "kernel"), [("cpu", "cpu-wna16"), ("h200", "triton-gemm")])
+@pytest.mark.parametrize(("device", "kernel"), [("cpu", "cpu-fused"), ("h200", "triton-gemm")])
 def test_check_names_a_kernel_for_every_layer(name: str, device: str, kernel: str) -> None:
     result = fusedq("check", str(asset(name)), "--device", device, "-tp", "1,2")
     assert result.exit_code == 0, result.output

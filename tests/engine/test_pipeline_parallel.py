@@ -74,4 +74,4 @@ def test_every_stage_is_healthy_and_every_layer_counted(staged: tuple[Path, Serv
     assert [each["fused"] for each in health["ranks"]] == [4, 4]
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
         metrics = response.read().decode()
-    assert 'fusedq_layers{kernel="cpu-wna16"} 8.0' in metrics
+    assert 'fusedq_layers{kernel="cpu-fused"} 8.0' in metrics

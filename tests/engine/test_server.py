@@ -73,7 +73,7 @@ def test_plan_names_a_kernel_for_every_quantized_layer(served: Served) -> None:
     )
     assert summary, log[-3000:]
     assert int(summary.group(1)) == FUSED_LAYERS
-    assert re.fullmatch(r"8 x (cpu-wna16|cpu-striped|triton-gemm)", summary.group(2))
+    assert re.fullmatch(r"8 x (cpu-fused|triton-gemm)", summary.group(2))
 
 
 @pytest.mark.skipif(compile_arguments() != [], reason="torch.compile on a CPU needs g++")

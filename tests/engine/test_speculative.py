@@ -57,7 +57,7 @@ def test_multi_token_prediction(tmp_path: Path) -> None:
         max_model_len=128,
         dtype="float16",
     )
-    kind = (3, "gptq 4-bit g64, symmetric", "cpu-wna16")
+    kind = (3, "gptq 4-bit g64, symmetric", "cpu-fused")
     # vLLM numbers the extra block as a third one
     expected = {f"model.layers.0-2.{name}": kind for name in LAYERS}
     assert kinds(tmp_path / "plan.json") == expected
@@ -88,9 +88,9 @@ def test_a_draft_model_of_another_format(tmp_path: Path) -> None:
         sure = next((i for i, margin in enumerate(margins) if margin < 0.1), len(margins))
         assert answer["tokens"][:sure] == prompt["greedy_token_ids"][:sure]
     assert len(weights) == 8
-    kind = (2, "gptq 4-bit g128, symmetric", "cpu-wna16")
+    kind = (2, "gptq 4-bit g128, symmetric", "cpu-fused")
     expected = {f"model.layers.0-1.{name}": kind for name in LAYERS}
     assert kinds(tmp_path / "plan.json") == expected
-    kind = (2, "awq 4-bit g128, zero points", "cpu-wna16")
+    kind = (2, "awq 4-bit g128, zero points", "cpu-fused")
     expected = {f"draft_model.model.layers.0-1.{name}": kind for name in LAYERS}
     assert kinds(tmp_path / "plan.draft.json") == expected

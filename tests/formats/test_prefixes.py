@@ -26,7 +26,7 @@ from vllm_fusedq.plan.advice import listed_otherwise
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import ModelPlan, plan_model
 
-CPU = Target(cpu_device(fused_op=True), DType.FLOAT16)
+CPU = Target(cpu_device(), DType.FLOAT16)
 LISTS = {
     "awq": "modules_to_not_convert",
     "ct-sym": "ignore",

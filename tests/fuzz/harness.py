@@ -32,7 +32,7 @@ from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.plan.model import plan_model
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
-DEVICES = {"cpu": cpu_device(fused_op=True), "gpu": device_by_name("h200")}
+DEVICES = {"cpu": cpu_device(), "gpu": device_by_name("h200")}
 HANG_SECONDS = 60
 MANY = 10**9
 

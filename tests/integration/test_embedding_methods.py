@@ -39,7 +39,7 @@ def config_for(path: Path, **known: Any) -> Any:
 
     config = FusedQConfig()
     config.format = format_for(read_checkpoint(path))
-    target = Target(cpu_device(fused_op=False), torch.float16)
+    target = Target(cpu_device(), torch.float16, "cpu-striped")
     config.worker = WorkerState(target, Settings(), **known)
     return config
 

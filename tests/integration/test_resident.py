@@ -23,7 +23,7 @@ def test_two_weights_of_one_layer_lie_side_by_side(tmp_path: Path) -> None:
     from vllm_fusedq.integration.resident import RESIDENT, attach, finish
 
     write_checkpoint(tmp_path, "awq")
-    target = Target(cpu_device(fused_op=False), torch.bfloat16)
+    target = Target(cpu_device(), torch.bfloat16, "cpu-striped")
     plans = plan_model(read_checkpoint(tmp_path), target).layers
     plan = next(plan for plan in plans if plan.prefix == MODULE)
     state, layer = WorkerState(target, Settings()), torch.nn.Module()

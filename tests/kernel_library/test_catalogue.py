@@ -1,5 +1,6 @@
 """What holds for every kernel by its record: an entry in `KERNELS` is all that a new one needs."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 
 from fusedq_kernels import catalogue, ops, reference, testing
 from fusedq_kernels.call import Call
-from fusedq_kernels.catalogue import KERNELS, Kernel, Op, kernel_for, kernels_for
-from fusedq_kernels.choose.device import KNOWN_DEVICES, cpu_device, device_by_name
+from fusedq_kernels.catalogue import KERNELS, ChosenBy, Kernel, Op, kernel_for, kernels_for
+from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import (
+    DeviceSpec,
     GemmShape,
     Launch,
     Layout,
@@ -24,8 +26,8 @@ from fusedq_kernels.types import (
 
 GPU = torch.cuda.is_available()
 H200 = device_by_name("h200")
-CPU, CPU_VEC = cpu_device(fused_op=False), replace(cpu_device(fused_op=False), cpu_isa="vec")
-DEVICES = (*KNOWN_DEVICES.values(), CPU, CPU_VEC)
+CPU, BARE_CPU = DeviceSpec("cpu", "cpu", cpu_isa="avx2"), DeviceSpec("cpu", "cpu")
+DEVICES = (*KNOWN_DEVICES.values(), CPU)
 READ = [
     pytest.param(
         kernel, weight_type, layout, id=f"{kernel.name}-{weight_type.value}-{layout.value}"
@@ -39,7 +41,7 @@ READ = [
 @pytest.fixture
 def ready(request: pytest.FixtureRequest) -> None:
     """Where a kernel needs vLLM's operator, it is registered or the test is skipped."""
-    if request.getfixturevalue("kernel").needs_operator:
+    if request.getfixturevalue("kernel").name == "cpu-wna16":
         request.getfixturevalue("wna16_op")
 
 
@@ -76,7 +78,7 @@ def test_every_kernel_reads_every_weight_exactly(
 @pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.name)
 def test_a_profile_shows_every_kernel_by_the_name_in_its_record(kernel: Kernel) -> None:
-    if kernel.device == "cuda" and not (GPU or kernel.by_rows):
+    if kernel.device == "cuda" and not (GPU or kernel.chosen_by is ChosenBy.ROWS):
         # In the interpreter there is no kernel to be seen, but there is its name
         module = __import__(kernel.prepared_by.partition(":")[0], fromlist=["_"])
         assert any(kernel.seen_as in name for name in vars(module))
@@ -112,22 +114,23 @@ def test_a_cpu_gets_its_own_kernels() -> None:
     def names(device, op=Op.MATMUL):
         return [kernel.name for kernel in kernels_for(device, op)]
 
-    assert names(CPU) == ["cpu-striped"]
-    assert names(CPU_VEC) == ["cpu-wna16", "cpu-striped"]
+    assert names(CPU) == ["cpu-fused", "cpu-wna16", "cpu-striped"]
+    assert names(BARE_CPU) == ["cpu-wna16", "cpu-striped"]
     assert names(H200) == ["triton-gemm"]
-    assert names(CPU_VEC, Op.EMBEDDING) == ["cpu-gather"]
+    assert names(CPU, Op.EMBEDDING) == ["cpu-gather"]
     assert names(H200, Op.EMBEDDING) == ["triton-gather"]
-    spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
-    for device, weight_type, name, source in (
-        (CPU, WeightType.UINT4B8, "cpu-striped", "rule: cpu"),
-        (CPU_VEC, WeightType.UINT4B8, "cpu-wna16", "rule: cpu, vec"),
-        (CPU_VEC, WeightType.UINT8B128, "cpu-striped", "rule: cpu, vec"),
-    ):
-        kernel, of_type = kernel_for(device, weight_type), replace(spec, weight_type=weight_type)
-        expected = Launch(name, None, source)
-        assert kernel.launch(GemmShape(4, 64, 64), of_type, device) == expected
-    for kernel in kernels_for(CPU_VEC):
-        assert len(kernel.launches(4096, 4096, spec, CPU_VEC, 1000)) == 1
+    shape, spec = GemmShape(4, 64, 64), QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
+    for name, source in (("cpu-fused", "rule: cpu, avx2"), ("cpu-striped", "rule: cpu")):
+        assert KERNELS[name].launch(shape, spec, CPU) == Launch(name, None, source)
+    for kernel in kernels_for(CPU):
+        assert len(kernel.launches(4096, 4096, spec, CPU, 1000)) == 1
+
+
+@pytest.mark.parametrize("weight_type", WeightType, ids=lambda t: t.value)
+def test_nothing_but_its_name_leads_to_a_slow_kernel(weight_type: WeightType) -> None:
+    assert kernel_for(CPU, weight_type).name == "cpu-fused"
+    with pytest.raises(StopIteration):
+        kernel_for(BARE_CPU, weight_type)
 
 
 @pytest.mark.parametrize("weight_type", WeightType, ids=lambda t: t.value)
@@ -155,5 +158,7 @@ def test_scratch_is_what_a_call_allocates() -> None:
     none = Launch("", None, "")
     assert KERNELS["sliced-cublas"].scratch_bytes(none, shape) == 2 * 4096 * 1024
     assert KERNELS["cpu-wna16"].scratch_bytes(none, shape) == 0
+    threads = (os.cpu_count() or 1) << 20
+    assert KERNELS["cpu-fused"].scratch_bytes(none, shape) == threads + 4 * 8 * (1024 + 128)
     assert KERNELS["cpu-striped"].scratch_bytes(none, GemmShape(1, 64, 64)) == 4 << 20
     assert KERNELS["cpu-gather"].scratch_bytes(none, GemmShape(2, 9, 128)) == 4 * 2 * 256

@@ -33,10 +33,10 @@ from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
 
-DEVICES = {
-    "cpu": cpu_device(fused_op=True),
-    "striped": cpu_device(fused_op=False),
-    "gpu": device_by_name("h200"),
+TARGETS = {
+    "cpu": Target(cpu_device(), torch.float16),
+    "wna16": Target(cpu_device(), torch.float16, "cpu-wna16"),
+    "gpu": Target(device_by_name("h200"), torch.float16),
 }
 # Ranks begin inside groups and inside blocks of 128, and on their borders.
 SIZES = {"hidden": 256, "intermediate": 384, "group_size": 32}
@@ -45,7 +45,7 @@ RESIDENT = ("qweight", "scales", "zeros", "perm")
 
 
 def load(checkpoint: Checkpoint, device: str, tp_size: int, rank: int) -> dict[str, LayerLoader]:
-    target = Target(DEVICES[device], torch.float16)
+    target = TARGETS[device]
     loaders = {}
     for plan in plan_model(checkpoint, target, tp_size, ranks=[rank]).layers:
         loader = LayerLoader.create(plan, torch.float16, torch.device("cpu"))
@@ -122,7 +122,7 @@ def test_lm_head_biases_and_other_files_come_along(tmp_path: Path) -> None:
         *("config.json", "model.safetensors", "tokenizer.json")
     }
     for rank in (0, 1):
-        args = ("striped", 2, rank)
+        args = ("cpu", 2, rank)
         assert_equal(load(read_checkpoint(out), *args), load(read_checkpoint(source), *args))
     stored = load_file(out / "model.safetensors")
     before = load_file(source / "model.safetensors")
@@ -339,7 +339,7 @@ def test_a_config_of_another_making_is_refused(
     (tmp_path / "model.safetensors").symlink_to(converted / "model.safetensors")
     write_json(tmp_path / "config.json", config)
     with pytest.raises(UnsupportedCheckpoint, match=message):
-        plan_model(read_checkpoint(tmp_path), Target(DEVICES["gpu"], torch.float16))
+        plan_model(read_checkpoint(tmp_path), TARGETS["gpu"])
 
 
 def test_a_module_whose_tensors_are_gone_is_missed(converted: Path, tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_a_module_whose_tensors_are_gone_is_missed(converted: Path, tmp_path: Pa
     save_file(left, tmp_path / "model.safetensors")
     (tmp_path / "config.json").symlink_to(converted / "config.json")
     with pytest.raises(PreflightError, match=rf"{DOWN}: found no packed tensors \(found: none\)"):
-        plan_model(read_checkpoint(tmp_path), Target(DEVICES["gpu"], torch.float16))
+        plan_model(read_checkpoint(tmp_path), TARGETS["gpu"])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from vllm_fusedq.plan.layer import LayerPlan, Target, plan_layer
 from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.plan.shards import LayerShard, ParallelStyle, PartShard
 
-DEVICES = {"cpu": cpu_device(fused_op=True), "gpu": device_by_name("h200")}
+DEVICES = {"cpu": cpu_device(), "gpu": device_by_name("h200")}
 # A packed layer of 0.5 MB or more, in which tables and checks of constant size do not count
 N, K, GROUP_SIZE = 1024, 1024, 128
 Result = TypeVar("Result")

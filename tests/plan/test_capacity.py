@@ -108,7 +108,7 @@ def test_latent_attention_is_one_latent_on_every_rank(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     checkpoint = read_checkpoint(tmp_path)
     checkpoint.config.update(kv_lora_rank=512, qk_rope_head_dim=64)
-    layers = plan_model(checkpoint, Target(cpu_device(True), torch.bfloat16), 2)
+    layers = plan_model(checkpoint, Target(cpu_device(), torch.bfloat16), 2)
     found = capacity_of(checkpoint, layers, torch.bfloat16, Demand(), None)
     assert found.kv_bytes_per_token == (512 + 64) * 2
 
@@ -119,7 +119,7 @@ def test_unknown_sizes_are_unknown_not_zero(tmp_path: Path) -> None:
     for key in ("hidden_size", "num_hidden_layers", "max_position_embeddings"):
         del checkpoint.config[key]
     assert block_count(checkpoint) == 3
-    layers = plan_model(checkpoint, Target(cpu_device(True), torch.bfloat16))
+    layers = plan_model(checkpoint, Target(cpu_device(), torch.bfloat16))
     found = capacity_of(checkpoint, layers, torch.bfloat16, Demand(), None)
     assert found.kv_cache is found.kv_bytes_per_token is found.remains is found.budget is None
     text = render(capacity_table(found, Demand()))
@@ -152,18 +152,18 @@ def test_slow_kernels_rounded_scales_and_padding_are_warned_of(tmp_path: Path) -
     write_checkpoint(tmp_path, "gptq-sym-order", layers=2)
     checkpoint = read_checkpoint(tmp_path)
 
-    def messages(fused_op: bool, tp: int) -> list[str]:
-        target = Target(cpu_device(fused_op), torch.bfloat16)
+    def messages(kernel: str, tp: int) -> list[str]:
+        target = Target(cpu_device(), torch.bfloat16, kernel)
         layers = plan_model(checkpoint, target, tp)
         found = capacity_of(checkpoint, layers, target.act_dtype, Demand(), None)
         warned = warnings_for(checkpoint, layers, target.act_dtype, found)
         return [f"{each.layer}: {each.message}" for each in warned]
 
-    rounded = messages(True, 1)
+    rounded = messages("cpu-wna16", 1)
     assert len(rounded) == 4
     assert all("float16 scales are rounded to bfloat16, as cpu-wna16" in text for text in rounded)
     assert rounded[0].startswith("model.layers.0-1.")
-    slow = messages(False, 2)
+    slow = messages("cpu-striped", 2)
     assert sum("cpu-striped decodes a few output features at a time" in text for text in slow) == 4
     padded = [text for text in slow if "its activation order takes 1.33 times" in text]
     assert any("mlp.down_proj (2 layers)" in text for text in padded)

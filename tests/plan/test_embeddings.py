@@ -1,6 +1,7 @@
 """Quantized input embeddings: what is planned, which rows a rank looks up, what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,13 @@ from vllm_fusedq.prove.trace import judge, record
 from vllm_fusedq.worker.warmup import warm_up
 
 HALF = torch.float16
-CPU, STRIPED, GPU = cpu_device(fused_op=True), cpu_device(fused_op=False), device_by_name("h200")
+CPU, GPU = Target(cpu_device(), HALF), Target(device_by_name("h200"), HALF)
+STRIPED = replace(CPU, insisted="cpu-striped")
 BUILDS = ("ct-sym", "ct-asym", "ct-3bit-asym", "ct-8bit-sym", "ct-int8-asym", "ct-sym-order")
 
 
-def plan_of(path: Path, device=CPU, tp_size: int = 1, rank: int = 0) -> LayerPlan:
-    plans = plan_model(read_checkpoint(path), Target(device, HALF), tp_size, ranks=[rank]).layers
+def plan_of(path: Path, target: Target = CPU, tp_size: int = 1, rank: int = 0) -> LayerPlan:
+    plans = plan_model(read_checkpoint(path), target, tp_size, ranks=[rank]).layers
     (plan,) = (plan for plan in plans if plan.prefix == EMBEDDING)
     return plan
 
@@ -67,21 +69,21 @@ def values_of(truth: Truth, hidden: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("device", "tied", "expected"),
+    ("target", "tied", "expected"),
     [
         (CPU, False, "cpu-gather"),
-        (CPU, True, "cpu-gather + cpu-wna16"),
+        (CPU, True, "cpu-gather + cpu-fused"),
         (STRIPED, True, "cpu-gather + cpu-striped"),
         (GPU, False, "triton-gather"),
         (GPU, True, "triton-gather + triton-gemm"),
     ],
 )
 def test_the_plan_names_the_gather_and_the_kernel_of_a_tied_head(
-    tmp_path: Path, device, tied: bool, expected: str
+    tmp_path: Path, target: Target, tied: bool, expected: str
 ) -> None:
     write_with_embedding(tmp_path, tied=tied)
     checkpoint = read_checkpoint(tmp_path)
-    plan = plan_model(checkpoint, Target(device, HALF))
+    plan = plan_model(checkpoint, target)
     names = {layer.prefix: layer.kernel_names for layer in plan.layers}
     assert names[EMBEDDING] == expected
     assert "lm_head" not in names
@@ -123,7 +125,7 @@ def test_a_tied_head_multiplies_by_the_weight_that_is_looked_up(tmp_path: Path, 
 def test_a_tied_embedding_is_resident_once(tmp_path: Path) -> None:
     write_with_embedding(tmp_path, "ct-8bit-sym", tied=True, hidden=128)
     checkpoint = read_checkpoint(tmp_path)
-    plan = plan_model(checkpoint, Target(GPU, HALF))
+    plan = plan_model(checkpoint, GPU)
     found = capacity_of(checkpoint, plan, HALF, Demand(), None)
     (layer,) = (each for each in plan.layers if each.prefix == EMBEDDING)
     # Padded to 128 tokens: one byte a weight, 16-bit scales for groups of 32
@@ -140,10 +142,10 @@ def test_a_gather_takes_sizes_that_no_product_takes(tmp_path: Path) -> None:
     layers = {EMBEDDING: format_for(read_checkpoint(tmp_path)).layer_of(EMBEDDING)}
     # 64 padded rows on 16 ranks are 4 each
     untied, tied = (shard_embedding(EMBEDDING, 32, 64, 16, 0, each) for each in (False, True))
-    for device in (CPU, GPU):
-        assert plan_layer(untied, layers, Target(device, HALF)).n == 4
+    for target in (CPU, GPU):
+        assert plan_layer(untied, layers, target).n == 4
         with pytest.raises(PreflightError, match="found 4 out_features per rank"):
-            plan_layer(tied, layers, Target(device, HALF))
+            plan_layer(tied, layers, target)
 
 
 def test_wide_scales_beside_zero_points_are_refused(tmp_path: Path) -> None:
@@ -216,7 +218,7 @@ def test_other_formats_refuse_what_they_do_not_describe(tmp_path: Path, build: s
 def test_position_embeddings_stay_refused(tmp_path: Path) -> None:
     write_with_embedding(tmp_path, tied=False, edits=(rename(EMBEDDING, "model.embed_positions"),))
     with pytest.raises(PreflightError, match="embed_positions: found a quantized embedding"):
-        plan_model(read_checkpoint(tmp_path), Target(CPU, HALF))
+        plan_model(read_checkpoint(tmp_path), CPU)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +244,8 @@ def test_a_converted_embedding_is_the_same(tmp_path: Path, build: str, tied: boo
     source, out = tmp_path / "source", tmp_path / "out"
     write_with_embedding(source, build, tied=tied, hidden=128)
     convert(source, out)
-    for device in (CPU, STRIPED):
-        wanted, found = plan_of(source, device), plan_of(out, device)
+    for target in (CPU, STRIPED):
+        wanted, found = plan_of(source, target), plan_of(out, target)
         assert found.kernel_names == wanted.kernel_names
         before, after = load(source, wanted).packed, load(out, found).packed
         for name in ("qweight", "scales", "zeros", "perm"):
@@ -256,7 +258,7 @@ def test_selfcheck_looks_rows_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
 ) -> None:
     write_with_embedding(tmp_path, "ct-asym-order", tied=tied, hidden=128)
-    checkpoint, target = read_checkpoint(tmp_path), Target(STRIPED, HALF)
+    checkpoint, target = read_checkpoint(tmp_path), STRIPED
     plan = plan_of(tmp_path, STRIPED)
     right = check_layer(checkpoint, plan, target, torch.device("cpu"))
     assert right.passed
@@ -305,4 +307,4 @@ def test_warming_up_looks_up_and_multiplies_where_the_plan_does(
     write_with_embedding(tmp_path, tied=tied)
     plan = plan_of(tmp_path, STRIPED)
     layer = LoadedLayer(plan.prefix, load(tmp_path, plan).packed, plan.uses, has_bias=False)
-    assert warm_up([layer, layer], Target(STRIPED, HALF), 8).launches == launches
+    assert warm_up([layer, layer], STRIPED, 8).launches == launches

@@ -18,7 +18,7 @@ from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.plan.shards import UnevenSplit, shard_head
 
-DEVICES = {"cpu": cpu_device(fused_op=True), "gpu": device_by_name("h200")}
+DEVICES = {"cpu": cpu_device(), "gpu": device_by_name("h200")}
 HIDDEN = 64
 
 

@@ -8,13 +8,13 @@ import torch
 
 from checkpoints import BUILDS, drop, replace, write_checkpoint
 from fusedq_kernels.choose.device import KNOWN_DEVICES, cpu_device, device_by_name
-from fusedq_kernels.types import Policy, WeightType
+from fusedq_kernels.types import DeviceSpec, Policy, WeightType
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.plan.layer import Target, plan_layer
 from vllm_fusedq.plan.model import fold_problems, plan_model
 
-CPU = Target(cpu_device(fused_op=True), torch.bfloat16)
+CPU = Target(cpu_device(), torch.bfloat16)
 H200 = Target(device_by_name("h200"), torch.bfloat16)
 
 
@@ -43,7 +43,7 @@ def test_every_linear_is_planned_in_vllms_fused_layers(tmp_path: Path, build: st
     assert [part.shard_id for part in qkv.shard.parts] == ["q", "k", "v"]
     assert (qkv.n, qkv.k) == (192, 64)
     assert plan.unquantized == ("lm_head", "model.embed_tokens")
-    assert {layer.kernel_names for layer in plan.layers} == {"cpu-wna16"}
+    assert {layer.kernel_names for layer in plan.layers} == {"cpu-fused"}
 
 
 @pytest.mark.parametrize("name", KNOWN_DEVICES)
@@ -64,7 +64,7 @@ def test_a_kernel_insisted_on_is_refused_where_it_cannot_run(tmp_path: Path) -> 
         )
         for part, fmt in zip(layer.shard.parts, layer.formats, strict=True)
     }
-    assert plan_layer(layer.shard, formats, CPU).kernel_names == "cpu-striped"
+    assert plan_layer(layer.shard, formats, CPU).kernel_names == "cpu-fused"
     with pytest.raises(PreflightError) as error:
         plan_layer(layer.shard, formats, insisting)
     (problem,) = error.value.problems
@@ -80,14 +80,28 @@ def test_batch_invariant_mode_is_planned_or_refused(tmp_path: Path) -> None:
     plan = plan_model(checkpoint, dataclasses.replace(H200, policy=Policy(batch_invariant=True)))
     launches = [launch for layer in plan.layers for _, launch in layer.main.launches]
     assert all(launch.source.endswith("batch-invariant") for launch in launches)
+    policy = Policy(batch_invariant=True)
+    insisting = dataclasses.replace(CPU, insisted="cpu-wna16", policy=policy)
     with pytest.raises(PreflightError) as error:
-        plan_model(checkpoint, dataclasses.replace(CPU, policy=Policy(batch_invariant=True)))
+        plan_model(checkpoint, insisting)
     (problem,) = error.value.problems
     assert problem.layer == "device cpu"
-    kernels = "(cpu-wna16, cpu-striped)"
+    kernels = "(cpu-wna16)"
     assert problem.found == f"kernels without vLLM's batch-invariant mode {kernels}"
-    assert problem.supported == "triton-gemm"
-    assert problem.fix == "unset VLLM_BATCH_INVARIANT, or serve on a GPU"
+    assert problem.supported == "triton-gemm, cpu-fused"
+    assert problem.fix == "unset VLLM_BATCH_INVARIANT, or choose one of these"
+
+
+def test_a_cpu_without_a_compiled_kernel_refuses_but_for_one_by_name(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gptq-sym")
+    checkpoint, bare = read_checkpoint(tmp_path), DeviceSpec("cpu", "cpu")
+    with pytest.raises(PreflightError) as error:
+        plan_model(checkpoint, Target(bare, torch.bfloat16))
+    (problem,) = error.value.problems
+    assert problem.found == "no C++ compiler, and no cpu-fused compiled for this CPU"
+    assert "install g++" in problem.fix
+    plan = plan_model(checkpoint, Target(bare, torch.bfloat16, "cpu-striped"))
+    assert {layer.kernel_names for layer in plan.layers} == {"cpu-striped"}
 
 
 def test_resident_bytes_are_those_of_the_packed_tensors(tmp_path: Path) -> None:

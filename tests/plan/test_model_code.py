@@ -17,7 +17,7 @@ from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.plan.model_code import head_order, installed_vllm
 
-TARGET = Target(cpu_device(fused_op=True), torch.bfloat16)
+TARGET = Target(cpu_device(), torch.bfloat16)
 OUTPUT = "model.layers.0.self_attn.o_proj"
 
 

@@ -30,10 +30,11 @@ SHAPES = {
     "grouped": Model(512, 1024, 1, 8, 2, head_dim=64, vocab=1000),
 }
 GROUPS = {"even": 32, "straddle": 128, "grouped": 64}
-DEVICES = {
-    "cpu": cpu_device(fused_op=True),
-    "cpu-striped": cpu_device(fused_op=False),
-    **{name: device_by_name(name) for name in ("a100", "l40s", "h200", "b200", "rtx5090")},
+DEVICES = ("a100", "l40s", "h200", "b200", "rtx5090")
+TARGETS = {
+    "cpu": Target(cpu_device(), torch.bfloat16),
+    "cpu-wna16": Target(cpu_device(), torch.bfloat16, "cpu-wna16"),
+    **{name: Target(device_by_name(name), torch.bfloat16) for name in DEVICES},
 }
 
 
@@ -107,8 +108,7 @@ def test_headers_and_layers_give_equal_plans(
     checkpoint = read_checkpoint(tmp_path)
     compared = 0
     with building():
-        for device in DEVICES.values():
-            target = Target(device, torch.bfloat16)
+        for target in TARGETS.values():
             for tp in (1, 2, 4):
                 for rank in range(tp):
                     rank_of(rank, tp)
@@ -119,7 +119,7 @@ def test_headers_and_layers_give_equal_plans(
                     }
                     compared += len(there)
     layers = 4 * model.layers + (fmt in QUANTIZED_HEADS)
-    assert compared == len(DEVICES) * 7 * layers
+    assert compared == len(TARGETS) * 7 * layers
 
 
 @pytest.mark.parametrize("device", ["cpu", "h200"])
@@ -130,7 +130,7 @@ def test_headers_and_layers_refuse_alike(
     model = Model(64, 96, 1, 4, 4, head_dim=16, vocab=64)
     write_headers(tmp_path, model, "gptq", 32)
     checkpoint = read_checkpoint(tmp_path)
-    target = Target(DEVICES[device], torch.bfloat16)
+    target = TARGETS[device]
     rank_of(3, 4)
     with pytest.raises(PreflightError) as here:
         plan_model(checkpoint, target, 4)
@@ -150,7 +150,7 @@ def test_a_layer_that_vllm_replicates_is_whole_on_every_rank(
 
     model = SHAPES["even"]
     write_headers(tmp_path, model, "gptq", GROUPS["even"])
-    config = config_for(read_checkpoint(tmp_path), Target(DEVICES["cpu"], torch.bfloat16))
+    config = config_for(read_checkpoint(tmp_path), TARGETS["cpu"])
     rank_of(1, 2)
     with building():
         ReplicatedLinear(
@@ -184,7 +184,7 @@ def test_names_on_disk_that_end_in_linear(
 
     write_checkpoint(tmp_path, "ct-sym", config={"ignore": ["lm_head", plain]}, edits=[edit])
     checkpoint = read_checkpoint(tmp_path)
-    target = Target(DEVICES["cpu"], torch.bfloat16)
+    target = TARGETS["cpu"]
     planned = plan_model(checkpoint, target, 2, ranks=[1])
     assert plain in planned.unquantized
     config = config_for(checkpoint, target)
@@ -210,7 +210,7 @@ def test_one_layer_of_four_parts_in_two_modules(
 
     model = SHAPES["even"]
     write_headers(tmp_path, model, "gptq", GROUPS["even"])
-    config = config_for(read_checkpoint(tmp_path), Target(DEVICES["cpu"], torch.bfloat16))
+    config = config_for(read_checkpoint(tmp_path), TARGETS["cpu"])
     quarter = model.intermediate // 4
     config.packed_modules_mapping = {"in_proj_qkvz": ["gate_proj", "up_proj"]}
     rank_of(1, 2)
@@ -274,7 +274,7 @@ def test_rows_in_head_groups_are_planned_alike(
     heads, hidden = 8, 256
     config = falcon_config(heads, kv_heads)
     checkpoint = read_checkpoint(write_random_model(tmp_path, config, "awq").path)
-    target = Target(DEVICES["h200"], torch.bfloat16)
+    target = TARGETS["h200"]
     vllm_config = config_for(checkpoint, target)
     module = "transformer.h.0.self_attention.query_key_value"
     plans = vllm_config.worker.plans

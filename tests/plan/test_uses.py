@@ -23,7 +23,7 @@ from vllm_fusedq.settings import Settings
 from vllm_fusedq.worker.state import WorkerState
 
 PACKAGE = Path(__file__).resolve().parents[2] / "vllm_fusedq"
-STRIPED = Target(cpu_device(fused_op=False), torch.bfloat16)
+STRIPED = Target(cpu_device(), torch.bfloat16, "cpu-striped")
 H200 = Target(device_by_name("h200"), torch.bfloat16)
 
 

@@ -22,7 +22,7 @@ from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.prove.launches import LoadedLayer
 from vllm_fusedq.prove.selfcheck import LayerCheck, check_layer
 
-STRIPED = Target(cpu_device(fused_op=False), torch.float16)
+STRIPED = Target(cpu_device(), torch.float16, "cpu-striped")
 
 
 def check_all(path: Path) -> list[LayerCheck]:
@@ -154,10 +154,12 @@ def test_the_triton_kernel_in_its_interpreter() -> None:
     assert "1 layers checked, 0 failed" in printed
 
 
-def test_the_fused_cpu_operator(wna16_op: None) -> None:
-    code, printed = run(str(asset("tiny-llama-ct-asym-g32")), "--device", "cpu")
+@pytest.mark.parametrize("asked", ["auto", "cpu-wna16"])
+def test_the_fused_cpu_operators(wna16_op: None, asked: str) -> None:
+    model = str(asset("tiny-llama-ct-asym-g32"))
+    code, printed = run(model, "--device", "cpu", "--kernel", asked)
     assert code == 0, printed
-    assert "cpu-wna16" in printed
+    assert ("cpu-fused" if asked == "auto" else asked) in printed
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from fusedq_kernels import ops, reference
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.cuda import gemm_kernel
 from fusedq_kernels.layouts.packing import unpack
+from fusedq_kernels.native.isa import this_isa
 from fusedq_kernels.types import DEFAULT_POLICY, Policy
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.load.loader import LayerLoader
@@ -23,7 +24,7 @@ from vllm_fusedq.plan.uses import Use
 from vllm_fusedq.prove.trace import LayerTrace, judge, mark, record
 
 TOKENS = 4
-DEVICE = cpu_device(fused_op=True)
+DEVICE = cpu_device()
 DTYPE = torch.bfloat16
 TARGET = Target(DEVICE, DTYPE)
 
@@ -55,14 +56,14 @@ def trace(loader: LayerLoader, call: Callable[[torch.Tensor], object]) -> LayerT
 
 
 def fused(loader: LayerLoader, x: torch.Tensor) -> torch.Tensor:
-    return ops.matmul(x, loader.packed, None, "cpu-wna16")
+    return ops.matmul(x, loader.packed, None, "cpu-fused")
 
 
-def test_a_fused_layer_is_proven(wna16_op: None, loader: LayerLoader) -> None:
+def test_a_fused_layer_is_proven(loader: LayerLoader) -> None:
     found = trace(loader, lambda x: fused(loader, x))
     assert found.problems == ()
     assert found.calls == 1
-    assert found.kernels == ("_C::cpu_gemm_wna16",)
+    assert found.kernels == (f"fusedq_cpu::{this_isa().operator}",)
     assert found.dequantized == 2 * 1536 * 1024
     assert 0 < found.largest <= found.allowed < found.dequantized / 16
 
@@ -84,14 +85,14 @@ def twice(loader: LayerLoader, x: torch.Tensor) -> torch.Tensor:
     ("call", "problem"),
     [
         (dequantized, "0 fused operators in one call"),
-        (dequantized, "no _C::cpu_gemm_wna16 in a call"),
+        (dequantized, "no fusedq_cpu:: in a call"),
         (dequantized, "an allocation of 6291456 bytes, where activations and workspace explain "),
         (cast, "aten::_to_copy of a resident tensor"),
         (twice, "2 fused operators in one call"),
     ],
 )
 def test_what_is_not_fused_is_seen(
-    wna16_op: None, loader: LayerLoader, call: Callable[..., Any], problem: str
+    loader: LayerLoader, call: Callable[..., Any], problem: str
 ) -> None:
     found = trace(loader, lambda x: call(loader, x))
     assert any(problem in each for each in found.problems), found.problems

@@ -13,7 +13,7 @@ from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.plan.model import plan_model
 
-DEVICES = {"cpu": cpu_device(fused_op=True), "gpu": device_by_name("h200")}
+DEVICES = {"cpu": cpu_device(), "gpu": device_by_name("h200")}
 
 
 def plans_of(

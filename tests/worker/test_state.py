@@ -31,7 +31,7 @@ from vllm_fusedq.worker.state import WorkerRank, WorkerState
 from vllm_fusedq.worker.warmup import compile_ahead, warm_up
 
 PLAN_SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "schemas" / "plan.v1.json"
-STRIPED = Target(cpu_device(fused_op=False), torch.bfloat16)
+STRIPED = Target(cpu_device(), torch.bfloat16, "cpu-striped")
 
 
 def loaded(path: Path, target: Target, **settings: str) -> WorkerState:

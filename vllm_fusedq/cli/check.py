@@ -159,7 +159,7 @@ def _device(name: str) -> tuple["DeviceSpec", int | None]:
     if name == "auto" and (found := current_gpu()) is not None:
         return found
     if name in ("auto", "cpu"):
-        return cpu_device(fused_op=True), None
+        return cpu_device(), None
     if match := re.fullmatch(r"sm_(\d+)(\d)", name):
         return device_of_capability(*map(int, match.groups())), None
     try:

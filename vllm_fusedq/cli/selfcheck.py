@@ -66,8 +66,9 @@ def _run(
     from vllm_fusedq.settings import parse_settings
 
     settings = parse_settings({"kernel": kernel})
-    fused_op = device.type == "cpu" and register_cpu_operators()
-    target = Target(settings.device(current_device(device, fused_op)), dtype, settings.insisted)
+    if device.type == "cpu":
+        register_cpu_operators()
+    target = Target(settings.device(current_device(device)), dtype, settings.insisted)
     checkpoint = read_checkpoint(model)
     plans = [plan for plan in plan_model(checkpoint, target).layers if only in plan.name]
     if not plans:

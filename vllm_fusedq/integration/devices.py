@@ -10,7 +10,6 @@ from fusedq_kernels.choose.device import (
     current_device,
     device_of_capability,
 )
-from fusedq_kernels.cpu import wna16
 from fusedq_kernels.types import DeviceSpec
 from vllm_fusedq.errors import PreflightError
 
@@ -29,7 +28,7 @@ def announced_device() -> DeviceSpec:
             fix="see that `nvidia-smi` lists a GPU, or install vLLM's CPU build (docs/install.md)",
         )
     if current_platform.is_cpu():
-        return cpu_device(wna16.available())
+        return cpu_device()
     if not current_platform.is_cuda():
         raise PreflightError.single(
             layer="every quantized layer",
@@ -44,4 +43,4 @@ def announced_device() -> DeviceSpec:
 def worker_device() -> DeviceSpec:
     """The device of this worker process."""
     device = torch.device("cpu") if current_platform.is_cpu() else torch.device("cuda")
-    return current_device(device, wna16.available())
+    return current_device(device)

@@ -107,7 +107,7 @@ class Multiplication:
         self.traced_call: Callable[..., None] | None = None
 
     def weight_loaded(self, layer: torch.nn.Module) -> None:
-        """Where vLLM's own operator can be called with nothing around it, keep that call."""
+        """Where the kernel's operator can be called with nothing around it, keep that call."""
         (loader,) = layer.fusedq_loaders
         self.traced_call = self.kernel.bare_call(loader.packed, self.act_dtype)
 
@@ -117,7 +117,13 @@ class Multiplication:
         out = x.new_empty((*x.shape[:-1], self.n))
         if self.traced_call is not None and x.ndim == 2 and torch.compiler.is_compiling():
             self.traced_call(
-                out, x, layer.fusedq_qweight, layer.fusedq_scales, layer.fusedq_zeros, bias
+                out,
+                x,
+                layer.fusedq_qweight,
+                layer.fusedq_scales,
+                layer.fusedq_zeros,
+                bias,
+                layer.fusedq_perm,
             )
             return out
         torch.ops.fusedq.matmul_out(

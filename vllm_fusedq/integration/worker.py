@@ -14,10 +14,11 @@ from vllm.distributed import (
 )
 from vllm.model_executor.model_loader.utils import get_model_architecture
 
+from fusedq_kernels.catalogue import KERNELS, Kernel
 from fusedq_kernels.types import Policy
 from vllm_fusedq.checkpoint.hub import REPOSITORY_ID
 from vllm_fusedq.checkpoint.read import INDEX_FILE, OTHER_FORMAT, Checkpoint
-from vllm_fusedq.errors import UnsupportedCheckpoint
+from vllm_fusedq.errors import KernelError, UnsupportedCheckpoint
 from vllm_fusedq.integration.devices import worker_device
 from vllm_fusedq.integration.draft import check_draft, is_draft, model_config_of
 from vllm_fusedq.integration.worker_methods import install_worker_methods
@@ -48,11 +49,6 @@ def start_worker(
     _check_load_format(checkpoint, vllm_config.load_config.load_format)
     settings = parse_settings(vllm_config.additional_config.get("fusedq", {}))
     device = settings.device(worker_device())
-    if device.kind == "cpu" and not device.cpu_isa and settings.kernel == "auto":
-        logger.warning(
-            "This build of vLLM has no fused CPU operator: quantized layers run on "
-            "cpu-striped, which is several times slower."
-        )
     target = Target(
         device,
         vllm_config.model_config.dtype,
@@ -64,6 +60,8 @@ def start_worker(
     _warn_of_unread_code(model_config)
     rank = _worker_rank(vllm_config)
     plan = plan_model(checkpoint, target, rank.tensor_size)
+    for name in {use.call.kernel for layer in plan.layers for use in layer.uses}:
+        _make_ready(KERNELS[name])
     downloaded = model_config.revision, vllm_config.load_config.download_dir
     return WorkerState(
         target,
@@ -77,6 +75,14 @@ def start_worker(
         unquantized=plan.unquantized,
         source=StoredTensors(checkpoint, partial(_downloaded, checkpoint.path, *downloaded)),
     )
+
+
+def _make_ready(kernel: Kernel) -> None:
+    """Raises KernelError where it cannot be compiled."""
+    try:
+        kernel.ready()
+    except RuntimeError as error:
+        raise KernelError(str(error)) from error
 
 
 def _check_load_format(checkpoint: Checkpoint, load_format: str) -> None:

@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fusedq_kernels.catalogue import Op
-from fusedq_kernels.choose.device import cpu_device
+from fusedq_kernels.catalogue import CPU_STRIPED, Op
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.layouts.tiled import TILED
+from fusedq_kernels.types import DeviceSpec
 from vllm_fusedq.checkpoint.read import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -43,8 +43,8 @@ from vllm_fusedq.plan.model import quantized_layers
 from vllm_fusedq.plan.shards import LayerShard, ParallelStyle, PartShard
 
 PARTIAL = ".partial"
-# The striped CPU kernel reads the same layouts as the Triton kernels and refuses the fewest shapes.
-TARGET = Target(cpu_device(fused_op=False), DType.FLOAT16)
+# The striped CPU kernel reads the same layouts as all others and refuses the fewest shapes.
+TARGET = Target(DeviceSpec("cpu", "cpu"), DType.FLOAT16, CPU_STRIPED.name)
 
 Progress = Callable[[str, int, int], object]
 """Called with what is going on, the bytes of the source done and those in all."""

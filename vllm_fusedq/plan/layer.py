@@ -25,6 +25,7 @@ from fusedq_kernels.types import (
     Policy,
     QuantSpec,
     Reason,
+    WeightType,
 )
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat
@@ -184,6 +185,17 @@ def target_problems(target: Target) -> tuple[Problem, ...]:
     reasons = of_device(target.device, target.act_dtype)
     problems = [Problem(device, *reason) for reason in reasons]
     kernels = catalogue.kernels_for(target.device)
+    if target.insisted is not None:
+        kernels = (KERNELS[target.insisted],)
+    elif target.device.kind == "cpu" and not target.device.cpu_isa:
+        problem = Problem(
+            layer=device,
+            found="no C++ compiler, and no cpu-fused compiled for this CPU",
+            supported="g++ 12 and newer, or the compiler that CXX names",
+            fix="install one (Debian: apt-get install g++), or set the slow kernel "
+            '"cpu-striped" in additional-config "fusedq"',
+        )
+        return (*problems, problem)
     if target.policy.batch_invariant and not any(each.batch_invariant for each in kernels):
         invariant = (each.name for each in KERNELS.values() if each.batch_invariant)
         here = ", ".join(each.name for each in kernels)
@@ -191,7 +203,7 @@ def target_problems(target: Target) -> tuple[Problem, ...]:
             layer=device,
             found=f"kernels without vLLM's batch-invariant mode ({here})",
             supported=", ".join(invariant),
-            fix="unset VLLM_BATCH_INVARIANT, or serve on a GPU",
+            fix="unset VLLM_BATCH_INVARIANT, or choose one of these",
         )
         problems.append(problem)
     return tuple(problems)
@@ -210,7 +222,7 @@ def _choose(
 ) -> _Choice:
     """What stands against a shard of `size` N, resident rows and K, else its uses and bytes."""
     (n, rows, k), device, act_dtype = size, target.device, target.act_dtype
-    *others, main = (catalogue.kernel_for(device, spec.weight_type, op) for op in ops)
+    *others, main = (_kernel(op, spec.weight_type, target) for op in ops)
     # What the others refuse is of layouts in which they would keep a weight themselves
     if reasons := catalogue.refusals(main, n, rows, spec, phase):
         return _Choice(reasons)
@@ -224,6 +236,14 @@ def _choose(
     tensors = resident_tensors(layout, n, rows, spec, phase, act_dtype)
     resident = tuple((name, tensor.nbytes) for name, tensor in tensors.items())
     return _Choice((), tuple(uses), resident)
+
+
+def _kernel(op: Op, weight_type: WeightType, target: Target) -> catalogue.Kernel:
+    """The kernel that was insisted on where it is one for this, else that of the device."""
+    insisted = None if target.insisted is None else KERNELS[target.insisted]
+    if insisted is not None and insisted.op is op and weight_type in insisted.layouts:
+        return insisted
+    return catalogue.kernel_for(target.device, weight_type, op)
 
 
 def _check_insisted(shard: LayerShard, spec: QuantSpec, insisted: str | None) -> None:

@@ -106,7 +106,8 @@ def allowed_bytes(plan: LayerPlan, use: Use, tokens: int) -> int:
         Op.MATMUL: max(round_up(plan.n, BLOCK_N), plan.k + 256, plan.rows + 256),
     }
     activations = tokens * features[use.op] * use.call.dtype.itemsize
-    return max(activations, use.scratch_bytes(tokens)) + _SLACK_BYTES
+    scratch = use.scratch_bytes(tokens) if use.kernel.scratch_is_seen else 0
+    return max(activations, scratch) + _SLACK_BYTES
 
 
 def _descendants(event: Any) -> Iterator[Any]:

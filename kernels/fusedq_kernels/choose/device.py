@@ -9,9 +9,10 @@ import ctypes
 import functools
 import re
 from dataclasses import replace
-from pathlib import Path
 
 from fusedq_kernels.lazy import torch
+from fusedq_kernels.native.build import available
+from fusedq_kernels.native.isa import this_isa
 from fusedq_kernels.types import DeviceSpec
 
 _KIB = 1024
@@ -97,30 +98,21 @@ def device_of_capability(major: int, minor: int) -> DeviceSpec:
     return replace(like, name=name)
 
 
-def cpu_device(fused_op: bool) -> DeviceSpec:
-    """This machine's CPU; `fused_op` says whether vLLM's fused CPU operator is available."""
-    if not fused_op:
-        return DeviceSpec("cpu", "cpu")
-    return DeviceSpec("cpu", "cpu", cpu_isa="amx" if _has_amx() else "vec")
-
-
 @functools.cache
-def _has_amx() -> bool:
-    """`torch.cpu._is_amx_tile_supported` as Linux tells it, without importing torch."""
-    try:
-        return " amx_tile" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+def cpu_device() -> DeviceSpec:
+    """This machine's CPU, without torch; raises ValueError as `isa.this_isa` does."""
+    isa = this_isa()
+    return DeviceSpec("cpu", "cpu", cpu_isa=isa.name if available(isa) else "")
 
 
-def current_device(device: torch.device, fused_op: bool) -> DeviceSpec:
-    """The device behind a `torch.device`; `fused_op` matters to a CPU only.
+def current_device(device: torch.device) -> DeviceSpec:
+    """The device behind a `torch.device`.
 
     A GPU gets a name of `KNOWN_DEVICES` where it is that very board, else one derived from the
     name its driver reports. Raises ValueError for a device that is neither CPU nor CUDA.
     """
     if device.type == "cpu":
-        return cpu_device(fused_op)
+        return cpu_device()
     if device.type != "cuda":
         raise ValueError(f"device must be cpu or cuda, got {device}")
     properties = torch.cuda.get_device_properties(device)
@@ -146,7 +138,7 @@ def current_gpu() -> tuple[DeviceSpec, int] | None:
     if not torch.cuda.is_available():
         return None
     gpu = torch.device("cuda")
-    return current_device(gpu, False), torch.cuda.get_device_properties(gpu).total_memory
+    return current_device(gpu), torch.cuda.get_device_properties(gpu).total_memory
 
 
 def _driver_words(driver_name: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""cpu-striped: a few output features at a time, in fp32, for what cpu-wna16 refuses.
+"""cpu-striped: a few output features at a time, in fp32, with PyTorch's own operators.
 
-It takes every group size and phase that a tiled layout packs and holds at most a few MB of
-dequantized weight. Much slower than cpu-wna16 for few tokens: it decodes in separate passes.
+It needs no compiler, takes every group size and phase that a tiled layout packs and holds at most a
+few MB of dequantized weight. Much slower than cpu-fused: it decodes in separate passes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def refuses(k: int, spec: QuantSpec, phase: int) -> tuple[Reason, ...]:
 
 def cautions(spec: QuantSpec, act_dtype: DType) -> tuple[str, ...]:
     """What a layer loses here."""
-    slow = "decodes a few output features at a time, several times slower than cpu-wna16"
+    slow = "decodes a few output features at a time, many times slower than cpu-fused"
     return (f"cpu-striped {slow}",)
 
 

@@ -109,13 +109,18 @@ def bare_call(packed: PackedWeight, act_dtype: torch.dtype) -> Callable[..., Non
         act_dtype: dtype of the activations it was packed for.
 
     Returns:
-        `call(out, x, qweight, scales, zeros, bias)` on `x` `[M, K]` and `out` `[M, N]`; None where
-        activations or outputs need padding or a gather, which are `fusedq::matmul_out`'s.
+        `call(out, x, qweight, scales, zeros, bias, perm)` on `x` `[M, K]` and `out` `[M, N]`; None
+        where activations or outputs need padding or a gather, which are `fusedq::matmul_out`'s.
     """
     geometry = wna16_geometry(packed.k, packed.spec.group_size, packed.phase)
     if (geometry.k_padded, packed.scales.shape[1], packed.perm) != (packed.k, packed.n, None):
         return None
-    return _operator(act_dtype, None)
+    gemm = _operator(act_dtype, None)
+
+    def call(out: torch.Tensor, x: torch.Tensor, *weight_bias_perm: torch.Tensor | None) -> None:
+        gemm(out, x, *weight_bias_perm[:-1])
+
+    return call
 
 
 def _operator(act_dtype: torch.dtype, isa: str | None) -> Callable[..., None]:

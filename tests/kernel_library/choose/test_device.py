@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fusedq_kernels.choose import device
+from fusedq_kernels.native.isa import this_isa
 from fusedq_kernels.types import DeviceSpec
 
 
@@ -32,24 +33,19 @@ def test_unknown_name_lists_the_known_ones(name):
         device.device_by_name(name)
 
 
-def test_amx_is_what_torch_finds() -> None:
-    assert device._has_amx() == torch.cpu._is_amx_tile_supported()
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu_is_found_without_one() -> None:
     assert device.current_gpu() is None
 
 
-@pytest.mark.parametrize(
-    ("fused_op", "amx", "isa"),
-    [(False, True, ""), (False, False, ""), (True, True, "amx"), (True, False, "vec")],
-)
-def test_cpu_device(monkeypatch, fused_op, amx, isa):
-    monkeypatch.setattr(device, "_has_amx", lambda: amx)
+@pytest.mark.parametrize(("compiled", "isa"), [(True, this_isa().name), (False, "")])
+def test_cpu_device(monkeypatch, compiled, isa):
+    monkeypatch.setattr(device, "available", lambda _: compiled)
+    device.cpu_device.cache_clear()
     expected = DeviceSpec("cpu", "cpu", cpu_isa=isa)
-    assert device.cpu_device(fused_op) == expected
-    assert device.current_device(torch.device("cpu"), fused_op) == expected
+    assert device.cpu_device() == expected
+    assert device.current_device(torch.device("cpu")) == expected
+    device.cpu_device.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +74,7 @@ def test_live_gpu_is_recognised(monkeypatch, driver_name, known, changes, name):
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties)
     )
-    found = device.current_device(torch.device("cuda", 0), fused_op=True)
+    found = device.current_device(torch.device("cuda", 0))
     assert found.name == (name or "rtx4090-laptop-gpu")
     assert found.num_sms == properties["multi_processor_count"]
     assert (found.capability, found.smem_per_block) == (spec.capability, spec.smem_per_block)
@@ -88,4 +84,4 @@ def test_live_gpu_is_recognised(monkeypatch, driver_name, known, changes, name):
 
 def test_other_devices_are_refused():
     with pytest.raises(ValueError, match="device must be cpu or cuda, got meta"):
-        device.current_device(torch.device("meta"), fused_op=False)
+        device.current_device(torch.device("meta"))

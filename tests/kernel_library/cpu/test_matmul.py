@@ -109,7 +109,8 @@ def test_the_traced_call_gives_the_same_bits(weight_type) -> None:
         torch._dynamo.reset()
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         y = torch.empty((5, 96), dtype=act_dtype)
-        compiled(y, problem.x, packed.qweight, packed.scales, packed.zeros, problem.bias)
+        weight = (packed.qweight, packed.scales, packed.zeros)
+        compiled(y, problem.x, *weight, problem.bias, None)
         expected = run_wna16(problem.x, packed, problem.bias, wna16.best_isa(act_dtype))
         assert torch.equal(y, expected)
 

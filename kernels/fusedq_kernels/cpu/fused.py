@@ -1,0 +1,135 @@
+"""cpu-fused: our own kernel for CPUs, on the tiled layouts that a GPU reads.
+
+`../native/` is its code. The weight is decoded in registers for few tokens and into the first-level
+cache for many; whole weights never exist. Integers and codebooks are decoded exactly, products are
+summed in fp32 in one order whatever the number of tokens or threads, scales multiply fp32 sums.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fusedq_kernels.choose import refusals
+from fusedq_kernels.dtype import DType
+from fusedq_kernels.geometry import BLOCK_K, group_geometry
+from fusedq_kernels.layouts.resident import scale_words
+from fusedq_kernels.lazy import torch
+from fusedq_kernels.native.build import library
+from fusedq_kernels.native.isa import this_isa
+from fusedq_kernels.types import GemmShape, Launch, Layout, QuantSpec, Reason
+
+if TYPE_CHECKING:
+    from fusedq_kernels.call import Call
+    from fusedq_kernels.types import PackedWeight
+
+# `Codes` and `ScaleKind` of ../native/.
+_INT4, _INT4_ZEROS, _CODEBOOK4, _INT8 = range(4)
+_FLOATS, _PAIRS, _BESIDE_ZEROS = range(3)
+
+# Of a thread: sums, a panel of decoded weights, the tokens beside it, scales of a block.
+_THREAD_SCRATCH = 1 << 20
+# Up to so many the whole of them is laid out at once, in fp32 at most.
+_FEW_TOKENS = 8
+
+
+def refuses(k: int, spec: QuantSpec, phase: int) -> tuple[Reason, ...]:
+    """Against K, scheme and phase of a rank's weight."""
+    return refusals.of_tiled_scales(spec) + refusals.of_odd_groups(k, spec, phase)
+
+
+def scratch_bytes(launch: Launch, shape: GemmShape) -> int:
+    """The largest of what a call keeps: tokens as the kernel reads them, sums of each thread."""
+    tokens = 4 * min(shape.m, _FEW_TOKENS) * (shape.k + BLOCK_K)
+    return tokens + _THREAD_SCRATCH * (os.cpu_count() or 1)
+
+
+def prepare(call: Call, tile: None = None) -> Callable[..., None]:
+    """`run(x, qweight, scales, zeros, bias, out)` for one layer; see `catalogue.Kernel.prepare`.
+
+    Raises:
+        BuildError: the kernel is not compiled and cannot be.
+    """
+    size = (call.layout, call.spec, call.k, call.phase)
+    numbers, codebook = _arguments(*size, call.dtype)
+    operator = load()
+
+    def run(
+        x: torch.Tensor,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        operator(out, x, qweight, scales, bias, None, numbers, codebook)
+
+    return run
+
+
+def bare_call(packed: PackedWeight, act_dtype: torch.dtype) -> Callable[..., None]:
+    """The bare operator, for a graph that torch.compile traces: nothing of Python runs around it.
+
+    Returns:
+        `call(out, x, qweight, scales, zeros, bias, perm)` on `x` `[M, in_features]` and `out`
+        `[M, N]`.
+    """
+    size = (packed.layout, packed.spec, packed.k, packed.phase)
+    numbers, codebook = _arguments(*size, DType.of(act_dtype))
+    operator = load()
+
+    def call(
+        out: torch.Tensor,
+        x: torch.Tensor,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        perm: torch.Tensor | None,
+    ) -> None:
+        operator(out, x, qweight, scales, bias, perm, numbers, codebook)
+
+    return call
+
+
+@functools.cache
+def load() -> Callable[..., None]:
+    """The operator for this machine, compiled if it must be; raises BuildError.
+
+    `(out, x, qweight, scales, bias, perm, numbers, codebook)`, which trusts its operands.
+    """
+    isa = this_isa()
+    name = f"fusedq_cpu::{isa.operator}"
+    torch.ops.load_library(str(library(isa)))
+    torch.library.register_fake(name, _fake)
+    return getattr(torch.ops.fusedq_cpu, isa.operator).default
+
+
+def _fake(*operands: object) -> None:
+    """It writes into its first operand alone."""
+
+
+def _arguments(
+    layout: Layout, spec: QuantSpec, k: int, phase: int, dtype: DType
+) -> tuple[list[int], list[float]]:
+    """What the operator asks beside tensors, in the order of its `numbers`, and the codebook."""
+    geometry, weight_type = group_geometry(k, spec.group_size, phase), spec.weight_type
+    words = scale_words(spec, geometry)
+    if weight_type.codebook is not None:
+        codes = _CODEBOOK4
+    elif weight_type.bits == 8:
+        codes = _INT8
+    else:
+        codes = _INT4_ZEROS if spec.has_zero_points else _INT4
+    alone = _PAIRS if words.rows == 2 else _FLOATS
+    kind = _BESIDE_ZEROS if spec.has_zero_points else alone
+    half = spec.scale_dtype is DType.FLOAT16
+    numbers = [
+        *(codes, weight_type.bias or 0, k, spec.group_size, geometry.step, geometry.pad),
+        *(geometry.offset, geometry.num_groups - 1, kind, int(half)),
+    ]
+    # Entries are what the activations' dtype makes of them, on every kernel
+    entries = torch.tensor(weight_type.codebook or (), dtype=torch.float64)
+    return numbers, entries.to(dtype.torch).tolist()

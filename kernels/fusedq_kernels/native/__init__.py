@@ -1,0 +1,1 @@
+"""cpu-fused in C++, what it is compiled for, and its library."""

@@ -1,0 +1,143 @@
+"""cpu-fused's library: compiled once for an instruction set, found again by what it was made of.
+
+    python -m fusedq_kernels.native.build          compile for this machine into the package
+
+A library is named after its sources and flags. It is looked for in the package, then in the cache
+of the user (`$XDG_CACHE_HOME` or `~/.cache`, folder `vllm-fusedq`), and compiled into the latter
+where it is in neither: half a minute, once. It uses PyTorch's stable interface for C++, so that one
+library serves every PyTorch from 2.11 on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from fusedq_kernels.native.isa import Isa, this_isa
+
+SOURCES = Path(__file__).parent
+_IN_PACKAGE = SOURCES / "built"
+_FLAGS = (
+    *("-O3", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=fast", "-Wno-psabi"),
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+)
+_COMPILERS = ("g++", "c++", "clang++")
+
+
+class BuildError(RuntimeError):
+    """The library is not there and cannot be made."""
+
+
+def compiler() -> str | None:
+    """The C++ compiler that would be used: $CXX, or the first of the usual ones."""
+    asked = os.environ.get("CXX")
+    found = (shutil.which(name) for name in ((asked,) if asked else _COMPILERS))
+    return next((each for each in found if each), None)
+
+
+def available(isa: Isa) -> bool:
+    """Whether the kernel can run: its library is there, or a compiler is."""
+    return _found(isa) is not None or compiler() is not None
+
+
+def library(isa: Isa) -> Path:
+    """The library for an instruction set, compiled where it is not there yet.
+
+    Processes that want it at once wait for the one that compiles; the file appears whole.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+    """
+    if (found := _found(isa)) is not None:
+        return found
+    folder = _user_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError:
+        # A read-only home: this process has its own
+        return compile_into(Path(tempfile.mkdtemp(prefix="fusedq-cpu-")), isa)
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _found(isa) or compile_into(folder, isa)
+
+
+def compile_into(folder: Path, isa: Isa) -> Path:
+    """Compile the library for an instruction set; raises BuildError."""
+    program = compiler()
+    if program is None:
+        names = ", ".join(_COMPILERS)
+        raise BuildError(
+            f"kernel cpu-fused is not compiled for {isa.name} and there is no C++ compiler "
+            f"({names}, or what CXX names); install one, or choose kernel cpu-striped"
+        )
+    torch = _torch_folder()
+    target = folder / _name(isa)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as partial:
+        command = [
+            *(program, *_FLAGS, *isa.compiler_flags, f'-DFUSEDQ_ISA="{isa.operator}"'),
+            *(f"-I{torch / 'include'}", str(SOURCES / "op.cpp"), "-o", partial.name),
+            *(f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"),
+        ]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                last = "\n".join(done.stderr.strip().splitlines()[-5:])
+                raise BuildError(
+                    f"{program} could not compile kernel cpu-fused for {isa.name} "
+                    f"(exit code {done.returncode}); GCC 12 and newer can:\n{last}"
+                )
+            os.chmod(partial.name, 0o755)
+            os.replace(partial.name, target)
+        finally:
+            Path(partial.name).unlink(missing_ok=True)
+    return target
+
+
+def _found(isa: Isa) -> Path | None:
+    places = (folder / _name(isa) for folder in (_IN_PACKAGE, _user_cache()))
+    return next((path for path in places if path.is_file()), None)
+
+
+def _name(isa: Isa) -> str:
+    return f"{isa.name}-{_key(isa)}.so"
+
+
+@functools.cache
+def _key(isa: Isa) -> str:
+    digest = hashlib.sha256(" ".join((*_FLAGS, *isa.compiler_flags)).encode())
+    for source in sorted((*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp"))):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _user_cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "vllm-fusedq" / "cpu"
+
+
+def _torch_folder() -> Path:
+    import torch
+
+    return Path(torch.__file__).parent
+
+
+def main() -> None:
+    isa = this_isa()
+    _IN_PACKAGE.mkdir(exist_ok=True)
+    path = _found(isa) or compile_into(_IN_PACKAGE, isa)
+    print(f"kernel cpu-fused for {isa.name}: {path.name}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BuildError as error:
+        sys.exit(str(error))

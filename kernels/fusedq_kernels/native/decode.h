@@ -1,0 +1,164 @@
+// How a word of a tiled layout becomes the weights of 16 outputs, and how they are multiplied.
+//
+// A run is 32 consecutive input features of a K block, kept by 16 words: run r of layouts P4 and PL4
+// is plane r of words 0 to 15; of P8 it is plane r / 2 of words 16 (r % 2) and up. A word yields the
+// pair of features 2 w and 2 w + 1 of its run (../layouts/tiled.py draws the words). Weights are
+// decoded exactly: an integer less its zero point, or an entry of the codebook.
+#pragma once
+
+#include "lanes.h"
+
+namespace fusedq {
+
+enum class Codes { kInt4, kInt4Zeros, kCodebook4, kInt8 };
+
+constexpr int kBlock = 128;
+constexpr int kRun = 32;
+constexpr int kRuns = kBlock / kRun;
+
+// Words of a row and K block; sets of 16 of them are transposed together.
+constexpr int words_of(Codes codes) { return codes == Codes::kInt8 ? 32 : 16; }
+constexpr int sets_of(Codes codes) { return words_of(codes) / 16; }
+constexpr int runs_of_set(Codes codes) { return kRuns / sets_of(codes); }
+constexpr int run_at(Codes codes, int set, int plane) { return plane * sets_of(codes) + set; }
+// Whether a group has zero points that were read, rather than the constant of the type.
+constexpr bool reads_zeros(Codes codes) { return codes == Codes::kInt4Zeros || codes == Codes::kInt8; }
+
+// fp32 products: what every machine has, and exact for activations of 16 bits.
+struct Fp32 {
+  // Up to so many tokens the weight is decoded in registers; so many share what the first-level
+  // cache has of it. Both as the registers allow.
+#if defined(__AVX512F__)
+  static constexpr int kFewTokens = 4, kTileTokens = 6;
+#elif defined(__AVX2__)
+  static constexpr int kFewTokens = 2, kTileTokens = 3;
+#else
+  static constexpr int kFewTokens = 1, kTileTokens = 2;
+#endif
+  using Activation = float;
+  struct Pair {
+    Floats even, odd;
+  };
+  struct Tables {
+    Floats entries;
+  };
+
+  static Tables tables(Codes codes, const float* codebook) {
+    Tables tables;
+    for (int i = 0; i < 16; i++) tables.entries[i] = codes == Codes::kCodebook4 ? codebook[i] : i - 8;
+    return tables;
+  }
+  static Words zero_operand(Codes, Floats zeros) { return (Words)zeros; }
+
+  template <Codes codes>
+  static FUSEDQ_INLINE Pair decode(Words word, int plane, Words zeros, const Tables& tables) {
+    const Floats zero = (Floats)zeros;
+    if constexpr (codes == Codes::kCodebook4) {
+      return {lookup(tables.entries, (Words)((Bits)word >> 8 * plane)),
+              lookup(tables.entries, (Words)((Bits)word >> (8 * plane + 4)))};
+    } else if constexpr (codes == Codes::kInt8) {
+      return {integer<8>(word, 8 * plane) - zero, integer<8>(word, 8 * plane + 16) - zero};
+    } else if constexpr (codes == Codes::kInt4Zeros) {
+      return {integer<4>(word, 4 * plane) - zero, integer<4>(word, 4 * plane + 16) - zero};
+    } else {
+#if defined(__AVX512F__)
+      return {lookup(tables.entries, (Words)((Bits)word >> 4 * plane)),
+              lookup(tables.entries, (Words)((Bits)word >> (4 * plane + 16)))};
+#else
+      return {integer<4>(word, 4 * plane) - 8.0f, integer<4>(word, 4 * plane + 16) - 8.0f};
+#endif
+    }
+  }
+
+  static FUSEDQ_INLINE Floats dot(Pair weights, const float* x, Floats sum) {
+    return multiply_add(weights.odd, splat(x[1]), multiply_add(weights.even, splat(x[0]), sum));
+  }
+
+ private:
+  template <int bits>
+  static FUSEDQ_INLINE Floats integer(Words word, int shift) {
+    return __builtin_convertvector((Words)((Bits)word >> shift) & ((1 << bits) - 1), Floats);
+  }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define FUSEDQ_BF16
+// bf16 products, two at a time and summed in fp32 (VDPBF16PS): for bf16 activations.
+struct Bf16 {
+  static constexpr int kFewTokens = 8, kTileTokens = 6;
+  using Activation = uint16_t;
+  using Pair = Words;
+  struct Tables {
+    __m512i entries;
+    __m512i windows[4];
+  };
+
+  static Tables tables(Codes codes, const float* codebook) {
+    Tables tables;
+    uint16_t entries[32];
+    uint8_t windows[64];
+    for (int i = 0; i < 32; i++) {
+      // Zero points: the index is code + 16 - zero, below 32.
+      const float value = codes == Codes::kCodebook4  ? codebook[i & 15]
+                          : codes == Codes::kInt4Zeros ? i - 16.0f
+                                                       : (i & 15) - 8.0f;
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      entries[i] = (uint16_t)(bits >> 16);
+    }
+    tables.entries = _mm512_loadu_si512(entries);
+    for (int plane = 0; plane < 4; plane++) {
+      for (int i = 0; i < 64; i++) windows[i] = 8 * plane + (i & 4 ? 32 : 0) + (i & 2 ? 4 : 0);
+      tables.windows[plane] = _mm512_loadu_si512(windows);
+    }
+    return tables;
+  }
+  static Words zero_operand(Codes codes, Floats zeros) {
+    if (codes == Codes::kInt8) return (Words)(zeros + kMagic);
+    const Words index = 16 - __builtin_convertvector(zeros, Words);
+    return index | index << 16;
+  }
+
+  // An index of the table is the lowest 5 bits of a 16-bit lane.
+  template <Codes codes>
+  static FUSEDQ_INLINE Pair decode(Words word, int plane, Words zeros, const Tables& tables) {
+    const __m512i t = (__m512i)word;
+    if constexpr (codes == Codes::kInt8) {
+      return bytes((__m512i)((Bits)word >> 8 * plane), (__m512i)((Bits)word >> (8 * plane + 16)), zeros);
+    } else if constexpr (codes == Codes::kCodebook4) {
+      const __m512i index = _mm512_multishift_epi64_epi8(tables.windows[plane], t);
+      return (Words)_mm512_permutexvar_epi16(index, tables.entries);
+    } else if constexpr (codes == Codes::kInt4Zeros) {
+      const __m512i code =
+          _mm512_and_si512((__m512i)((Bits)word >> 4 * plane), _mm512_set1_epi32(0x000F000F));
+      const __m512i index = _mm512_add_epi16(code, (__m512i)zeros);
+      return (Words)_mm512_permutexvar_epi16(index, tables.entries);
+    } else {
+      return (Words)_mm512_permutexvar_epi16((__m512i)((Bits)word >> 4 * plane), tables.entries);
+    }
+  }
+
+  static FUSEDQ_INLINE Floats dot(Pair weights, const uint16_t* x, Floats sum) {
+    int32_t pair;
+    std::memcpy(&pair, x, 4);
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)weights,
+                                    (__m512bh)_mm512_set1_epi32(pair));
+  }
+
+ private:
+  static constexpr float kMagic = 8388608.0f;
+
+  // The lowest byte of each, less its zero point: at most 8 significant bits, a whole bf16.
+  static FUSEDQ_INLINE Pair bytes(__m512i even, __m512i odd, Words zeros) {
+    const __m512i mask = _mm512_set1_epi32(0xFF), magic = _mm512_set1_epi32(0x4B000000);
+    const __m512 zero = (__m512)(Floats)zeros;
+    even = _mm512_ternarylogic_epi32(even, mask, magic, 0xEA);
+    odd = _mm512_ternarylogic_epi32(odd, mask, magic, 0xEA);
+    const __m512i low = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(even), zero));
+    const __m512i high = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(odd), zero));
+    return (Words)_mm512_mask_mov_epi16(high, 0x55555555, _mm512_srli_epi32(low, 16));
+  }
+};
+#endif
+
+}  // namespace fusedq

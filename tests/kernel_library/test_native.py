@@ -1,0 +1,103 @@
+"""The library of cpu-fused: found, compiled once, whole or not at all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusedq_kernels.native import build, isa
+from fusedq_kernels.native.isa import ISAS, this_isa
+
+SOURCE = 'extern "C" int answer() { return 42; }\n'
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library of one line, which compiles in no time, and a cache of its own."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "op.cpp").write_text(SOURCE)
+    monkeypatch.setattr(build, "SOURCES", folder)
+    monkeypatch.setattr(build, "_IN_PACKAGE", folder / "built")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build._key.cache_clear()
+    yield folder
+    build._key.cache_clear()
+
+
+def test_a_library_is_compiled_once_and_again_for_other_sources(sources: Path) -> None:
+    one = build.library(this_isa())
+    assert one.parent == sources.parent / "cache" / "vllm-fusedq" / "cpu"
+    stamp = one.stat().st_mtime_ns
+    assert build.library(this_isa()) == one
+    assert one.stat().st_mtime_ns == stamp
+    (sources / "more.h").write_text("#pragma once\n")
+    build._key.cache_clear()
+    assert build.library(this_isa()) != one
+    assert {path.suffix for path in one.parent.iterdir()} == {".so", ""}
+
+
+def test_that_of_the_package_comes_first(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (sources / "built").mkdir()
+    made = build.compile_into(sources / "built", this_isa())
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    assert build.available(this_isa())
+    assert build.library(this_isa()) == made
+
+
+def test_a_read_only_cache_is_done_without(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert build.library(this_isa()).is_file()
+
+
+def test_without_a_compiler_it_says_what_to_install(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.compiler() is None
+    assert not build.available(this_isa())
+    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler .* choose kernel cpu-s"):
+        build.library(this_isa())
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(sources: Path) -> None:
+    (sources / "op.cpp").write_text("#error no luck today\n")
+    build._key.cache_clear()
+    with pytest.raises(build.BuildError, match=r"(?s)could not compile .* no luck today"):
+        build.library(this_isa())
+    assert not list((sources.parent / "cache").rglob("*.so"))
+
+
+def test_the_environment_chooses_an_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen() -> str:
+        this_isa.cache_clear()
+        return this_isa().name
+
+    monkeypatch.setattr(isa, "_cpu_flags", lambda: ISAS["avx2"].cpu_flags)
+    assert chosen() == "avx2"
+    monkeypatch.setenv(isa.FORCED, "generic")
+    assert chosen() == "generic"
+    monkeypatch.setenv(isa.FORCED, "avx512")
+    with pytest.raises(ValueError, match="is 'avx512'; this machine has avx2, generic"):
+        chosen()
+    monkeypatch.undo()
+    this_isa.cache_clear()
+
+
+def test_processes_that_want_it_at_once_share_one(tmp_path: Path) -> None:
+    code = "from fusedq_kernels.native import build, isa; print(build.library(isa.this_isa()))"
+    code = f"from fusedq_kernels.native import build; build._IN_PACKAGE = build.Path('.')\n{code}"
+    (tmp_path / "op.cpp").write_text(SOURCE)
+    code = code.replace("build._IN", f"build.SOURCES = build.Path({str(tmp_path)!r}); build._IN", 1)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code]
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+        for _ in range(3)
+    ]
+    printed = {process.communicate()[0] for process in running}
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert len(printed) == 1
+    assert len(list((tmp_path / "cache").rglob("*.so"))) == 1
