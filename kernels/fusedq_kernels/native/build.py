@@ -2,10 +2,10 @@
 
     python -m fusedq_kernels.native.build          compile for this machine into the package
 
-A library is named after its sources and flags. It is looked for in the package, then in the cache
-of the user (`$XDG_CACHE_HOME` or `~/.cache`, folder `vllm-fusedq`), and compiled into the latter
-where it is in neither: half a minute, once. It uses PyTorch's stable interface for C++, so that one
-library serves every PyTorch from 2.11 on.
+A library is named after its sources and flags, those of $CXXFLAGS too. It is looked for in the
+package, then in the cache of the user (`$XDG_CACHE_HOME` or `~/.cache`, folder `vllm-fusedq`), and
+compiled into the latter where it is in neither: a quarter of a minute, once. It uses PyTorch's
+stable interface for C++, so that one library serves every PyTorch from 2.11 on.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def compile_into(folder: Path, isa: Isa) -> Path:
     target = folder / _name(isa)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as partial:
         command = [
-            *(program, *_FLAGS, *isa.compiler_flags, f'-DFUSEDQ_ISA="{isa.operator}"'),
+            *(program, *_flags(isa), f'-DFUSEDQ_ISA="{isa.operator}"'),
             *(f"-I{torch / 'include'}", str(SOURCES / "op.cpp"), "-o", partial.name),
             *(f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"),
         ]
@@ -110,9 +110,13 @@ def _name(isa: Isa) -> str:
     return f"{isa.name}-{_key(isa)}.so"
 
 
+def _flags(isa: Isa) -> tuple[str, ...]:
+    return (*_FLAGS, *isa.compiler_flags, *os.environ.get("CXXFLAGS", "").split())
+
+
 @functools.cache
 def _key(isa: Isa) -> str:
-    digest = hashlib.sha256(" ".join((*_FLAGS, *isa.compiler_flags)).encode())
+    digest = hashlib.sha256(" ".join(_flags(isa)).encode())
     for source in sorted((*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp"))):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
