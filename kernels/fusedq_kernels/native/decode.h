@@ -29,9 +29,9 @@ struct Fp32 {
   // Up to so many tokens the weight is decoded in registers; so many share what the first-level
   // cache has of it. Both as the registers allow.
 #if defined(__AVX512F__)
-  static constexpr int kFewTokens = 4, kTileTokens = 6;
+  static constexpr int kFewTokens = 4, kTileTokens = 8;
 #elif defined(__AVX2__)
-  static constexpr int kFewTokens = 2, kTileTokens = 3;
+  static constexpr int kFewTokens = 2, kTileTokens = 2;
 #else
   static constexpr int kFewTokens = 1, kTileTokens = 2;
 #endif
@@ -85,7 +85,7 @@ struct Fp32 {
 #define FUSEDQ_BF16
 // bf16 products, two at a time and summed in fp32 (VDPBF16PS): for bf16 activations.
 struct Bf16 {
-  static constexpr int kFewTokens = 8, kTileTokens = 6;
+  static constexpr int kFewTokens = 8, kTileTokens = 8;
   using Activation = uint16_t;
   using Pair = Words;
   struct Tables {

@@ -41,15 +41,18 @@ constexpr int kAhead = 16384;
 
 #define FUSEDQ_UNROLL _Pragma("GCC unroll 16")
 
-// The weight is decoded in registers, as it streams by. Parts are whole runs at least.
-template <typename Machine, Codes codes, int tokens>
+// The weight is decoded in registers, as it streams by. `share` words of a run have one scale.
+template <typename Machine, Codes codes, int tokens, int share>
 void few(const Weight& weight, const Tokens<typename Machine::Activation>& x, const Part& part,
          const typename Machine::Tables& tables_, const Spread& spread) {
   constexpr int words = words_of(codes), sets = sets_of(codes);
-  // Sums that grow side by side hide the latency of an addition.
-  constexpr int together = tokens <= 2 ? runs_of_set(codes) : tokens <= 4 ? 2 : 1;
+  // Sums that grow side by side hide the latency of an addition; those of small parts are short, and
+  // one run's go to the total before the next's.
+  constexpr int few_sums = tokens <= 2 ? runs_of_set(codes) : tokens <= 4 ? 2 : 1;
+  constexpr int together = share == 16 ? few_sums : 1;
   const typename Machine::Tables tables = tables_;
   const Groups& groups = weight.groups;
+  const int shift = __builtin_ctz(groups.step);
   const int64_t width = part.last - part.first, token_stride = x.token_stride;
   const int64_t ahead = std::min<int64_t>(kAhead / 4 / words, width);
   for (int64_t block = 0; block < weight.blocks; block++) {
@@ -70,28 +73,30 @@ void few(const Weight& weight, const Tokens<typename Machine::Activation>& x, co
         FUSEDQ_UNROLL for (int i = 0; i < 16; i++) __builtin_prefetch(later + (set + i * sets) * 16);
         Words t[16];
         transpose(source + 16 * set, words, t);
-        FUSEDQ_UNROLL for (int first = 0; first < runs_of_set(codes); first += together) {
-          Floats sum[together][tokens];
-          Words zeros[together];
-          FUSEDQ_UNROLL for (int i = 0; i < together; i++) {
-            const int run = run_at(codes, set, first + i);
-            zeros[i] = reads_zeros(codes) ? load<Words>(spread.zeros + spread.at(groups, run, n)) : Words{};
-            FUSEDQ_UNROLL for (int m = 0; m < tokens; m++) sum[i][m] = Floats{};
-          }
-          FUSEDQ_UNROLL for (int w = 0; w < 16; w++)
+        FUSEDQ_UNROLL for (int first = 0; first < runs_of_set(codes); first += together)
+          FUSEDQ_UNROLL for (int from = 0; from < 16; from += share) {
+            Floats sum[together][tokens];
+            Words zeros[together];
+            int64_t at[together];
             FUSEDQ_UNROLL for (int i = 0; i < together; i++) {
-              const auto pair = Machine::template decode<codes>(t[w], first + i, zeros[i], tables);
-              const auto* xs = xb + kRun * run_at(codes, set, first + i) + 2 * w;
-              FUSEDQ_UNROLL for (int m = 0; m < tokens; m++)
-                sum[i][m] = Machine::dot(pair, xs + m * token_stride, sum[i][m]);
+              const int feature = kRun * run_at(codes, set, first + i) + 2 * from;
+              at[i] = (feature >> shift) * spread.stride + n;
+              zeros[i] = reads_zeros(codes) ? load<Words>(spread.zeros + at[i]) : Words{};
+              FUSEDQ_UNROLL for (int m = 0; m < tokens; m++) sum[i][m] = Floats{};
             }
-          FUSEDQ_UNROLL for (int i = 0; i < together; i++) {
-            const int run = run_at(codes, set, first + i);
-            const Floats scale = load<Floats>(spread.scales + spread.at(groups, run, n));
-            FUSEDQ_UNROLL for (int m = 0; m < tokens; m++)
-              total[m] = multiply_add(sum[i][m], scale, total[m]);
+            FUSEDQ_UNROLL for (int w = from; w < from + share; w++)
+              FUSEDQ_UNROLL for (int i = 0; i < together; i++) {
+                const auto pair = Machine::template decode<codes>(t[w], first + i, zeros[i], tables);
+                const auto* xs = xb + kRun * run_at(codes, set, first + i) + 2 * w;
+                FUSEDQ_UNROLL for (int m = 0; m < tokens; m++)
+                  sum[i][m] = Machine::dot(pair, xs + m * token_stride, sum[i][m]);
+              }
+            FUSEDQ_UNROLL for (int i = 0; i < together; i++) {
+              const Floats scale = load<Floats>(spread.scales + at[i]);
+              FUSEDQ_UNROLL for (int m = 0; m < tokens; m++)
+                total[m] = multiply_add(sum[i][m], scale, total[m]);
+            }
           }
-        }
       }
       FUSEDQ_UNROLL for (int m = 0; m < tokens; m++) store(totals + m * part.stride, total[m]);
     }
@@ -109,7 +114,7 @@ void decode_panel(const Weight& weight, int64_t block, int64_t n, const Spread& 
                   const typename Machine::Tables& tables_, Panel<Machine>& panel) {
   constexpr int words = words_of(codes);
   const typename Machine::Tables tables = tables_;
-  const int step = weight.groups.step;
+  const int shift = __builtin_ctz(weight.groups.step);
   for (int unit = 0; unit < kTileUnits; unit++) {
     const int32_t* source = weight.words + (block * weight.n_padded + n + unit * kLanes) * words;
     for (int set = 0; set < sets_of(codes); set++) {
@@ -118,7 +123,7 @@ void decode_panel(const Weight& weight, int64_t block, int64_t n, const Spread& 
       FUSEDQ_UNROLL for (int plane = 0; plane < runs_of_set(codes); plane++) {
         const int run = run_at(codes, set, plane);
         for (int w = 0; w < 16; w++) {
-          const int64_t at = (kRun * run + 2 * w) / step * spread.stride + unit * kLanes;
+          const int64_t at = ((kRun * run + 2 * w) >> shift) * spread.stride + unit * kLanes;
           const Words zeros = reads_zeros(codes) ? load<Words>(spread.zeros + at) : Words{};
           panel.pairs[index][run][w][unit] = Machine::template decode<codes>(t[w], plane, zeros, tables);
         }
@@ -131,10 +136,6 @@ void decode_panel(const Weight& weight, int64_t block, int64_t n, const Spread& 
 template <typename Machine, Codes codes, int tokens>
 void tile(const Panel<Machine>& panel, int blocks, int step, const Spread& spread,
           const typename Machine::Activation* x, int64_t block_stride, float* totals, int64_t stride) {
-  Floats total[tokens][kTileUnits];
-  FUSEDQ_UNROLL for (int m = 0; m < tokens; m++)
-    FUSEDQ_UNROLL for (int u = 0; u < kTileUnits; u++)
-      total[m][u] = load<Floats>(totals + m * stride + u * kLanes);
   const int part = std::min(step, kRun);
   for (int block = 0; block < blocks; block++)
     for (int order = 0; order < kRuns; order++) {
@@ -153,14 +154,13 @@ void tile(const Panel<Machine>& panel, int blocks, int step, const Spread& sprea
         const int64_t at = (block * (kBlock / step) + (kRun * run + start) / step) * spread.stride;
         FUSEDQ_UNROLL for (int u = 0; u < kTileUnits; u++) {
           const Floats scale = load<Floats>(spread.scales + at + u * kLanes);
-          FUSEDQ_UNROLL for (int m = 0; m < tokens; m++)
-            total[m][u] = multiply_add(sum[m][u], scale, total[m][u]);
+          FUSEDQ_UNROLL for (int m = 0; m < tokens; m++) {
+            float* total = totals + m * stride + u * kLanes;
+            store(total, multiply_add(sum[m][u], scale, load<Floats>(total)));
+          }
         }
       }
     }
-  FUSEDQ_UNROLL for (int m = 0; m < tokens; m++)
-    FUSEDQ_UNROLL for (int u = 0; u < kTileUnits; u++)
-      store(totals + m * stride + u * kLanes, total[m][u]);
 }
 
 // Many tokens times the blocks of one panel, which start at `first_block`; `x` starts there as well.
@@ -181,11 +181,14 @@ void many(const Weight& weight, int64_t first_block, int blocks,
       tile<Machine, codes, tokens>(panel, blocks, groups.step, spread, x.x + m * x.token_stride,
                                    x.block_stride, totals + m * part.stride, part.stride);
     };
-    constexpr int most = Machine::kTileTokens, half = most / 2;
+    constexpr int most = Machine::kTileTokens;
     int m = 0;
     for (; m + most <= x.count; m += most) run.template operator()<most>(m);
-    for (; m + half <= x.count; m += half) run.template operator()<half>(m);
-    for (; m < x.count; m++) run.template operator()<1>(m);
+    if constexpr (most > 4) {
+      if (x.count - m >= 4) run.template operator()<4>(m), m += 4;
+    }
+    if (x.count - m >= 2) run.template operator()<2>(m), m += 2;
+    if (x.count - m >= 1) run.template operator()<1>(m);
   }
 }
 

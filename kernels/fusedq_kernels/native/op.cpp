@@ -129,12 +129,37 @@ void finish(const Output& out, const Part& part, int64_t start, int64_t tokens) 
     }
 }
 
+// Words of a run that share a scale: a run has 16 for 32 features.
+int share_of(const Groups& groups) { return std::min(groups.step, kRun) / 2; }
+
+// Up to so many tokens the weight is decoded in registers.
+template <typename Machine>
+int64_t few_tokens(const Groups& groups) {
+  const int share = share_of(groups);
+  return share == 16 ? Machine::kFewTokens : share >= 4 ? std::min(2, Machine::kFewTokens) : 0;
+}
+
+template <typename Machine, Codes codes>
+void run_few(const Weight& weight, const Tokens<typename Machine::Activation>& x, const Part& part,
+             const typename Machine::Tables& tables, const Spread& spread) {
+  const auto go = [&]<int share, int... m>(std::integer_sequence<int, m...>) {
+    ((x.count == m + 1 ? few<Machine, codes, m + 1, share>(weight, x, part, tables, spread) : void()), ...);
+  };
+  constexpr auto all = std::make_integer_sequence<int, Machine::kFewTokens>{};
+  constexpr auto two = std::make_integer_sequence<int, std::min(2, Machine::kFewTokens)>{};
+  switch (share_of(weight.groups)) {
+    case 4: return go.template operator()<4>(two);
+    case 8: return go.template operator()<8>(two);
+    default: return go.template operator()<16>(all);
+  }
+}
+
 template <typename Machine, Codes codes>
 void run(const Weight& weight, const Input& in, int64_t tokens, const Output& out,
          const float* codebook) {
   using Activation = typename Machine::Activation;
   const auto tables = Machine::tables(codes, codebook);
-  const bool is_few = tokens <= Machine::kFewTokens && weight.groups.step >= kRun;
+  const bool is_few = tokens <= few_tokens<Machine>(weight.groups);
   const int64_t at_once = std::min<int64_t>(tokens, kTokensAtOnce);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t strips = weight.n_padded / kStrip;
@@ -174,10 +199,7 @@ void run(const Weight& weight, const Input& in, int64_t tokens, const Output& ou
       const Part part{first, std::min(first + outputs, weight.n_padded), totals, outputs};
       std::memset(totals, 0, totals_bytes);
       if (is_few) {
-        const auto go = [&]<int... m>(std::integer_sequence<int, m...>) {
-          ((count == m + 1 ? few<Machine, codes, m + 1>(weight, whole, part, tables, spread) : void()), ...);
-        };
-        go(std::make_integer_sequence<int, Machine::kFewTokens>{});
+        run_few<Machine, codes>(weight, whole, part, tables, spread);
       } else {
         for (int64_t block = 0; block < weight.blocks; block += kPanelBlocks) {
           const int64_t last = std::min<int64_t>(block + kPanelBlocks, weight.blocks);

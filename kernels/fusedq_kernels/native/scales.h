@@ -43,10 +43,6 @@ struct Spread {
   float* scales;
   int32_t* zeros;
   int64_t stride;
-
-  int64_t at(const Groups& groups, int run, int64_t n) const {
-    return run * kRun / groups.step * stride + n;
-  }
 };
 
 // Exact, subnormal numbers included, whatever the machine does with those of fp32.
