@@ -22,7 +22,9 @@ from typing import NamedTuple
 
 INTEGRATION = Path(__file__).resolve().parent.parent / "vllm_fusedq" / "integration"
 LOADER = "vllm.model_executor.models.utils"
-_BASE = "vllm.model_executor.layers.quantization.base_config"
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
+_BASE = f"{_QUANTIZATION}.base_config"
+_ATTENTION = "vllm.model_executor.layers.attention.attention"
 _LINEAR = "vllm.model_executor.layers.linear"
 _VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
 _PLUGINS = "vllm.plugins"
@@ -47,6 +49,13 @@ RELIED_UPON = (
         ),
     ),
     Relied(_BASE, "QuantizeMethodBase", ("def process_weights_after_loading",)),
+    Relied(
+        f"{_QUANTIZATION}.kv_cache",
+        "BaseKVCacheMethod",
+        (*("layer.k_scale = ", "layer.v_scale = "), *("del layer.k_scale", "layer._k_scale.copy_")),
+    ),
+    Relied(f"{_QUANTIZATION}.kv_cache", "KVCacheScaleParameter", ("torch.tensor(-1.0)",)),
+    Relied(_ATTENTION, "Attention", ("kv_cache_scheme", "kv_cache_dtype")),
     Relied(_LINEAR, "LinearMethodBase", ("def create_weights", "def apply")),
     Relied(_LINEAR, "LinearBase", ("tp_size", "tp_rank", "quant_method")),
     Relied(

@@ -170,6 +170,12 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
+def first_number(name: str) -> int | None:
+    """The number in which `unnumbered` names differ."""
+    match = _INDEX.search(f"{name}.")
+    return int(match[1]) if match else None
+
+
 def unnumbered(name: str) -> str:
     """What names that differ in their first number alone have in common."""
     return _INDEX.sub(".{}.", name, count=1)

@@ -24,6 +24,7 @@ from checkpoints import (
     write_checkpoint,
     write_json,
 )
+from kv_scales import SCHEME, kv_scales
 from local_server import ServerDied, environment, serving
 from random_models import write_random_model
 
@@ -105,7 +106,14 @@ IN_API_PROCESS: dict[str, tuple[Maker, str]] = {
         "bits 9 in the dynamic rule '+:.*up.*'",
     ),
     "w8a8": (activation_quantized, "input_activations"),
-    "kv cache": (edited("ct-sym", kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+    "kv cache": (
+        edited("ct-sym", kv_scales((1.0, 1.0)), kv_cache_scheme=SCHEME | {"strategy": "attn_head"}),
+        "found kv_cache_scheme with strategy 'attn_head'; supported by compressed-tensors",
+    ),
+    "query scale": (
+        edited("awq", kv_scales((1.0, 1.0)), add(f"{BLOCK}.self_attn.q_scale", torch.ones(1))),
+        f"{BLOCK}.self_attn: found q_scale (quantized queries or attention)",
+    ),
     "g_idx": (edited("ct-sym", add(f"{DOWN}.weight_g_idx", torch.zeros(96).int())), "weight_g_idx"),
     "experts": (edited("awq", rename(f"{BLOCK}.mlp", f"{BLOCK}.mlp.experts.0")), "MoE experts"),
     "lm_head": (edited("awq", rename(DOWN, "lm_head")), "lm_head"),
@@ -236,6 +244,16 @@ BY_WORKER: dict[str, tuple[Maker, list[str], str]] = {
         other_format_beside,
         [],
         "found consolidated.safetensors beside the model, which vLLM loads in its place",
+    ),
+    "KV scale of zero": (
+        edited("awq", kv_scales((1.0, 0.0))),
+        ["--kv-cache-dtype", "fp8"],
+        f"{BLOCK}.self_attn.v_scale: found the scale 0, expected a positive number",
+    ),
+    "KV cache that scales are not for": (
+        edited("awq", kv_scales((1.0, 1.0))),
+        ["--kv-cache-dtype", "fp8_e5m2"],
+        "found --kv-cache-dtype fp8_e5m2 beside scales that were made for fp8_e4m3",
     ),
     "unknown setting": (
         edited("awq"),

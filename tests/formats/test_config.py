@@ -137,7 +137,7 @@ REFUSED = {
     "gptq-dynamic-type": ("gptq-sym", {"dynamic": "x"}, "dynamic 'x'; .*a JSON object"),
     "gptq-blocks": ("gptq-sym", {"modules_in_block_to_quantize": 5}, "quantize 5; .*lists of"),
     "gptq-regex": ("gptq-sym", {"dynamic": {"-:(": {}}}, "the regex '\\('"),
-    "ct-kv": ("ct-sym", {"kv_cache_scheme": {"num_bits": 8}}, "quantized KV cache"),
+    "ct-kv": ("ct-sym", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme with type None"),
     "ct-sparse": ("ct-sym", {"sparsity_config": {"format": "sparse-24"}}, "sparse weights"),
     "ct-transform": ("ct-sym", {"transform_config": {"a": 1}}, "transformed weights"),
     "ct-no-groups": ("ct-sym", {"config_groups": {}}, "config_groups {}; .*at least one group"),

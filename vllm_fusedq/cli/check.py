@@ -1,7 +1,7 @@
 """`fusedq check`: the engine's own verdict on a checkpoint, from its headers alone."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,7 +78,8 @@ def check(
         int, typer.Option(min=1, help="sequences of that length that the KV cache is to hold")
     ] = 1,
     kv_cache_dtype: Annotated[
-        KvCacheDtype, typer.Option(help="auto: the activations' dtype")
+        KvCacheDtype,
+        typer.Option(help="auto: fp8 by a kv_cache_scheme, else the activations' dtype"),
     ] = KvCacheDtype.AUTO,
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="part of the device that vLLM may use")
@@ -93,7 +94,9 @@ def check(
 ) -> None:
     """Say which kernel every quantized layer would run, or every reason why it cannot."""
     from vllm_fusedq.checkpoint.read import read_checkpoint
+    from vllm_fusedq.formats import format_for
     from vllm_fusedq.plan.capacity import Demand
+    from vllm_fusedq.plan.kv_cache import served_kv_dtype
     from vllm_fusedq.plan.layer import Target
     from vllm_fusedq.report.document import device_json, document, error_json
 
@@ -113,6 +116,8 @@ def check(
         with progress_bar("reading headers") as progress:
             checkpoint = read_checkpoint(model, revision, progress)
         target = Target(spec, _act_dtype(dtype, checkpoint))
+        kv_cache = served_kv_dtype(format_for(checkpoint), demand.kv_cache_dtype)
+        demand = replace(demand, kv_cache_dtype=kv_cache)
         results = [_result(checkpoint, target, size, demand, memory, strict) for size in sizes]
     except FusedQError as error:
         _refuse(error, document("check", **content, error=error_json(error)) if as_json else None)
@@ -200,8 +205,10 @@ def _result(
     memory: int | None,
     strict: bool,
 ) -> Result:
+    from vllm_fusedq.formats import format_for
     from vllm_fusedq.plan.advice import memory_problem, notes_for, warnings_for
     from vllm_fusedq.plan.capacity import block_count, capacity_of
+    from vllm_fusedq.plan.kv_cache import kv_dtype_problems
     from vllm_fusedq.plan.model import survey_model
 
     blocks = block_count(checkpoint)
@@ -212,7 +219,8 @@ def _result(
     survey = survey_model(checkpoint, target, tp_size)
     capacity = capacity_of(checkpoint, survey.plan, target.act_dtype, demand, memory)
     warnings = tuple(warnings_for(checkpoint, survey.plan, target.act_dtype, capacity))
-    problems = survey.problems
+    fmt = format_for(checkpoint)
+    problems = (*survey.problems, *kv_dtype_problems(fmt, demand.kv_cache_dtype))
     if not problems and (too_large := memory_problem(checkpoint, capacity)):
         problems = (too_large,)
     notes = tuple(notes_for(checkpoint, capacity))

@@ -16,6 +16,13 @@ from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.errors import PreflightError, UnsupportedCheckpoint
 from vllm_fusedq.formats.headers import describe_layer
+from vllm_fusedq.formats.kv_cache import (
+    KV_CACHE_SCHEME,
+    KvTensors,
+    kv_tensor,
+    kv_tensors,
+    scheme_deviation,
+)
 from vllm_fusedq.formats.layer import LayerFormat, Scheme
 from vllm_fusedq.formats.shared.refusals import (
     check_plain,
@@ -80,6 +87,13 @@ class CheckpointFormat(ABC):
         """
         self = cls(checkpoint)
         self.check_config()
+        if self.kv_cache_scheme and (deviation := scheme_deviation(self.kv_cache_scheme)):
+            raise self.refusal(
+                f"{KV_CACHE_SCHEME} with {deviation}",
+                "a KV cache of 8-bit floats, symmetric, one static scale per tensor",
+                f"set {KV_CACHE_SCHEME} to null in the config and remove the scales to serve with "
+                f"a 16-bit KV cache, or {USE_VLLM}",
+            )
         if not self.packed:
             raise self.refusal(
                 f"no module with packed tensors ({', '.join(sorted(self.markers))})",
@@ -210,6 +224,16 @@ class CheckpointFormat(ABC):
         match = _BLOCK.match(module)
         return match.group(1) if match else None
 
+    @property
+    def kv_cache_scheme(self) -> dict[str, Any] | None:
+        """How the config quantizes the KV cache, in compressed-tensors' words; None if not."""
+        return self.config.get(KV_CACHE_SCHEME) or None
+
+    @cached_property
+    def kv_tensors(self) -> KvTensors:
+        """The scales of the KV cache by the attention module that they belong to."""
+        return kv_tensors(self.checkpoint)
+
     @cached_property
     def packed(self) -> dict[str, list[str]]:
         """The modules that hold packed tensors, and the suffixes that show it."""
@@ -257,4 +281,6 @@ class CheckpointFormat(ABC):
 
     def _described(self, module: str, stored: Mapping[str, TensorInfo]) -> LayerFormat:
         scheme = self.scheme(module)
-        return describe_layer(module, stored, scheme, format=self.name, exclusion=self.exclusion)
+        # Some tools name the KV cache's scales after the layers that make keys and values
+        own = {name: info for name, info in stored.items() if not kv_tensor(f"{module}.{name}")}
+        return describe_layer(module, own, scheme, format=self.name, exclusion=self.exclusion)

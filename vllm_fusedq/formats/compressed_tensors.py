@@ -35,7 +35,6 @@ EMBEDDING_CLASS = "Embedding"
 HARMLESS_ORDERS = (None, False, "static", "weight")
 STORED_ORDERS = ("group", "dynamic")
 REFUSED_SECTIONS = {
-    "kv_cache_scheme": "a quantized KV cache (kv_cache_scheme)",
     "sparsity_config": "sparse weights (sparsity_config)",
     "transform_config": "transformed weights (transform_config)",
 }

@@ -68,6 +68,15 @@ class FusedQConfig(QuantizationConfig):
 
         return WeightsMapper()
 
+    @property
+    def kv_cache_scheme(self) -> dict[str, Any] | None:
+        """vLLM's attention layers ask for it: with a scheme `--kv-cache-dtype auto` is fp8.
+
+        A draft model follows the cache of its target, whose layers exist by then.
+        """
+        fmt, draft = getattr(self, "format", None), self.worker is not None and self.worker.draft
+        return None if fmt is None or draft else fmt.kv_cache_scheme
+
     def get_cache_scale_mapper(self) -> Any:
         """Rename the checkpoint tensors that no torch parameter can be named after.
 
@@ -78,13 +87,14 @@ class FusedQConfig(QuantizationConfig):
         from vllm.model_executor.models.utils import WeightsMapper
 
         from vllm_fusedq.checkpoint.read import ADAPTER_FILE, ADAPTER_PREFIX
+        from vllm_fusedq.formats.kv_cache import OUTPUT_SCALES
         from vllm_fusedq.names import parameter_name
 
         if self.worker is not None:
             with self.worker.guard():
                 self.worker.all_created(self.format)
         dotted = [name for name in self.format.markers if name != parameter_name(name)]
-        renamed = {f".{name}": f".{parameter_name(name)}" for name in dotted}
+        renamed = {f".{name}": f".{parameter_name(name)}" for name in dotted} | OUTPUT_SCALES
         unread = self.format.checkpoint.unread
         dropped = {ADAPTER_PREFIX: None} if ADAPTER_FILE in unread else {}
         own = WeightsMapper(orig_to_new_suffix=renamed, orig_to_new_prefix=dropped)
@@ -102,6 +112,7 @@ class FusedQConfig(QuantizationConfig):
         from vllm_fusedq.formats import format_for
         from vllm_fusedq.integration.devices import announced_device
         from vllm_fusedq.plan.advice import listed_otherwise, unread_files
+        from vllm_fusedq.plan.kv_cache import kv_cache_summary
         from vllm_fusedq.plan.layer import Target
         from vllm_fusedq.plan.model import plan_model
         from vllm_fusedq.worker.last_words import name_message_file
@@ -120,29 +131,35 @@ class FusedQConfig(QuantizationConfig):
             *unread_files(self.format.checkpoint),
         ):
             logger.warning("%s: %s", said.layer, said.message)
+        if cache := kv_cache_summary(self.format):
+            logger.info("%s: %s", self.format.checkpoint.path, cache)
         self.message_file = name_message_file()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        for module in self.format.checkpoint.modules():
+        for module in (*self.format.checkpoint.modules(), *self.format.kv_tensors):
             for renamed in hf_to_vllm_mapper.apply_list([module]):
                 self.renamed_modules[renamed] = module
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Fused where the checkpoint is quantized, vLLM's own method where it is not."""
+        from vllm.model_executor.layers.attention import Attention
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+        from vllm_fusedq.integration.kv_cache import kv_cache_method
         from vllm_fusedq.integration.linear import FusedQLinearMethod
         from vllm_fusedq.integration.vocabulary import vocabulary_method
         from vllm_fusedq.integration.worker import start_worker
         from vllm_fusedq.plan.model_code import state_rows, stores_head_groups
         from vllm_fusedq.worker.last_words import speaking_last
 
-        if not isinstance(layer, LinearBase | VocabParallelEmbedding):
+        if not isinstance(layer, LinearBase | VocabParallelEmbedding | Attention):
             return None
         with speaking_last(self.message_file):
             if self.worker is None:
                 self.worker = start_worker(self.format.checkpoint, self, self.message_file)
+            if isinstance(layer, Attention):
+                return kv_cache_method(layer, prefix, self, self.worker)
             modules = self.modules_of(prefix)
             if isinstance(layer, VocabParallelEmbedding):
                 return vocabulary_method(layer, prefix, modules[0], self.worker, self.format)

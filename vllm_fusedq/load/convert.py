@@ -34,6 +34,7 @@ from vllm_fusedq.errors import CheckpointError, PreflightError, UnsupportedCheck
 from vllm_fusedq.formats import Finding, format_for, settle
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.formats.fusedq import LAYOUT_VERSION, PERM, QWEIGHT, SCALES, ZEROS, FusedQFormat
+from vllm_fusedq.formats.kv_cache import KV_CACHE_SCHEME
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.formats.shared.vocabulary import is_input_embedding
 from vllm_fusedq.load.loader import LayerLoader
@@ -269,6 +270,8 @@ def _config(
         "schemes": schemes,
         "modules": modules,
     }
+    if fmt.kv_cache_scheme:
+        section[KV_CACHE_SCHEME] = fmt.kv_cache_scheme
     config = {key: value for key, value in checkpoint.config.items() if key not in QUANT_SECTIONS}
     if isinstance(text_config := config.get("text_config"), dict):
         config["text_config"] = {k: v for k, v in text_config.items() if k not in QUANT_SECTIONS}

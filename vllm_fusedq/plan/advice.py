@@ -12,6 +12,7 @@ from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.names import fold, unnumbered
 from vllm_fusedq.plan.attention import partial_attention
 from vllm_fusedq.plan.capacity import Capacity
+from vllm_fusedq.plan.kv_cache import kv_cache_summary
 from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.plan.model import ModelPlan, fold_problems
 
@@ -46,6 +47,8 @@ def warnings_for(
 def notes_for(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
     """What is good to know and nothing to refuse: what was not read and not counted."""
     found = unread_files(checkpoint)
+    if cache := kv_cache_summary(format_for(checkpoint)):
+        found.append(Warned(checkpoint.path, cache))
     if partial := partial_attention(checkpoint, capacity.max_model_len):
         missing = f"not modelled, so no reason to refuse: {', '.join(partial)}"
         message = f"the KV cache counts every token in every layer; {missing}"

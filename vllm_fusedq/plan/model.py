@@ -16,6 +16,7 @@ from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.formats.shared.vocabulary import is_input_embedding, is_lm_head, is_tied
 from vllm_fusedq.names import FUSED_LAYERS, fold, natural, unnumbered, vllm_layer
 from vllm_fusedq.plan.attention import kv_heads
+from vllm_fusedq.plan.kv_cache import kv_cache_problems
 from vllm_fusedq.plan.layer import LayerPlan, Target, plan_layer, target_problems
 from vllm_fusedq.plan.model_code import head_order, rearranged, state_rows
 from vllm_fusedq.plan.shards import (
@@ -110,7 +111,7 @@ def _read_layers(
 ) -> tuple[dict[str, LayerFormat], list[str], list[Problem]]:
     """The quantized modules, the unquantized ones, and what stands against the others."""
     layers: dict[str, LayerFormat] = {}
-    problems: list[Problem] = []
+    problems = kv_cache_problems(fmt)
     for module in sorted(fmt.modules(), key=natural):
         try:
             layer = fmt.layer_of(module)

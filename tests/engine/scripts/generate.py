@@ -1,7 +1,8 @@
 """Runs `vllm.LLM` on a request read from a JSON file and writes what it said to another.
 
 Request: {"engine": LLM keyword arguments, "prompts": token ids, "max_tokens": int,
-"dump": directory for the resident weights of each rank, also of a draft model, or null,
+"dump": directory for the resident weights of each rank, also of a draft model, and for what its KV
+caches are, or null,
 "adapter": directory of a LoRA adapter with which the prompts are answered a second time, or null}.
 """
 
@@ -57,11 +58,25 @@ def chosen(tokens: list[int], entries: list[dict[int, Any]] | None) -> list[floa
 
 
 def dump_resident_weights(worker: Any, folder: str) -> None:
-    """Runs in each worker: unpack every fused layer and save it with what the rank holds."""
+    """Runs in each worker: save every fused layer unpacked, and the KV caches."""
     runner = worker.model_runner
+    torch.save(kv_caches(runner.model), Path(folder) / f"kv{worker.rank}.pt")
     torch.save(resident_weights(runner.model), Path(folder) / f"rank{worker.rank}.pt")
     if (drafter := getattr(runner, "drafter", None)) is not None:
         torch.save(resident_weights(drafter.model), Path(folder) / f"draft{worker.rank}.pt")
+
+
+def kv_caches(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """The dtype and the scales with which each attention layer reads and writes its KV cache."""
+    return {
+        name: {
+            "dtype": module.kv_cache_dtype,
+            "scales": torch.stack([module._k_scale.reshape(()), module._v_scale.reshape(())]),
+            "floats": (module._k_scale_float, module._v_scale_float),
+        }
+        for name, module in model.named_modules()
+        if hasattr(module, "_k_scale_float")
+    }
 
 
 def resident_weights(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
