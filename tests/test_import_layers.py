@@ -28,14 +28,14 @@ FLOORS = [
     {"audit"},
     {"guard", "testing"},
     {"warmup"},
-    {"ops"},
+    {"ops", "experts"},
     {"prepared"},
     {"catalogue"},
-    {"cpu", "cuda"},
+    {"record", "cpu", "cuda"},
     {"choose", "layouts", "reference"},
     {"call", "native"},
     {"types"},
-    {"encodings", "geometry"},
+    {"encodings", "geometry", "activation"},
     {"dtype", "lazy"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fusedq_kernels.activation import SILU, Activation
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import (
     DEFAULT_POLICY,
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
 SCALE_DTYPES = (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32)
 ACT_DTYPES = (DType.FLOAT16, DType.BFLOAT16)
 
+# So many rows of gate, then as many of up, and so on: both of a pair lie in one thread of a tensor
+# core, which holds rows r and r + 8.
+ALTERNATION = 8
+
+_EXPERTS_TEXT = re.compile(
+    r"(?P<count>\d+) experts, (?P<activation>\w+)(?: limit (?P<limit>\S+))?"
+    r"(?: alpha (?P<alpha>\S+))?(?: beta (?P<beta>\S+))?: (?P<up>[^;]+); (?P<down>[^;]+)"
+)
 _TEXT = re.compile(
     r"(?P<kernel>\S+) (?P<layout>\S+) (?P<weight_type>\S+) g(?P<group_size>\d+)"
     r" phase (?P<phase>\d+) (?P<scale_dtype>\S+) \[(?P<n>\d+) x (?P<k>\d+)\]"
@@ -125,7 +134,63 @@ class Call:
         return PackedWeight(qweight, scales, zeros, self.layout, self.spec, *size)
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertsCall:
+    """What the experts of one layer do on a rank, whatever the number of tokens.
+
+    Each of the `count` experts multiplies by `up`, whose rows are those of gate (w1) and up (w3) in
+    turn, `ALTERNATION` of each; one value for each pair of them, by the `activation`, is what
+    `down` (w2) multiplies by. An activation that is not gated takes the rows of one matrix.
+    """
+
+    count: int
+    activation: Activation
+    up: Call
+    down: Call
+
+    def __post_init__(self) -> None:
+        up, down = self.up, self.down
+        values = 2 if self.activation.is_gated else 1
+        outer, inner = (up.in_features, up.n), (down.n, values * down.in_features)
+        if outer != inner or up.n % (values * ALTERNATION) or up.dtype != down.dtype:
+            raise ValueError(
+                f"up [{up.n} x {up.in_features}] {up.dtype} and down [{down.n} x "
+                f"{down.in_features}] {down.dtype} are not of one expert"
+            )
+
+    @property
+    def text(self) -> str:
+        own, words = self.activation, [self.activation.name]
+        words += [f"{field} {value}" for field, value in _options(own) if value is not None]
+        return f"{self.count} experts, {' '.join(words)}: {self.up.text}; {self.down.text}"
+
+    @classmethod
+    def parse(cls, text: str) -> ExpertsCall:
+        """The call that `text` is of; ValueError, saying what is wrong, where it is of none."""
+        match = _EXPERTS_TEXT.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text!r} is no call of experts; one reads {_EXPERTS.text!r}")
+        up, down = Call.parse(match["up"]), Call.parse(match["down"])
+        given = {name: match[name] for name in ("limit", "alpha", "beta")}
+        options = {name: float(value) for name, value in given.items() if value is not None}
+        return cls(int(match["count"]), Activation(match["activation"], **options), up, down)
+
+
+def _options(activation: Activation) -> list[tuple[str, float | None]]:
+    """Its numbers, None where they are those of a plain one."""
+    plain = Activation(activation.name, limit=0.0)
+    return [
+        ("limit", activation.limit),
+        ("alpha", None if activation.alpha == plain.alpha else activation.alpha),
+        ("beta", None if activation.beta == plain.beta else activation.beta),
+    ]
+
+
 _EXAMPLE = Call(
     *("triton-gemm", Layout.P4, QuantSpec(WeightType.UINT4, 128, DType.FLOAT16)),
     *(4096, 4096, 0, 4096, DType.BFLOAT16),
+)
+_EXPERTS = ExpertsCall(
+    *(8, SILU, _EXAMPLE),
+    Call("triton-gemm", Layout.P4, _EXAMPLE.spec, 4096, 2048, 0, 2048, DType.BFLOAT16),
 )

@@ -56,7 +56,7 @@ class Prepared:
             raise ValueError(f"x must have shape [..., {self.in_features}], got {list(x.shape)}")
         self.check_weight(x, qweight, scales, zeros, perm)
         if bias is not None:
-            _check_tensor("bias", bias, self.bias, x.device)
+            check_tensor("bias", bias, self.bias, x.device)
 
     def check_weight(
         self,
@@ -70,12 +70,12 @@ class Prepared:
         device = x.device
         if self.on_cpu and x.is_cuda:
             raise ValueError(f"kernel {self.call.kernel} runs on a CPU, x is on {device}")
-        _check_tensor("qweight", qweight, self.qweight, device)
-        _check_tensor("scales", scales, self.scales, device)
+        check_tensor("qweight", qweight, self.qweight, device)
+        check_tensor("scales", scales, self.scales, device)
         if zeros is not None or self.zeros is not None:
-            _check_tensor("zeros", zeros, self.zeros, device)
+            check_tensor("zeros", zeros, self.zeros, device)
         if perm is not None:
-            _check_tensor("perm", perm, self.perm, device)
+            check_tensor("perm", perm, self.perm, device)
         elif self.in_features != self.call.k:
             raise ValueError(f"{self.in_features} features need a perm to {self.call.k} rows")
 
@@ -108,7 +108,7 @@ def prepared(text: str) -> Prepared:
     return Prepared(Call.parse(text))
 
 
-def _check_tensor(
+def check_tensor(
     name: str, tensor: torch.Tensor | None, expected: TensorSpec | None, device: torch.device
 ) -> None:
     if tensor is None or expected is None:

@@ -3,8 +3,13 @@
 Reads `LogicalWeight` only and shares no code with `layouts/packing.py` or the kernels it judges.
 """
 
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import NamedTuple
+
 import torch
 
+from fusedq_kernels.activation import SILU, Activation
 from fusedq_kernels.types import LogicalWeight
 
 
@@ -39,3 +44,71 @@ def matmul(
     x = x if logical.perm is None else x[..., logical.perm.long()]
     y = x.to(torch.float64) @ dequantize(logical, x.dtype).to(torch.float64).t()
     return y if bias is None else y + bias.to(torch.float64)
+
+
+class Expert(NamedTuple):
+    """The matrices of an expert: gate and up `[I, H]`, down `[H, I]`.
+
+    Where the activation takes no pairs, both are that of the way up.
+    """
+
+    gate: LogicalWeight
+    up: LogicalWeight
+    down: LogicalWeight
+
+
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * (1 + torch.erf(x / 2**0.5)) / 2
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
+
+
+def activate(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The value of each pair, or of each `gate` where the activation takes no pairs."""
+    name, limit, alpha, beta = (getattr(activation, f.name) for f in fields(activation))
+    match name.removesuffix("_no_mul"):
+        case "silu":
+            if limit is not None:
+                gate, up = torch.minimum(gate, gate.new_tensor(limit)), up.clamp(-limit, limit)
+            value, factor = gate / (1 + torch.exp(-alpha * gate)), up + beta
+        case "gelu":
+            value, factor = _gelu(gate), up
+        case "gelu_tanh":
+            value, factor = _gelu_tanh(gate), up
+        case "relu2":
+            value, factor = torch.where(gate > 0, gate**2, 0.0), up
+        case "swiglustep":
+            value = torch.minimum(gate / (1 + torch.exp(-gate)), gate.new_tensor(limit))
+            factor = up.clamp(-limit, limit)
+        case "situ":
+            value = alpha * torch.tanh(gate / alpha) / (1 + torch.exp(-gate))
+            factor = up if limit is None else limit * torch.tanh(up / limit)
+    return value * factor if activation.is_gated else value
+
+
+def experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    weights: Mapping[int, Expert],
+    activation: Activation = SILU,
+) -> torch.Tensor:
+    """The weighted sum of what each token's experts make of it, in float64: `[M, H]`.
+
+    `weights` by the expert's number; an id without any adds nothing.
+    """
+    y = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for token, ids in enumerate(topk_ids.tolist()):
+        for place, number in enumerate(ids):
+            if (expert := weights.get(number)) is None:
+                continue
+            row = x[token : token + 1]
+            gate, up = matmul(row, expert.gate), matmul(row, expert.up)
+            hidden = activate(activation, gate, up)
+            down = expert.down
+            hidden = hidden if down.perm is None else hidden[:, down.perm.long()]
+            product = hidden @ dequantize(down, x.dtype).to(torch.float64).t()
+            y[token] += topk_weights[token, place].to(torch.float64) * product[0]
+    return y

@@ -242,3 +242,38 @@ class PackedWeight:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "in_features", self.in_features or self.k)
+
+
+@dataclass(frozen=True, slots=True)
+class StackedWeight:
+    """Weights of one shape and scheme, one for each expert that a rank holds.
+
+    Tensors are those of `PackedWeight` with a leading dimension of experts; everything else is that
+    of one expert.
+    """
+
+    qweight: "torch.Tensor"
+    scales: "torch.Tensor"
+    zeros: "torch.Tensor | None"
+    layout: Layout
+    spec: QuantSpec
+    n: int
+    k: int
+    phase: int = 0
+    perm: "torch.Tensor | None" = None
+    in_features: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "in_features", self.in_features or self.k)
+
+    @property
+    def count(self) -> int:
+        return self.qweight.shape[0]
+
+    def expert(self, index: int) -> PackedWeight:
+        """One expert's weight: views, so that what is packed there is packed here."""
+        zeros, perm = (None if t is None else t[index] for t in (self.zeros, self.perm))
+        return PackedWeight(
+            *(self.qweight[index], self.scales[index], zeros, self.layout, self.spec),
+            *(self.n, self.k, self.phase, perm, self.in_features),
+        )

@@ -8,7 +8,7 @@ import torch
 
 from fusedq_kernels import catalogue, ops, reference, testing
 from fusedq_kernels.call import Call
-from fusedq_kernels.catalogue import KERNELS, ChosenBy, Kernel, Op, kernel_for, kernels_for
+from fusedq_kernels.catalogue import KERNELS, Kernel, Op, kernel_for, kernels_for
 from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.layouts import packing
