@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 # Fused vLLM layers and the checkpoint modules stacked in them (vLLM's packed_modules_mapping of
 # nearly every decoder); only planning without vLLM needs it, the engine is told by the model.
@@ -23,14 +24,51 @@ _PREFIX_PARTS = frozenset(
 # Below the names of layers that a wrapper clamps (Gemma 4's vision and audio towers)
 WRAPPED_LINEAR = ".linear"
 
+# What the modules of one expert are called, by the names that vLLM has for their parts
+EXPERT_PARTS: Mapping[str, str] = {
+    **{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+    **{"w1": "w1", "w3": "w3", "w2": "w2"},
+}
+
 _FUSED_NAMES = {name: (fused, sid) for fused, parts in FUSED_LAYERS.items() for name, sid in parts}
 _LAYER = re.compile(r"(.*\.|)layers\.(\d+)(\..+)")
 _BEHIND = re.compile(r"(.*\.|)(\d+)(\..+)")
 _INDEX = re.compile(r"\.(\d+)\.")
+_EXPERT = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(.+)")
+_EXPERT_INDEX = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
+
+
+class ExpertModule(NamedTuple):
+    """A module of one expert: `model.layers.0.mlp.experts`, 17, `up_proj`."""
+
+    stack: str
+    index: int
+    name: str
+
+    @property
+    def part(self) -> str | None:
+        """vLLM's name for what it is of an expert (w1, w2, w3), None where it is none of them."""
+        return EXPERT_PARTS.get(self.name)
+
+
+def expert_module(module: str) -> ExpertModule | None:
+    """The expert that a checkpoint module belongs to, None for all other modules."""
+    match = _EXPERT.fullmatch(module)
+    return None if match is None else ExpertModule(match[1], int(match[2]), match[3])
+
+
+def lies_in_experts(module: str) -> bool:
+    """Whether a module is, or lies in, what holds the experts of a layer."""
+    return "experts" in module.split(".")
 
 
 def vllm_layer(module: str) -> tuple[str, str | int | None]:
-    """The vLLM layer that a checkpoint module is loaded into, and which part of it."""
+    """The vLLM layer that a checkpoint module is loaded into, and which part of it.
+
+    All experts of a layer are one layer of vLLM's.
+    """
+    if expert := expert_module(module):
+        return expert.stack, expert.part
     parent, _, name = module.rpartition(".")
     fused, shard_id = _FUSED_NAMES.get(name, (name, None))
     return f"{parent}.{fused}" if parent else fused, shard_id
@@ -120,6 +158,19 @@ def _stacked(
     return (own,) if own in modules or not any(part in modules for part in found) else found
 
 
+def stored_experts(prefix: str, modules: Collection[str], renamed: Mapping[str, str]) -> str:
+    """What the checkpoint calls the experts that vLLM's layer `prefix` holds.
+
+    Arguments are those of `stored_modules`.
+    """
+    for name in dict.fromkeys((prefix, stored_prefix(prefix, modules))):
+        for part in EXPERT_PARTS:
+            own = renamed.get(f"{name}.0.{part}", f"{name}.0.{part}")
+            if own in modules and (expert := expert_module(own)):
+                return expert.stack
+    return prefix
+
+
 def stored_prefix(prefix: str, modules: Collection[str]) -> str:
     """The checkpoint's name for the prefix that vLLM gives a module of a draft model.
 
@@ -185,6 +236,17 @@ def fold(names: Sequence[str]) -> str:
     """Names that differ in their first number alone as one: `model.layers.0-31.mlp.down_proj`."""
     indices = [int(match[1]) for name in names if (match := _INDEX.search(name))]
     return _INDEX.sub(f".{index_ranges(indices)}.", names[0], count=1)
+
+
+def unexperted(name: str) -> str:
+    """What names that differ in the number of an expert alone have in common."""
+    return _EXPERT_INDEX.sub("{}", name, count=1)
+
+
+def fold_experts(names: Sequence[str]) -> str:
+    """Names that differ in the number of an expert alone as one: `..experts.0-7.up_proj`."""
+    indices = [int(match[0]) for name in names if (match := _EXPERT_INDEX.search(name))]
+    return _EXPERT_INDEX.sub(index_ranges(indices), names[0], count=1)
 
 
 def index_ranges(indices: Iterable[int]) -> str:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fusedq_kernels.catalogue import KERNELS, ChosenBy, Op, kernels_for
+from fusedq_kernels.catalogue import KERNELS, Op, kernels_for
 from fusedq_kernels.choose.device import device_by_name
+from fusedq_kernels.record import ChosenBy
 from fusedq_kernels.types import DeviceSpec
 from vllm_fusedq.errors import SettingsError
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from checkpoints import drop, make_plain, write_checkpoint, write_json
 from hub_server import Hub, serving_hub
+from mixtures import write_mixture
 from published import MODELS, write_headers
 from tiny_models import CHECKPOINTS, asset
 from vllm_fusedq import __version__
@@ -170,11 +171,21 @@ def test_a_pipe_gets_one_line_per_row_however_long(tmp_path: Path) -> None:
     assert "1.23 times its share of the rows, 6.21 bits per weight with the scales" in order
 
 
-def test_expert_parallel_says_that_experts_are_refused(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path)
-    result = fusedq("check", str(tmp_path), "--expert-parallel")
-    assert result.exit_code == 0
-    assert "quantized MoE experts are refused" in result.output
+def test_expert_parallel_ranks_hold_whole_experts(tmp_path: Path) -> None:
+    write_mixture(tmp_path)
+    arguments = ("--device", "cpu", "-tp", "2")
+    cut = document(str(tmp_path), *arguments)["results"][0]
+    whole = document(str(tmp_path), *arguments, "--expert-parallel")["results"][0]
+    assert (cut["expert_parallel"], whole["expert_parallel"]) == (False, True)
+    rows = [
+        next(row for row in result["layers"] if row["layers"].startswith("model.layers.0.mlp"))
+        for result in (cut, whole)
+    ]
+    assert [row["experts"] for row in rows] == [[0, 1, 2, 3], [0, 1]]
+    assert [row["out_features"] for row in rows] == [96, 192]
+    text = fusedq("check", str(tmp_path), *arguments, "--expert-parallel").output
+    assert "tensor_parallel_size 2, expert-parallel on cpu" in text
+    assert "model.layers.0.mlp.experts.w13 (2 experts)" in text
 
 
 def test_dtype_is_the_checkpoints_unless_given(tmp_path: Path) -> None:

@@ -176,12 +176,13 @@ def test_a_quantized_lm_head_of_a_method_without_any(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("build", MARKERS)
-def test_quantized_experts(build: str, tmp_path: Path) -> None:
-    fold = "model.layers.0.mlp.experts"
-    fmt = load(tmp_path, build, edits=[rename(UP, f"{fold}.3.up_proj")])
-    for module in (f"{fold}.3.up_proj", f"{fold}.4.up_proj", fold):
-        text = problem_of(fmt, module)
-        assert text.startswith(f"{fold}: found quantized MoE experts; supported: dense linear")
+def test_an_expert_is_a_layer_of_its_own(build: str, tmp_path: Path) -> None:
+    expert = "model.layers.0.mlp.experts.3.up_proj"
+    fmt = load(tmp_path, build, edits=[rename(UP, expert)])
+    layer = fmt.layer_of(expert)
+    assert layer is not None
+    assert layer.module == expert
+    assert fmt.expert_modules == [expert]
 
 
 def test_shared_experts_are_dense(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from fusedq_kernels.catalogue import KERNELS, Kernel, Op, kernel_for, kernels_fo
 from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.layouts import packing
+from fusedq_kernels.record import ChosenBy
 from fusedq_kernels.types import (
     DeviceSpec,
     GemmShape,

@@ -1,9 +1,7 @@
 """Memory while loading: what torch allocates beyond the resident weights, whatever is loaded."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from checkpoints import write_checkpoint
 from fusedq_kernels.catalogue import Op
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.types import PackedWeight
+from memory import peak_of
 from random_layers import random_layers
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.formats import LayerFormat, Region
@@ -26,25 +25,6 @@ from vllm_fusedq.plan.shards import LayerShard, ParallelStyle, PartShard
 DEVICES = {"cpu": cpu_device(), "gpu": device_by_name("h200")}
 # A packed layer of 0.5 MB or more, in which tables and checks of constant size do not count
 N, K, GROUP_SIZE = 1024, 1024, 128
-Result = TypeVar("Result")
-
-
-def peak_of(work: Callable[[], Result], source: Path | None = None) -> tuple[Result, int]:
-    """The result, and the most bytes that torch's CPU allocator held for it at any time.
-
-    torch reports the mapping of a file, here the weights in `source`, like an allocation.
-    """
-    mapped = source and (source / "model.safetensors").stat().st_size
-    with torch.autograd.profiler.profile(profile_memory=True, use_cpu=True) as profile:
-        result = work()
-    found = profile.kineto_results.events()
-    events = [event for event in found if event.name() == "[memory]"]
-    events = [event for event in events if abs(event.nbytes()) != mapped]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return result, peak
 
 
 def packed_bytes(packed: PackedWeight) -> int:

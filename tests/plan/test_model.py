@@ -11,8 +11,9 @@ from fusedq_kernels.choose.device import KNOWN_DEVICES, cpu_device, device_by_na
 from fusedq_kernels.types import DeviceSpec, Policy, WeightType
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import PreflightError, Problem
+from vllm_fusedq.plan.folding import fold_problems
 from vllm_fusedq.plan.layer import Target, plan_layer
-from vllm_fusedq.plan.model import fold_problems, plan_model
+from vllm_fusedq.plan.model import plan_model
 
 CPU = Target(cpu_device(), torch.bfloat16)
 H200 = Target(device_by_name("h200"), torch.bfloat16)
@@ -197,4 +198,17 @@ def test_equal_problems_fold_over_layers() -> None:
     assert [problem.layer for problem in fold_problems(problems)] == [
         "model.layers.0-2,5.mlp (4 layers)",
         "lm_head",
+    ]
+
+
+def test_equal_problems_fold_over_experts_of_the_same_layers() -> None:
+    def problem(layer: int, expert: int, found: str = "a") -> Problem:
+        return Problem(f"model.layers.{layer}.mlp.experts.{expert}.up_proj", found, "b", "c")
+
+    problems = [problem(layer, expert) for layer in range(3) for expert in (0, 1, 2, 3)]
+    problems += [problem(3, 17), problem(4, 17, "other"), problem(5, 17)]
+    assert [each.layer for each in fold_problems(problems)] == [
+        "model.layers.0-2.mlp.experts.0-3.up_proj (12 layers)",
+        "model.layers.3,5.mlp.experts.17.up_proj (2 layers)",
+        "model.layers.4.mlp.experts.17.up_proj",
     ]

@@ -1,6 +1,6 @@
 """Tiny random models of transformers whose linear layers are known codes, scales and zeros."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, FalconConfig, FalconH1Config, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from checkpoints import ALL_BUILDS, Truth, write_json
+from checkpoints import ALL_BUILDS, Edit, Truth, write_json
 
 GROUP = 32
 VOCABULARY = 128
@@ -88,41 +88,97 @@ def falcon_h1_config(layers: int = 1) -> FalconH1Config:
     )
 
 
-def write_random_model(path: Path, config: PreTrainedConfig, build: str) -> RandomModel:
-    """Write a checkpoint of random weights; every linear layer of its blocks is quantized."""
+def write_random_model(
+    path: Path,
+    config: PreTrainedConfig,
+    build: str,
+    plain: str = "",
+    edits: Iterable[Edit] = (),
+) -> RandomModel:
+    """Write a checkpoint of random weights; every linear layer of its blocks is quantized.
+
+    But for those whose name holds `plain`. Experts, which transformers keeps in one tensor, are
+    stored one by one, as quantizers store them. `edits` change what is stored.
+    """
     made, dtype = ALL_BUILDS[build], torch.float16
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomize(model)
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and any(map(str.isdigit, name))
+    matrices = {
+        name: matrix
+        for name, matrix in (*_linears(model), *_experts(model))
+        if not plain or plain not in name
     }
-    left_out = {f"{name}.weight" for name in linears}
-    left_out |= {"lm_head.weight"} if config.tie_word_embeddings else set()
-    quantized: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     truths: dict[str, Truth] = {}
-    for seed, (name, module) in enumerate(linears.items()):
-        weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+    for seed, (name, (_, weight)) in enumerate(matrices.items()):
         n, k = weight.shape
-        truth = truths[name] = made.truth(n, k, GROUP, seed, dtype)
+        truth = truths[stored_name(config, name)] = made.truth(n, k, GROUP, seed, dtype)
         weight.copy_(truth.values(0, n, 0, k))
-        quantized |= {f"{name}.{suffix}": t for suffix, t in made.tensors(truth).items()}
-    plain = {
-        name: tensor.to(dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in left_out
-    }
+        for suffix, tensor in made.tensors(truth).items():
+            tensors[f"{stored_name(config, name)}.{suffix}"] = tensor
+    left_out = {parameter for parameter, _ in matrices.values()}
+    left_out |= {"lm_head.weight"} if config.tie_word_embeddings else set()
+    for name, tensor in model.state_dict().items():
+        if name not in left_out:
+            tensors[stored_name(config, name)] = tensor.to(dtype).contiguous()
+    for edit in edits:
+        edit(tensors)
     path.mkdir(parents=True, exist_ok=True)
-    save_file(plain | quantized, path / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     document: dict[str, Any] = config.to_dict() | {
         "architectures": [type(model).__name__],
         "torch_dtype": "float16",
-        "quantization_config": made.config(GROUP),
+        "quantization_config": made.config(GROUP) | excluding(build, plain),
     }
     write_json(path / "config.json", document)
     return RandomModel(path, model, truths)
+
+
+def _linears(model: torch.nn.Module) -> Iterator[tuple[str, tuple[str, torch.Tensor]]]:
+    """Each linear layer of the blocks, with its parameter and its weight `[N, K]`, a view."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and any(map(str.isdigit, name)):
+            weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+            yield name, (f"{name}.weight", weight)
+
+
+def _experts(model: torch.nn.Module) -> Iterator[tuple[str, tuple[str, torch.Tensor]]]:
+    """Each matrix of each expert, as if it were a layer of its own."""
+    for name, module in model.named_modules():
+        if not name.endswith(".experts"):
+            continue
+        into, back = module.gate_up_proj.data, module.down_proj.data
+        for index in range(len(into)):
+            gate, up = into[index].chunk(2)
+            yield f"{name}.{index}.gate_proj", (f"{name}.gate_up_proj", gate)
+            yield f"{name}.{index}.up_proj", (f"{name}.gate_up_proj", up)
+            yield f"{name}.{index}.down_proj", (f"{name}.down_proj", back[index])
+
+
+MIXTRAL = {
+    **{".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+}
+
+
+def stored_name(config: PreTrainedConfig, name: str) -> str:
+    """What checkpoints call a module or a tensor of transformers' model."""
+    for ours, theirs in MIXTRAL.items() if config.model_type == "mixtral" else ():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def excluding(build: str, part: str) -> dict[str, Any]:
+    """How a format's config excludes modules whose names hold `part`; empty excludes none."""
+    if not part:
+        return {}
+    by_format: dict[str, dict[str, Any]] = {
+        "awq": {"modules_to_not_convert": [part]},
+        "gptq": {"dynamic": {f"-:.*{part}": {}}},
+        "ct": {"ignore": ["lm_head", f"re:.*{part}.*"]},
+        "bnb": {"llm_int8_skip_modules": [part]},
+    }
+    return by_format[build.partition("-")[0]]
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vllm_fusedq.checkpoint.read import Checkpoint
     from vllm_fusedq.plan.advice import Warned
     from vllm_fusedq.plan.capacity import Capacity, Demand
+    from vllm_fusedq.plan.experts import ExpertSplit
     from vllm_fusedq.plan.layer import Target
     from vllm_fusedq.plan.model import ModelPlan
 
@@ -65,7 +66,8 @@ def check(
         int, typer.Option("--pipeline-parallel-size", "-pp", min=1, help="pipeline stages")
     ] = 1,
     expert_parallel: Annotated[
-        bool, typer.Option("--expert-parallel", help="quantized MoE experts are refused so far")
+        bool,
+        typer.Option("--expert-parallel", help="whole experts on each rank, not a part of each"),
     ] = False,
     device: Annotated[
         str, typer.Option(help="auto, cpu, a GPU by name (h200, rtx4090, ...) or sm_XX")
@@ -96,6 +98,7 @@ def check(
     from vllm_fusedq.checkpoint.read import read_checkpoint
     from vllm_fusedq.formats import format_for
     from vllm_fusedq.plan.capacity import Demand
+    from vllm_fusedq.plan.experts import ExpertSplit
     from vllm_fusedq.plan.kv_cache import served_kv_dtype
     from vllm_fusedq.plan.layer import Target
     from vllm_fusedq.report.document import device_json, document, error_json
@@ -118,7 +121,10 @@ def check(
         target = Target(spec, _act_dtype(dtype, checkpoint))
         kv_cache = served_kv_dtype(format_for(checkpoint), demand.kv_cache_dtype)
         demand = replace(demand, kv_cache_dtype=kv_cache)
-        results = [_result(checkpoint, target, size, demand, memory, strict) for size in sizes]
+        split = ExpertSplit(expert_parallel)
+        results = [
+            _result(checkpoint, target, size, split, demand, memory, strict) for size in sizes
+        ]
     except FusedQError as error:
         _refuse(error, document("check", **content, error=error_json(error)) if as_json else None)
     with writing():
@@ -128,11 +134,6 @@ def check(
             print_json(document("check", **content))
         else:
             _print_results(results, spec, demand)
-        if expert_parallel and not as_json:
-            console(stderr=True).print(
-                "--expert-parallel changes nothing: quantized MoE experts are refused, and dense "
-                "layers are cut by --tensor-parallel-size alone"
-            )
     refused = any(result.refused for result in results)
     raise typer.Exit(ExitCode.REFUSED if refused else ExitCode.FUSED)
 
@@ -201,6 +202,7 @@ def _result(
     checkpoint: "Checkpoint",
     target: "Target",
     tp_size: int,
+    split: "ExpertSplit",
     demand: "Demand",
     memory: int | None,
     strict: bool,
@@ -216,7 +218,7 @@ def _result(
         raise typer.BadParameter(
             f"{demand.pipeline_parallel_size} pipeline stages for {blocks} layers"
         )
-    survey = survey_model(checkpoint, target, tp_size)
+    survey = survey_model(checkpoint, target, tp_size, split=split)
     capacity = capacity_of(checkpoint, survey.plan, target.act_dtype, demand, memory)
     warnings = tuple(warnings_for(checkpoint, survey.plan, target.act_dtype, capacity))
     fmt = format_for(checkpoint)
@@ -249,7 +251,8 @@ def _print_results(results: list[Result], device: "DeviceSpec", demand: "Demand"
     out = console()
     for result in results:
         plan = result.plan
-        out.print(f"tensor_parallel_size {plan.tp_size} on {device.name}")
+        experts = ", expert-parallel" if plan.split.parallel else ""
+        out.print(f"tensor_parallel_size {plan.tp_size}{experts} on {device.name}")
         out.print(fitting_plan(out, plan.layers, result.problems))
         out.print(summary(plan.layers, plan.unquantized), highlight=False)
         if not result.problems:
@@ -270,6 +273,7 @@ def _result_json(result: Result, demand: "Demand") -> dict[str, Any]:
     return {
         "tensor_parallel_size": plan.tp_size,
         "pipeline_parallel_size": demand.pipeline_parallel_size,
+        "expert_parallel": plan.split.parallel,
         "verdict": "refused" if result.refused else "fused",
         "layers": layers_json(plan.layers),
         "unquantized": list(plan.unquantized),

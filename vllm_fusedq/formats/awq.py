@@ -72,7 +72,11 @@ class AwqFormat(CheckpointFormat):
         return self.block_of(module) in self.quantized_blocks and not self.excludes(module)
 
     def lists(self, module: str) -> bool:
-        return any(name in module for name in self.excluded)
+        # "gate" is meant for the router beside experts, whose gate_proj the file holds packed
+        whole = module in self.packed
+        return any(
+            f".{name}." in f".{module}." if whole else name in module for name in self.excluded
+        )
 
     def scheme(self, module: str) -> Scheme:
         packing = VERSIONS[self.version](bits=self.bits)

@@ -25,20 +25,21 @@ from vllm_fusedq.formats.kv_cache import (
 )
 from vllm_fusedq.formats.layer import LayerFormat, Scheme
 from vllm_fusedq.formats.shared.refusals import (
+    check_expert,
     check_plain,
     packed_though_excluded,
     tied_though_quantized,
 )
 from vllm_fusedq.formats.shared.rows import Support
 from vllm_fusedq.formats.shared.vocabulary import is_head, is_input_embedding, is_lm_head, is_tied
-from vllm_fusedq.names import with_other_prefix, without_prefix
+from vllm_fusedq.names import expert_module, with_other_prefix, without_prefix
 
 USE_VLLM = "drop `--quantization fusedq` to use vLLM's own support, if it has any"
 
 # Of a weight that was never quantized
 PLAIN_DTYPES = ("BF16", "F16", "F32")
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
-_EXPERTS = re.compile(r"(?:^|.*?\.)experts(?=\.|$)")
 _BLOCK = re.compile(r"(.*?)\.\d+(?=\.|$)")
 
 
@@ -145,17 +146,12 @@ class CheckpointFormat(ABC):
         """
         stored = self.checkpoint.modules().get(module, {})
         packed = self.packed.get(module, [])
-        fold = _EXPERTS.match(module)
-        if fold and (packed or fold.group() in self._expert_folds):
-            raise PreflightError.single(
-                fold.group(),
-                "quantized MoE experts",
-                "dense linear layers; MoE experts are not supported yet",
-                USE_VLLM,
-            )
+        if packed:
+            check_expert(module)
+            self._check_router(module)
         if is_head(module):
             return self._head_for(module, stored, packed)
-        if not self.claims(module):
+        if not self.claims(module) or (not packed and self.is_router(module)):
             if not packed:
                 return None
             raise packed_though_excluded(module, packed, self.exclusion)
@@ -171,6 +167,11 @@ class CheckpointFormat(ABC):
         if is_input_embedding(module):
             return self.claims_embedding(module)
         return not is_head(module) and self.claims(module)
+
+    def is_router(self, module: str) -> bool:
+        """Whether it chooses among experts or weighs shared ones; no tool quantizes those."""
+        parent, _, name = module.rpartition(".")
+        return name in ROUTERS and parent in self._with_experts
 
     def excludes(self, module: str) -> bool:
         """Whether the config leaves a module unquantized, by its name or with another prefix."""
@@ -241,6 +242,11 @@ class CheckpointFormat(ABC):
         return {module: sorted(suffixes) for module, suffixes in found.items() if suffixes}
 
     @cached_property
+    def expert_modules(self) -> list[str]:
+        """Those of single experts, in the order of the files."""
+        return [module for module in self.modules() if expert_module(module)]
+
+    @cached_property
     def quantized_blocks(self) -> frozenset[str]:
         """The lists of repeated blocks of which at least one module is packed."""
         return frozenset(block for m in self.packed if (block := self.block_of(m)) is not None)
@@ -251,8 +257,21 @@ class CheckpointFormat(ABC):
         return {without_prefix(name): name for name in self.excluded}
 
     @cached_property
-    def _expert_folds(self) -> frozenset[str]:
-        return frozenset(match.group() for m in self.packed if (match := _EXPERTS.match(m)))
+    def _with_experts(self) -> frozenset[str]:
+        """The blocks that hold experts, like model.layers.0.mlp."""
+        parts = (module.split(".") for module in self.checkpoint.modules())
+        return frozenset(
+            ".".join(names[: names.index("experts")]) for names in parts if "experts" in names
+        )
+
+    def _check_router(self, module: str) -> None:
+        if self.is_router(module):
+            raise PreflightError.single(
+                module,
+                "a quantized router of experts",
+                "routers left unquantized, as vLLM builds them",
+                f"quantize again with this module excluded by {self.exclusion}",
+            )
 
     def _head_for(
         self, module: str, stored: Mapping[str, TensorInfo], packed: list[str]

@@ -12,9 +12,10 @@ from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.names import fold, unnumbered
 from vllm_fusedq.plan.attention import partial_attention
 from vllm_fusedq.plan.capacity import Capacity
+from vllm_fusedq.plan.folding import fold_problems
 from vllm_fusedq.plan.kv_cache import kv_cache_summary
 from vllm_fusedq.plan.layer import LayerPlan
-from vllm_fusedq.plan.model import ModelPlan, fold_problems
+from vllm_fusedq.plan.model import ModelPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ def warnings_for(
     found: dict[str, list[str]] = defaultdict(list)
     fmt = format_for(checkpoint)
     for module in plan.unquantized:
-        if fmt.block_of(module) in fmt.quantized_blocks and not fmt.listed_as(module):
+        listed = fmt.listed_as(module) or fmt.is_router(module)
+        if fmt.block_of(module) in fmt.quantized_blocks and not listed:
             found["a linear layer that the checkpoint leaves unquantized"].append(module)
     for layer in plan.layers:
         for use in layer.uses:

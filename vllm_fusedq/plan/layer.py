@@ -7,8 +7,8 @@ ask `plan_layer`, so the pre-flight verdict is the runtime verdict.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fusedq_kernels import catalogue
@@ -30,8 +30,11 @@ from fusedq_kernels.types import (
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.formats.shared.ordering import resident_rows, resident_spec
+from vllm_fusedq.plan.one_scheme import of_one_scheme
 from vllm_fusedq.plan.shards import LayerShard
 from vllm_fusedq.plan.uses import Use
+
+_OTHER_KERNEL = 'choose another "kernel" in additional-config "fusedq", or leave it out'
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class LayerPlan:
     gathered, and with one that is the lm_head too both is done. The last is its `main` use, which
     decides the layout. Where `ordered`, the activation is gathered into `rows` features once before
     the kernel. `resident` is the bytes of each tensor that stays in memory, by `PackedWeight` field
-    name.
+    name, of all experts together where the shard has experts; n and k are then of one of them.
     """
 
     shard: LayerShard
@@ -83,6 +86,11 @@ class LayerPlan:
     @property
     def k(self) -> int:
         return self.shard.k
+
+    @property
+    def experts(self) -> tuple[int, ...] | None:
+        """Those that the rank holds, by their number in the model; None of a weight without any."""
+        return self.shard.experts
 
     @property
     def main(self) -> Use:
@@ -132,7 +140,19 @@ class LayerPlan:
     @property
     def bits_per_weight(self) -> float:
         """Resident bits, padding and metadata included, per weight of this rank's shard."""
-        return 8 * sum(size for _, size in self.resident) / (self.n * self.k)
+        return 8 * sum(size for _, size in self.resident) / (self.n * self.k * self.shard.count)
+
+    def of_expert(self, index: int) -> LayerPlan:
+        """One of the rank's experts, by its place among them, as a weight of its own."""
+        shard, count = self.shard.of_expert(index), self.shard.count
+        each = len(shard.parts)
+        return replace(
+            self,
+            shard=shard,
+            uses=tuple(replace(use, op=use.kernel.op) for use in self.uses),
+            formats=self.formats[index * each : (index + 1) * each],
+            resident=tuple((name, size // count) for name, size in self.resident),
+        )
 
 
 def plan_layer(
@@ -148,7 +168,7 @@ def plan_layer(
     Raises:
         PreflightError: every reason why no fused kernel can run this shard.
     """
-    layer_formats = _of_one_scheme(shard, formats)
+    layer_formats = of_one_scheme(shard, formats)
     if problems := target_problems(target):
         raise PreflightError(problems)
     first, region = layer_formats[0], shard.parts[0].region
@@ -158,17 +178,20 @@ def plan_layer(
         rows, spec, phase = shard.k, first.spec, region.k_start % first.spec.group_size
     choice = _choose(shard.ops, (shard.n, rows, shard.k), spec, phase, target)
     if choice.reasons:
-        # One module may hold several parts
-        full = " + ".join(f"[{layer.n}, {layer.k}]" for layer in dict.fromkeys(layer_formats))
+        # One module may hold several parts, and all experts are alike
+        one = dict.fromkeys(layer_formats[: len(layer_formats) // shard.count])
+        full = " + ".join(f"[{layer.n}, {layer.k}]" for layer in one)
         where = f"{full} full, [{shard.n}, {shard.k}] per rank at tensor_parallel_size "
         where += str(shard.tp_size)
         layer = f"{shard.name} (out_features x in_features {where})"
         raise PreflightError([Problem(layer, *reason) for reason in choice.reasons])
-    if Op.MATMUL in shard.ops:
+    if set(shard.ops) != {Op.EMBEDDING}:
         _check_insisted(shard, spec, target.insisted)
     resident = choice.resident
     if first.ordered:
         resident = (*resident, ("perm", ResidentTensor((rows,), PERM_DTYPE).nbytes))
+    if shard.experts is not None:
+        resident = tuple((name, size * shard.count) for name, size in resident)
     return LayerPlan(
         shard=shard,
         formats=layer_formats,
@@ -222,17 +245,19 @@ def _choose(
 ) -> _Choice:
     """What stands against a shard of `size` N, resident rows and K, else its uses and bytes."""
     (n, rows, k), device, act_dtype = size, target.device, target.act_dtype
+    if reasons := [_nowhere(op, device) for op in ops if not catalogue.kernels_for(device, op)]:
+        return _Choice(tuple(reasons))
     *others, main = (_kernel(op, spec.weight_type, target) for op in ops)
     # What the others refuse is of layouts in which they would keep a weight themselves
     if reasons := catalogue.refusals(main, n, rows, spec, phase):
         return _Choice(reasons)
     layout = main.layout(spec.weight_type)
     uses = []
-    for kernel in (*others, main):
+    for op, kernel in zip(ops, (*others, main), strict=True):
         # A lookup adds nothing up, so that a policy has nothing to say of it
-        policy = DEFAULT_POLICY if kernel.op is Op.EMBEDDING else target.policy
+        policy = DEFAULT_POLICY if op is Op.EMBEDDING else target.policy
         call = Call(kernel.name, layout, spec, n, rows, phase, k, act_dtype, policy)
-        uses.append(Use.of(call, device))
+        uses.append(Use.of(call, device, op))
     tensors = resident_tensors(layout, n, rows, spec, phase, act_dtype)
     resident = tuple((name, tensor.nbytes) for name, tensor in tensors.items())
     return _Choice((), tuple(uses), resident)
@@ -241,55 +266,33 @@ def _choose(
 def _kernel(op: Op, weight_type: WeightType, target: Target) -> catalogue.Kernel:
     """The kernel that was insisted on where it is one for this, else that of the device."""
     insisted = None if target.insisted is None else KERNELS[target.insisted]
-    if insisted is not None and insisted.op is op and weight_type in insisted.layouts:
+    if insisted is not None and insisted.implements(op) and weight_type in insisted.layouts:
         return insisted
     return catalogue.kernel_for(target.device, weight_type, op)
 
 
+def _nowhere(op: Op, device: DeviceSpec) -> Reason:
+    found = f"quantized {op} on device {device.name}, for which there is no kernel"
+    able = sorted({each.device for each in KERNELS.values() if each.implements(op)})
+    return Reason(found, f"devices {', '.join(able)}", "serve this model on such a device")
+
+
 def _check_insisted(shard: LayerShard, spec: QuantSpec, insisted: str | None) -> None:
-    if insisted is None or spec.weight_type in KERNELS[insisted].layouts:
+    if insisted is None:
+        return
+    if Op.EXPERTS in shard.ops and not KERNELS[insisted].implements(Op.EXPERTS):
+        raise PreflightError.single(
+            layer=shard.name,
+            found=f"quantized experts for kernel {insisted}",
+            supported=", ".join(k.name for k in KERNELS.values() if k.implements(Op.EXPERTS)),
+            fix=_OTHER_KERNEL,
+        )
+    if spec.weight_type in KERNELS[insisted].layouts:
         return
     types = [each.value for each in KERNELS[insisted].layouts]
     raise PreflightError.single(
         layer=shard.name,
         found=f"{spec.weight_type.value} weights for kernel {insisted}",
         supported=", ".join(types),
-        fix='choose another "kernel" in additional-config "fusedq", or leave it out',
+        fix=_OTHER_KERNEL,
     )
-
-
-def _of_one_scheme(
-    shard: LayerShard, formats: Mapping[str, LayerFormat | None]
-) -> tuple[LayerFormat, ...]:
-    """All parts' formats: a fused layer never mixes schemes silently."""
-    found = [(part.module, formats[part.module]) for part in shard.parts]
-    specs = {(layer.spec, layer.ordered) if layer else None for _, layer in found}
-    if len(specs) > 1 or None in specs:
-        listing = ", ".join(
-            f"{module.rpartition('.')[2]} {layer.description if layer else 'unquantized'}"
-            for module, layer in found
-        )
-        raise PreflightError.single(
-            layer=shard.name,
-            found=f"parts with different schemes in one fused layer ({listing})",
-            supported="one scheme for all parts that vLLM fuses into a layer",
-            fix="quantize the model again with these modules alike, or with all of them "
-            f"excluded{_by_exclusion(found)}",
-        )
-    layers = tuple(layer for _, layer in found if layer is not None)
-    if len({layer.k for layer in layers}) > 1:
-        sizes = ", ".join(
-            f"{layer.module.rpartition('.')[2]} [{layer.n}, {layer.k}]" for layer in layers
-        )
-        raise PreflightError.single(
-            layer=shard.name,
-            found=f"parts with different in_features in one fused layer ({sizes})",
-            supported="parts [out_features, in_features] of one activation",
-            fix="download the checkpoint again or quantize the model again",
-        )
-    return layers
-
-
-def _by_exclusion(found: Sequence[tuple[str, LayerFormat | None]]) -> str:
-    names = {layer.exclusion for _, layer in found if layer is not None}
-    return f" by {names.pop()}" if len(names) == 1 else ""

@@ -3,8 +3,7 @@
 Used by `fusedq check` and by the vLLM configuration hook in the API process.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fusedq_kernels.catalogue import Op
@@ -13,22 +12,17 @@ from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats import format_for
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.formats.layer import LayerFormat
-from vllm_fusedq.formats.shared.vocabulary import is_input_embedding, is_lm_head, is_tied
-from vllm_fusedq.names import FUSED_LAYERS, fold, natural, unnumbered, vllm_layer
-from vllm_fusedq.plan.attention import kv_heads
+from vllm_fusedq.formats.shared.vocabulary import is_input_embedding, is_tied
+from vllm_fusedq.names import natural, vllm_layer
+from vllm_fusedq.plan.experts import ExpertSplit, ExpertStack, expert_stacks
+from vllm_fusedq.plan.folding import fold_problems
 from vllm_fusedq.plan.kv_cache import kv_cache_problems
 from vllm_fusedq.plan.layer import LayerPlan, Target, plan_layer, target_problems
-from vllm_fusedq.plan.model_code import head_order, rearranged, state_rows
-from vllm_fusedq.plan.shards import (
-    LayerShard,
-    UnevenSplit,
-    shard_embedding,
-    shard_head,
-    shard_module,
-    style_of,
-)
+from vllm_fusedq.plan.model_code import rearranged
+from vllm_fusedq.plan.vllm_layers import shards_of_rank
 
 TP_CANDIDATES = (1, 2, 4, 8, 16)
+CUT = ExpertSplit()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +32,7 @@ class ModelPlan:
     tp_size: int
     layers: tuple[LayerPlan, ...]
     unquantized: tuple[str, ...]
+    split: ExpertSplit = CUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +44,23 @@ class Survey:
     problems: tuple[Problem, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A checkpoint's quantized modules, experts among them once more as stacks, those that it
+    leaves unquantized, and what stands against the others."""
+
+    layers: Mapping[str, LayerFormat]
+    stacks: Sequence[ExpertStack]
+    unquantized: tuple[str, ...]
+    problems: Sequence[Problem]
+
+
 def survey_model(
-    checkpoint: Checkpoint, target: Target, tp_size: int = 1, ranks: Iterable[int] | None = None
+    checkpoint: Checkpoint,
+    target: Target,
+    tp_size: int = 1,
+    ranks: Iterable[int] | None = None,
+    split: ExpertSplit = CUT,
 ) -> Survey:
     """Plan every quantized layer for `tp_size` ranks, and name every reason against one.
 
@@ -58,33 +68,34 @@ def survey_model(
         checkpoint: headers and config, from `read_checkpoint`.
         target: device and activation dtype.
         tp_size: number of tensor-parallel ranks.
-        ranks: the ranks to check; all of them by default. The plan is the first's.
+        ranks: the ranks to check, those of data-parallel copies behind the first's; all of them by
+            default. The plan is the first's.
+        split: how they share experts.
 
     Raises:
         UnsupportedCheckpoint: the checkpoint as a whole is not supported.
     """
-    fmt = format_for(checkpoint)
-    layers, unquantized, problems = _read_layers(checkpoint, fmt)
+    found = _read_layers(checkpoint, format_for(checkpoint))
     if nowhere := target_problems(target):
-        nothing = ModelPlan(tp_size, (), tuple(unquantized))
-        return Survey(nothing, tuple(fold_problems([*nowhere, *problems])))
-    if problems:
-        # What is left of a fused layer whose other part is refused is no layer
-        refused = {vllm_layer(problem.layer)[0] for problem in problems}
-        layers = {name: fmt for name, fmt in layers.items() if vllm_layer(name)[0] not in refused}
-    plans: list[LayerPlan] = []
-    for rank in ranks if ranks is not None else range(tp_size):
-        rank_plans, rank_problems = _plan_rank(checkpoint, layers, target, tp_size, rank)
+        nothing = ModelPlan(tp_size, (), found.unquantized, split)
+        return Survey(nothing, tuple(fold_problems([*nowhere, *found.problems])))
+    problems, plans = list(found.problems), []
+    for rank in ranks if ranks is not None else range(_ranks(found, tp_size, split)):
+        rank_plans, rank_problems = _plan_rank(checkpoint, found, target, tp_size, rank, split)
         plans = plans or rank_plans
         if rank_problems and not problems:
-            problems = _with_way_out(rank_problems, checkpoint, layers, target, tp_size)
+            problems = _with_way_out(rank_problems, checkpoint, found, target, tp_size, split)
             break
-    plan = ModelPlan(tp_size, tuple(plans), tuple(unquantized))
+    plan = ModelPlan(tp_size, tuple(plans), found.unquantized, split)
     return Survey(plan, tuple(fold_problems(problems)))
 
 
 def plan_model(
-    checkpoint: Checkpoint, target: Target, tp_size: int = 1, ranks: Iterable[int] | None = None
+    checkpoint: Checkpoint,
+    target: Target,
+    tp_size: int = 1,
+    ranks: Iterable[int] | None = None,
+    split: ExpertSplit = CUT,
 ) -> ModelPlan:
     """`survey_model` where nothing less than the whole model will do.
 
@@ -92,24 +103,21 @@ def plan_model(
         UnsupportedCheckpoint: the checkpoint as a whole is not supported.
         PreflightError: every problem of every layer, with the tensor-parallel sizes that work.
     """
-    survey = survey_model(checkpoint, target, tp_size, ranks)
+    survey = survey_model(checkpoint, target, tp_size, ranks, split)
     if survey.problems:
         raise PreflightError(survey.problems)
     return survey.plan
 
 
-def quantized_layers(checkpoint: Checkpoint, fmt: CheckpointFormat) -> dict[str, LayerFormat]:
+def quantized_layers(checkpoint: Checkpoint, fmt: CheckpointFormat) -> Mapping[str, LayerFormat]:
     """Every quantized module by name; raises PreflightError as `plan_model` does."""
-    layers, _, problems = _read_layers(checkpoint, fmt)
-    if problems:
-        raise PreflightError(fold_problems(problems))
-    return layers
+    found = _read_layers(checkpoint, fmt)
+    if found.problems:
+        raise PreflightError(fold_problems(found.problems))
+    return found.layers
 
 
-def _read_layers(
-    checkpoint: Checkpoint, fmt: CheckpointFormat
-) -> tuple[dict[str, LayerFormat], list[str], list[Problem]]:
-    """The quantized modules, the unquantized ones, and what stands against the others."""
+def _read_layers(checkpoint: Checkpoint, fmt: CheckpointFormat) -> _Found:
     layers: dict[str, LayerFormat] = {}
     problems = kv_cache_problems(fmt)
     for module in sorted(fmt.modules(), key=natural):
@@ -139,65 +147,28 @@ def _read_layers(
             fix="serve it without --quantization fusedq",
         )
         problems.append(problem)
-    return layers, unquantized, problems
+    if problems:
+        # What is left of a fused layer whose other part is refused is no layer
+        refused = {vllm_layer(problem.layer)[0] for problem in problems}
+        layers = {name: fmt for name, fmt in layers.items() if vllm_layer(name)[0] not in refused}
+    stacks, odd = expert_stacks(checkpoint, layers)
+    return _Found(layers, stacks, tuple(unquantized), [*problems, *odd])
 
 
-def _shards(
-    checkpoint: Checkpoint, layers: dict[str, LayerFormat], tp: int, rank: int
-) -> tuple[list[LayerShard], list[Problem]]:
-    """vLLM's layers from the checkpoint's modules: siblings fused, each part cut for the rank."""
-    # vLLM replicates them where ranks outnumber them
-    heads = kv_heads(checkpoint)
-    groups: dict[str, list[tuple[str, str | int | None]]] = defaultdict(list)
-    for module in layers:
-        prefix, shard_id = vllm_layer(module)
-        groups[prefix].append((module, shard_id))
-    shards, problems = [], []
-    for prefix, members in groups.items():
-        first = members[0][0]
-        style = style_of(first)
-        try:
-            if is_lm_head(prefix):
-                shards.append(shard_head(prefix, layers[prefix].n, layers[prefix].k, tp, rank))
-                continue
-            if is_input_embedding(prefix):
-                sizes = (layers[prefix].n, layers[prefix].k)
-                shards.append(shard_embedding(prefix, *sizes, tp, rank, is_tied(checkpoint)))
-                continue
-            whole = (checkpoint, first, layers[first].n)
-            if order := head_order(*whole) or state_rows(*whole):
-                parts = order.shard(first, layers[first].k, tp, rank)
-            else:
-                parts = tuple(
-                    shard_module(
-                        module, sid, layers[module].n, layers[module].k, style, tp, rank, heads
-                    )
-                    for module, sid in _in_fused_order(members)
-                )
-        except UnevenSplit as error:
-            problem = Problem(
-                layer=prefix,
-                found=str(error),
-                supported="tensor-parallel sizes that divide the layer evenly",
-                fix="choose another --tensor-parallel-size",
-            )
-            problems.append(problem)
-            continue
-        shards.append(LayerShard(prefix, style, tp, parts))
-    return shards, problems
-
-
-def _in_fused_order(
-    members: list[tuple[str, str | int | None]],
-) -> list[tuple[str, str | int | None]]:
-    order = [shard_id for parts in FUSED_LAYERS.values() for _, shard_id in parts]
-    return sorted(members, key=lambda member: order.index(member[1]) if member[1] in order else 0)
+def _ranks(found: _Found, tp_size: int, split: ExpertSplit) -> int:
+    """How many ranks hold different parts of the model."""
+    return tp_size * split.data_size if found.stacks else tp_size
 
 
 def _plan_rank(
-    checkpoint: Checkpoint, layers: dict[str, LayerFormat], target: Target, tp: int, rank: int
+    checkpoint: Checkpoint,
+    found: _Found,
+    target: Target,
+    tp: int,
+    rank: int,
+    split: ExpertSplit,
 ) -> tuple[list[LayerPlan], list[Problem]]:
-    shards, problems = _shards(checkpoint, layers, tp, rank)
+    shards, problems = shards_of_rank(checkpoint, found.layers, found.stacks, tp, rank, split)
     heads = checkpoint.number("num_attention_heads")
     if heads and heads % tp:
         problem = Problem(
@@ -210,51 +181,40 @@ def _plan_rank(
     plans = []
     for shard in shards:
         try:
-            plans.append(plan_layer(shard, layers, target))
+            plans.append(plan_layer(shard, found.layers, target))
         except PreflightError as error:
             problems += error.problems
     return plans, problems
 
 
 def _working_sizes(
-    checkpoint: Checkpoint, layers: dict[str, LayerFormat], target: Target
+    checkpoint: Checkpoint, found: _Found, target: Target, split: ExpertSplit
 ) -> tuple[int, ...]:
     return tuple(
         tp
         for tp in TP_CANDIDATES
-        if not any(_plan_rank(checkpoint, layers, target, tp, rank)[1] for rank in range(tp))
+        if not any(
+            _plan_rank(checkpoint, found, target, tp, rank, split)[1]
+            for rank in range(_ranks(found, tp, split))
+        )
     )
 
 
 def _with_way_out(
     problems: list[Problem],
     checkpoint: Checkpoint,
-    layers: dict[str, LayerFormat],
+    found: _Found,
     target: Target,
     tp: int,
+    split: ExpertSplit,
 ) -> list[Problem]:
     """The problems of one rank; where another split would do, each names the sizes that work."""
-    sizes = [size for size in _working_sizes(checkpoint, layers, target) if size != tp]
+    sizes = [size for size in _working_sizes(checkpoint, found, target, split) if size != tp]
     if not sizes:
         return problems
     listing = ", ".join(map(str, sizes))
     way_out = f"tensor-parallel sizes that work for the whole model: {listing}"
     return [replace(problem, fix=f"{problem.fix}; {way_out}") for problem in problems]
-
-
-def fold_problems(problems: Iterable[Problem]) -> list[Problem]:
-    """Equal problems of numbered layers as one: `model.layers.0-31.mlp.down_proj (32 layers)`."""
-    alike: dict[tuple[str, str, str, str], list[Problem]] = defaultdict(list)
-    for problem in problems:
-        key = (unnumbered(problem.layer), problem.found, problem.supported, problem.fix)
-        alike[key].append(problem)
-    folded = []
-    for first, *others in alike.values():
-        if others:
-            name = fold([problem.layer for problem in (first, *others)])
-            first = replace(first, layer=f"{name} ({len(others) + 1} layers)")
-        folded.append(first)
-    return folded
 
 
 def quantized_embeddings(fmt: CheckpointFormat) -> list[str]:

@@ -41,6 +41,10 @@ class LayerShard:
     `padding` rows worth zero follow the parts: vLLM pads the vocabulary of an lm_head and of an
     embedding. `ops` is what is done with it, a product last: both with an embedding that is the
     lm_head too. `weight` tells the weights of a vLLM layer apart, and is empty where it has one.
+
+    Of `experts`, those that the rank holds by their number in the model, each has its own parts,
+    one after the other in `parts`; n and k are of one of them. Where `alternating` its two parts'
+    rows come in turn (`layouts/stacked.py`).
     """
 
     prefix: str
@@ -50,6 +54,8 @@ class LayerShard:
     padding: int = 0
     ops: tuple[Op, ...] = (Op.MATMUL,)
     weight: str = ""
+    experts: tuple[int, ...] | None = None
+    alternating: bool = False
 
     @property
     def name(self) -> str:
@@ -63,7 +69,24 @@ class LayerShard:
     @property
     def held(self) -> int:
         """Rows that come from the checkpoint; none at all where a rank holds padding only."""
-        return sum(part.region.n for part in self.parts)
+        return sum(part.region.n for part in self.parts[: len(self.parts) // self.count])
+
+    @property
+    def count(self) -> int:
+        """How many weights of this size there are: one for each expert."""
+        return 1 if self.experts is None else len(self.experts)
+
+    def of_expert(self, index: int) -> "LayerShard":
+        """The weight of one of the rank's experts, by its place among them."""
+        assert self.experts is not None
+        each = len(self.parts) // len(self.experts)
+        return replace(
+            self,
+            prefix=f"{self.prefix}.{self.experts[index]}",
+            parts=self.parts[index * each : (index + 1) * each],
+            ops=(Op.MATMUL,),
+            experts=None,
+        )
 
     @property
     def k(self) -> int:

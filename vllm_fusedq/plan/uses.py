@@ -17,7 +17,7 @@ SHOWN_TOKENS = {"decode": 1, "prefill": 2048}
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One operator's work with one weight on one device.
+    """The work of operator `op` with one weight on one device.
 
     `call` is what the operator is told, the kernel included. `launches` are those that a plan
     shows, each with its number of tokens: of `SHOWN_TOKENS`, and the fewest that reach another
@@ -25,29 +25,26 @@ class Use:
     tokens and outputs.
     """
 
+    op: Op
     call: Call
     device: DeviceSpec
     launches: tuple[tuple[int, Launch], ...]
     workspace_bytes: int
 
     @classmethod
-    def of(cls, call: Call, device: DeviceSpec) -> Use:
-        """A call of a kernel that `catalogue.refusals` has passed."""
+    def of(cls, call: Call, device: DeviceSpec, op: Op | None = None) -> Use:
+        """A call of a kernel that `catalogue.refusals` has passed; `op` is the kernel's own."""
         kernel, problem = KERNELS[call.kernel], (call.n, call.k, call.spec, device, call.policy)
         launches = {tokens: _launch(call, device, tokens) for tokens in SHOWN_TOKENS.values()}
         workspace = kernel.most_scratch(*problem)
         if (other := kernel.beside(*problem)) is not None:
             launches[other.min_tokens] = other.launch
             workspace = max(workspace, _scratch_bytes(call, other.launch, other.min_tokens))
-        return cls(call, device, tuple(sorted(launches.items())), workspace)
+        return cls(op or kernel.op, call, device, tuple(sorted(launches.items())), workspace)
 
     @property
     def kernel(self) -> Kernel:
         return KERNELS[self.call.kernel]
-
-    @property
-    def op(self) -> Op:
-        return self.kernel.op
 
     @property
     def beside(self) -> tuple[int, Launch] | None:

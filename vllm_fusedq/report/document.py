@@ -38,6 +38,7 @@ def layers_json(plans: Sequence[LayerPlan]) -> list[dict[str, Any]]:
             {
                 "layers": row.name,
                 "count": row.count,
+                "experts": None if plan.experts is None else list(plan.experts),
                 "format": first.format,
                 "description": first.description,
                 "weight_type": plan.spec.weight_type.value,

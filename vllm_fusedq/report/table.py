@@ -14,6 +14,7 @@ from rich.text import Text
 from fusedq_kernels.types import Launch
 from vllm_fusedq.errors import Problem
 from vllm_fusedq.names import fold, unnumbered
+from vllm_fusedq.plan.experts import experts_told
 from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.plan.uses import SHOWN_TOKENS, Use
 
@@ -46,8 +47,8 @@ def plan_rows(plans: Sequence[LayerPlan]) -> list[PlanRow]:
     """One row per kind of layer, in the order of the model."""
     rows: dict[tuple[object, ...], list[LayerPlan]] = defaultdict(list)
     for plan in plans:
-        formats = tuple(fmt.description for fmt in plan.formats)
-        shape = (plan.n, plan.k, plan.rows, plan.phase, plan.resident)
+        formats = tuple(dict.fromkeys(fmt.description for fmt in plan.formats))
+        shape = (plan.n, plan.k, plan.rows, plan.phase, plan.resident, plan.experts)
         launches = tuple(use.launches for use in plan.uses)
         rows[(unnumbered(plan.name), formats, *shape, *launches)].append(plan)
     return [PlanRow(_row_name(members), members[0], len(members)) for members in rows.values()]
@@ -157,4 +158,6 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
 
 def _row_name(plans: Sequence[LayerPlan]) -> str:
     name = fold([plan.name for plan in plans])
-    return f"{name} x{len(plans)}" if len(plans) > 1 else name
+    name = f"{name} x{len(plans)}" if len(plans) > 1 else name
+    experts = experts_told(plans[0].experts)
+    return f"{name} ({experts})" if experts else name

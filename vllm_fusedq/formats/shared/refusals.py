@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.errors import PreflightError
+from vllm_fusedq.names import EXPERT_PARTS, expert_module, lies_in_experts
 
+_EXPERT_NAMES = ", ".join(EXPERT_PARTS)
 _AGREEMENT = "config and tensors that agree"
 
 
@@ -42,3 +44,25 @@ def tied_though_quantized(module: str) -> PreflightError:
         "set tie_word_embeddings to false in config.json if the lm_head was trained or "
         "quantized apart",
     )
+
+
+def check_expert(module: str) -> None:
+    """Refuse a packed module among experts that is no matrix of a single one."""
+    if not lies_in_experts(module):
+        return
+    expert = expert_module(module)
+    if expert is None:
+        raise PreflightError.single(
+            module,
+            "packed tensors of all experts of a layer at once",
+            "experts that are stored one by one, as llm-compressor, GPTQModel and AutoAWQ write "
+            "them (experts.0.up_proj)",
+            "quantize again with a tool that stores experts one by one",
+        )
+    if expert.part is None:
+        raise PreflightError.single(
+            module,
+            f"a quantized {expert.name} of an expert",
+            f"an expert's {_EXPERT_NAMES}",
+            "serve this model without --quantization fusedq",
+        )

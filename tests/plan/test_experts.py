@@ -1,0 +1,260 @@
+"""Experts by their headers: what a rank holds of them, and each that is not like the others."""
+
+from dataclasses import replace as with_fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints import BITSANDBYTES_BUILDS, BUILDS, add, drop, make_plain, rename, replace
+from fusedq_kernels.catalogue import Op
+from fusedq_kernels.choose.device import cpu_device
+from fusedq_kernels.types import DeviceSpec, Layout
+from mixtures import COUNT, HIDDEN, INNER, write_mixture
+from vllm_fusedq.checkpoint.read import read_checkpoint
+from vllm_fusedq.errors import PreflightError, Problem
+from vllm_fusedq.plan.capacity import Demand, capacity_of
+from vllm_fusedq.plan.experts import ExpertSplit, experts_told, local_experts
+from vllm_fusedq.plan.layer import LayerPlan, Target
+from vllm_fusedq.plan.model import CUT, plan_model
+from vllm_fusedq.plan.shards import UnevenSplit
+from vllm_fusedq.report.table import plan_rows
+
+CPU = Target(cpu_device(fused_op=True), torch.float16)
+STACK = "model.layers.0.mlp.experts"
+SPREAD = ExpertSplit(parallel=True)
+
+
+def stacks(
+    path: Path, tp_size: int = 1, rank: int = 0, split: ExpertSplit = CUT, target: Target = CPU
+) -> tuple[LayerPlan, LayerPlan]:
+    plans = plan_model(read_checkpoint(path), target, tp_size, ranks=[rank], split=split).layers
+    first, second = (plan for plan in plans if plan.prefix == STACK)
+    return first, second
+
+
+def problems(path: Path, tp_size: int = 1, split: ExpertSplit = CUT) -> tuple[Problem, ...]:
+    with pytest.raises(PreflightError) as error:
+        plan_model(read_checkpoint(path), CPU, tp_size, split=split)
+    return error.value.problems
+
+
+@pytest.mark.parametrize("build", [*BUILDS, *BITSANDBYTES_BUILDS])
+def test_a_layer_of_experts_is_two_weights(tmp_path: Path, build: str) -> None:
+    write_mixture(tmp_path, build)
+    w13, w2 = stacks(tmp_path)
+    assert [plan.name for plan in (w13, w2)] == [f"{STACK}.w13", f"{STACK}.w2"]
+    assert (w13.n, w13.k, w2.n, w2.k) == (2 * INNER, HIDDEN, HIDDEN, INNER)
+    for plan, parts in ((w13, ("w1", "w3")), (w2, ("w2",))):
+        assert plan.experts == tuple(range(COUNT))
+        assert [part.shard_id for part in plan.shard.parts] == COUNT * list(parts)
+        assert plan.shard.ops == (Op.EXPERTS,)
+        assert plan.main.call.kernel == "cpu-striped"
+        assert plan.layout in (Layout.P4, Layout.PL4)
+        assert plan.weight_bytes == COUNT * plan.of_expert(0).weight_bytes
+    assert [part.module for part in w13.of_expert(2).shard.parts] == [
+        f"{STACK}.2.gate_proj",
+        f"{STACK}.2.up_proj",
+    ]
+
+
+def test_tensor_parallel_ranks_cut_every_expert(tmp_path: Path) -> None:
+    """A rank of two begins 48 of 96 features into an expert, in the middle of a group of 32."""
+    write_mixture(tmp_path)
+    w13, w2 = stacks(tmp_path, tp_size=2, rank=1)
+    assert w13.experts == w2.experts == tuple(range(COUNT))
+    assert (w13.n, w13.k, w2.n, w2.k, w2.phase) == (INNER, HIDDEN, HIDDEN, INNER // 2, 16)
+    region = w13.shard.parts[0].region
+    assert (region.n_start, region.n_stop) == (INNER // 2, INNER)
+
+
+def test_data_parallel_copies_cut_experts_further(tmp_path: Path) -> None:
+    write_mixture(tmp_path)
+    w13, _ = stacks(tmp_path, tp_size=2, rank=3, split=ExpertSplit(data_size=3))
+    region = w13.shard.parts[0].region
+    assert (region.n_start, region.n_stop) == (3 * INNER // 6, 4 * INNER // 6)
+    _, w2 = stacks(tmp_path, tp_size=2, rank=3, split=ExpertSplit(parallel=True, data_size=2))
+    assert (w2.experts, w2.k) == ((3,), INNER)
+
+
+def test_expert_parallel_ranks_hold_whole_experts(tmp_path: Path) -> None:
+    write_mixture(tmp_path, count=5)
+    held = [stacks(tmp_path, 2, rank, SPREAD)[0] for rank in range(2)]
+    assert [plan.experts for plan in held] == [(0, 1, 2), (3, 4)]
+    assert {(plan.n, plan.k, plan.phase) for plan in held} == {(2 * INNER, HIDDEN, 0)}
+    assert held[1].of_expert(0).name == f"{STACK}.3.w13"
+    assert [experts_told(plan.experts) for plan in held] == ["3 experts", "experts 3-4"]
+    # The attention layer beside them is cut as ever
+    plan = plan_model(read_checkpoint(tmp_path), CPU, 2, split=SPREAD)
+    assert [each.k for each in plan.layers if each.prefix.endswith("o_proj")] == [HIDDEN // 2]
+
+
+def test_experts_are_spread_as_vllm_spreads_them() -> None:
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+
+    for count, ranks in ((8, 1), (8, 3), (5, 2), (60, 8), (7, 7)):
+        for rank in range(ranks):
+            local, places, _ = determine_expert_map(ranks, rank, count)
+            here = range(count) if places is None else (places >= 0).nonzero()[:, 0].tolist()
+            assert list(local_experts(count, ranks, rank)) == list(here)
+            assert len(here) == local
+    with pytest.raises(UnevenSplit, match="4 experts cannot be spread over 5 ranks"):
+        local_experts(4, 5, 0)
+
+
+def test_a_table_folds_experts(tmp_path: Path) -> None:
+    write_mixture(tmp_path, layers=2)
+    plan = plan_model(read_checkpoint(tmp_path), CPU)
+    rows = {row.name: row for row in plan_rows(plan.layers)}
+    name = "model.layers.0-1.mlp.experts.w13 x2 (4 experts)"
+    assert rows[name].resident["qweight"] == 2 * rows[name].plan.weight_bytes
+    found = capacity_of(read_checkpoint(tmp_path), plan, CPU.act_dtype, Demand(), None)
+    assert found.weights == sum(layer.weight_bytes for layer in plan.layers)
+    # Routers alone are loaded as they are stored
+    assert found.unquantized == 2 * COUNT * HIDDEN * 2
+
+
+def test_w2_may_be_quantized_otherwise_than_w13(tmp_path: Path) -> None:
+    rule = {r"+:.*down_proj": {"group_size": 16}}
+
+    def of_16(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "down_proj" in name]:
+            if name.endswith(("scales", "qzeros")):
+                tensors[name] = tensors[name].repeat_interleave(2, 0)
+            if name.endswith("g_idx"):
+                tensors[name] = torch.arange(INNER).int() // 16
+
+    write_mixture(tmp_path, "gptq-sym", config={"dynamic": rule}, edits=[of_16])
+    w13, w2 = stacks(tmp_path)
+    assert (w13.spec.group_size, w2.spec.group_size) == (32, 16)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    """Whether it is the last, by config.json, or one of its matrices."""
+    gone = f"{STACK}.3."
+
+    def drop_last(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(gone)]:
+            del tensors[name]
+
+    write_mixture(tmp_path / "last", edits=[drop_last])
+    found = problems(tmp_path / "last")
+    assert [each.layer for each in found] == [
+        f"{gone}{name}" for name in ("gate_proj", "up_proj", "down_proj")
+    ]
+    assert found[0].found == "no such module, where 3 experts have a quantized one"
+    module = f"{STACK}.1.up_proj"
+    suffixes = ("qweight", "qzeros", "scales")
+    write_mixture(tmp_path / "one", edits=[drop(f"{module}.{suffix}") for suffix in suffixes])
+    assert [each.layer for each in problems(tmp_path / "one")] == [module]
+
+
+def test_an_unquantized_expert_is_named(tmp_path: Path) -> None:
+    module = f"{STACK}.2.down_proj"
+    config = {"modules_to_not_convert": ["experts.2.down_proj"]}
+    edits = [make_plain(module, HIDDEN, INNER)]
+    write_mixture(tmp_path, config=config, edits=edits)
+    (found,) = problems(tmp_path)
+    assert (found.layer, found.found.partition(",")[0]) == (module, "an unquantized weight")
+
+
+def test_an_expert_of_another_scheme_is_named(tmp_path: Path) -> None:
+    module = f"{STACK}.3.gate_proj"
+    write_mixture(tmp_path / "dtype", edits=[replace(f"{module}.scales", lambda t: t.bfloat16())])
+    (found,) = problems(tmp_path / "dtype")
+    assert found.layer == module
+    assert found.found == (
+        "[96, 64] awq 4-bit g32, zero points, scales in bfloat16, where most experts of the layer "
+        "have [96, 64] awq 4-bit g32, zero points, scales in float16"
+    )
+    assert found.fix == "quantize the model again with all experts of a layer alike"
+    edits = [replace(f"{module}.{name}", lambda t: t[:, : t.shape[1] // 2]) for name in SUFFIXES]
+    write_mixture(tmp_path / "size", edits=edits)
+    (found,) = problems(tmp_path / "size")
+    assert found.found.startswith("[48, 64] awq")
+
+
+SUFFIXES = ("qweight", "qzeros", "scales")
+
+
+def test_matrices_that_do_not_fit_each_other(tmp_path: Path) -> None:
+    edits = [
+        replace(f"{STACK}.{number}.down_proj.{name}", lambda t: t[:, : t.shape[1] // 2])
+        for number in range(COUNT)
+        for name in SUFFIXES
+    ]
+    write_mixture(tmp_path, edits=edits)
+    (found,) = problems(tmp_path)
+    assert found.layer == STACK
+    assert found.found == "experts of [96, 64] on the way in and [32, 96] on the way back"
+
+
+def test_damaged_experts_of_all_layers_fold(tmp_path: Path) -> None:
+    edits = [
+        drop(f"model.layers.{layer}.mlp.experts.{number}.up_proj.scales")
+        for layer in range(3)
+        for number in (0, 1, 3)
+    ]
+    write_mixture(tmp_path, layers=3, edits=edits)
+    (found,) = problems(tmp_path)
+    assert found.layer == "model.layers.0-2.mlp.experts.0-1,3.up_proj (9 layers)"
+
+
+def test_experts_of_other_kinds(tmp_path: Path) -> None:
+    """One matrix on the way in, a matrix of an unknown name, all experts in one tensor."""
+    without = [
+        drop(f"{STACK}.{number}.gate_proj.{name}") for number in range(COUNT) for name in SUFFIXES
+    ]
+    write_mixture(tmp_path / "plain", edits=without)
+    (found,) = problems(tmp_path / "plain")
+    assert found.found == "experts without w1 (only down_proj, up_proj)"
+    other = [rename(f"{STACK}.{number}.up_proj", f"{STACK}.{number}.v1") for number in range(COUNT)]
+    write_mixture(tmp_path / "other", edits=other)
+    (found,) = problems(tmp_path / "other")
+    assert found.layer == f"{STACK}.0-3.v1 (4 layers)"
+    assert found.found == "a quantized v1 of an expert"
+    words = torch.zeros(COUNT, HIDDEN, 8, dtype=torch.int32)
+    write_mixture(tmp_path / "one", edits=[add(f"{STACK}.gate_up_proj.qweight", words)])
+    (found,) = problems(tmp_path / "one")
+    assert found.layer == f"{STACK}.gate_up_proj"
+    assert found.found == "packed tensors of all experts of a layer at once"
+
+
+def test_a_router_is_unquantized_whatever_the_config_says(tmp_path: Path) -> None:
+    write_mixture(tmp_path / "plain", "gptq-sym")
+    plan = plan_model(read_checkpoint(tmp_path / "plain"), CPU)
+    router = "model.layers.0.mlp.gate"
+    assert plan.unquantized == (router,)
+    words = torch.zeros(8, 8, dtype=torch.int32)
+    edits = [drop(f"{router}.weight"), add(f"{router}.qweight", words)]
+    write_mixture(tmp_path / "packed", "gptq-sym", edits=edits)
+    (found,) = problems(tmp_path / "packed")
+    assert (found.layer, found.found) == (router, "a quantized router of experts")
+
+
+def test_gate_excludes_the_router_and_not_gate_proj(tmp_path: Path) -> None:
+    """AutoAWQ matches parts of names, and wrote gate_proj packed nevertheless."""
+    write_mixture(tmp_path, config={"modules_to_not_convert": ["gate", "lm_head"]})
+    w13, _ = stacks(tmp_path)
+    assert w13.experts == tuple(range(COUNT))
+
+
+def test_sizes_that_ranks_cannot_share(tmp_path: Path) -> None:
+    write_mixture(tmp_path)
+    found = problems(tmp_path, tp_size=4)
+    assert [each.found for each in found] == ["24 in_features per rank"]
+    assert found[0].layer.startswith(f"{STACK}.w2 (out_features x in_features [64, 96] full")
+    assert found[0].fix.endswith("tensor-parallel sizes that work for the whole model: 1, 2")
+    (found,) = problems(tmp_path, 4, ExpertSplit(parallel=True, data_size=2))
+    assert found.layer == STACK
+    assert found.found == "4 experts cannot be spread over 8 ranks"
+
+
+def test_devices_and_kernels_without_experts(tmp_path: Path) -> None:
+    write_mixture(tmp_path)
+    for target, message in (
+        (Target(DeviceSpec("npu", "npu"), torch.float16), "quantized experts on device npu, for"),
+        (with_fields(CPU, insisted="cpu-wna16"), "quantized experts for kernel cpu-wna16; supp"),
+    ):
+        with pytest.raises(PreflightError, match=message):
+            stacks(tmp_path, target=target)

@@ -1,0 +1,225 @@
+"""The experts of one layer: all there, all alike, and which of them, or what of each, a rank holds.
+
+vLLM's layer of experts has two weights: w13, gate (w1) and up (w3) by turns, and w2, the way back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fusedq_kernels.catalogue import Op
+from vllm_fusedq.checkpoint.read import Checkpoint
+from vllm_fusedq.errors import PreflightError, Problem
+from vllm_fusedq.formats.headers import REDO
+from vllm_fusedq.formats.layer import LayerFormat, Region
+from vllm_fusedq.names import EXPERT_PARTS, expert_module, index_ranges
+from vllm_fusedq.plan.shards import LayerShard, ParallelStyle, PartShard, UnevenSplit, even_slice
+
+# As the models of vLLM read them
+_COUNTS = (
+    *("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
+    "num_routed_experts",
+)
+GATE, UP, DOWN = "w1", "w3", "w2"
+PARTS = (GATE, UP, DOWN)
+W13, W2 = "w13", "w2"
+_NAMES = tuple(name for name in EXPERT_PARTS if name.endswith("proj"))
+_ALIKE = "experts whose gate, up and down projections are all quantized, each kind in one way"
+_AGAIN = "quantize the model again with all experts of a layer alike"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSplit:
+    """How vLLM spreads the experts of a layer over ranks.
+
+    `data_size` data-parallel copies of everything else share one set of experts. Where `parallel` a
+    rank holds whole experts, as many as the others or one more; else a part of every one.
+    """
+
+    parallel: bool = False
+    data_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStack:
+    """The experts of one layer in the checkpoint: of each, by number, three matrices by part."""
+
+    name: str
+    experts: tuple[Mapping[str, LayerFormat], ...]
+
+    @property
+    def formats(self) -> dict[str, LayerFormat]:
+        """By module."""
+        return {each.module: each for expert in self.experts for each in expert.values()}
+
+    @property
+    def hidden(self) -> int:
+        return self.experts[0][GATE].k
+
+    @property
+    def inner(self) -> int:
+        return self.experts[0][GATE].n
+
+
+def expert_stacks(
+    checkpoint: Checkpoint, layers: Mapping[str, LayerFormat]
+) -> tuple[list[ExpertStack], list[Problem]]:
+    """The stacks of the quantized `layers` of a checkpoint, and what stands against the others."""
+    members: dict[str, dict[str, LayerFormat]] = defaultdict(dict)
+    for module, layer in layers.items():
+        if expert := expert_module(module):
+            members[expert.stack][module] = layer
+    stacks, problems = [], []
+    for name, formats in members.items():
+        try:
+            stacks.append(expert_stack(checkpoint, name, formats))
+        except PreflightError as error:
+            problems += error.problems
+    return stacks, problems
+
+
+def expert_stack(
+    checkpoint: Checkpoint, name: str, formats: Mapping[str, LayerFormat]
+) -> ExpertStack:
+    """The stack of the quantized modules `formats` below `name`, all of one layer.
+
+    Raises:
+        PreflightError: every expert that is missing, unquantized or unlike the others.
+    """
+    found: dict[int, dict[str, LayerFormat]] = defaultdict(dict)
+    named: dict[str, str] = {}
+    for module, layer in formats.items():
+        expert = expert_module(module)
+        if expert is None or expert.part is None:
+            raise AssertionError(f"{module} is no part of an expert")
+        found[expert.index][expert.part] = layer
+        named[expert.part] = expert.name
+    if absent := [part for part in PARTS if part not in named]:
+        raise PreflightError.single(
+            layer=name,
+            found=f"experts without {' and '.join(absent)} "
+            f"(only {', '.join(sorted(named.values()))})",
+            supported=f"experts of three matrices ({', '.join(_NAMES)} or {', '.join(PARTS)})",
+            fix="serve this model without --quantization fusedq",
+        )
+    count = max(checkpoint.number(*_COUNTS) or 0, max(found) + 1)
+    problems = [
+        _missing(
+            checkpoint, f"{name}.{index}.{named[part]}", sum(part in e for e in found.values())
+        )
+        for index in range(count)
+        for part in PARTS
+        if part not in found.get(index, {})
+    ]
+    if not problems:
+        problems = _unlike(found)
+    if not problems:
+        problems = _misfits(name, found[0])
+    if problems:
+        raise PreflightError(problems)
+    return ExpertStack(name, tuple(found[index] for index in range(count)))
+
+
+def _missing(checkpoint: Checkpoint, module: str, others: int) -> Problem:
+    stored = checkpoint.modules().get(module, {})
+    what = "an unquantized weight" if "weight" in stored else "no such module"
+    return Problem(module, f"{what}, where {others} experts have a quantized one", _ALIKE, _AGAIN)
+
+
+def _unlike(found: Mapping[int, Mapping[str, LayerFormat]]) -> list[Problem]:
+    """Experts whose w13 or w2 is not quantized as most are, or not of their size."""
+    problems = []
+    for parts in ((GATE, UP), (DOWN,)):
+        kinds = {
+            (index, part): (expert[part].spec, expert[part].ordered, expert[part].n, expert[part].k)
+            for index, expert in found.items()
+            for part in parts
+        }
+        usual = Counter(kinds.values()).most_common(1)[0][0]
+        example = next(found[index][part] for (index, part), kind in kinds.items() if kind == usual)
+        for (index, part), kind in kinds.items():
+            if kind != usual:
+                layer = found[index][part]
+                told = f"{_told(layer)}, where most experts of the layer have {_told(example)}"
+                problems.append(Problem(layer.module, told, _ALIKE, _AGAIN))
+    return problems
+
+
+def _told(layer: LayerFormat) -> str:
+    scales = layer.spec.scale_dtype.value
+    return f"[{layer.n}, {layer.k}] {layer.description}, scales in {scales}"
+
+
+def _misfits(name: str, expert: Mapping[str, LayerFormat]) -> list[Problem]:
+    gate, down = expert[GATE], expert[DOWN]
+    if (gate.n, gate.k) == (down.k, down.n):
+        return []
+    sizes = f"[{gate.n}, {gate.k}] on the way in and [{down.n}, {down.k}] on the way back"
+    return [Problem(name, f"experts of {sizes}", "matrices that fit each other", REDO)]
+
+
+def local_experts(count: int, ranks: int, rank: int) -> range:
+    """The experts of a rank, as vLLM places them: in order, one more on the first ranks.
+
+    Raises:
+        UnevenSplit: a rank would hold none.
+    """
+    if count < ranks:
+        raise UnevenSplit(f"{count} experts cannot be spread over {ranks} ranks")
+    share, more = divmod(count, ranks)
+    start = rank * share + min(rank, more)
+    return range(start, start + share + (rank < more))
+
+
+def shard_experts(
+    stack: ExpertStack, tp_size: int, rank: int, split: ExpertSplit = ExpertSplit()
+) -> tuple[LayerShard, LayerShard]:
+    """The rank's w13 and w2; `rank` counts data-parallel copies, tensor-parallel ranks fastest.
+
+    Raises:
+        UnevenSplit: ranks cannot hold equal parts of an expert, or an expert each.
+    """
+    ranks = tp_size * split.data_size
+    if split.parallel:
+        held = local_experts(len(stack.experts), ranks, rank)
+        return stack_shards(stack, held, (0, stack.inner), 1, stack.name)
+    inner = even_slice(stack.inner, ranks, rank, "features inside of an expert")
+    return stack_shards(stack, range(len(stack.experts)), inner, ranks, stack.name)
+
+
+def stack_shards(
+    stack: ExpertStack, held: Sequence[int], inner: tuple[int, int], tp_size: int, prefix: str
+) -> tuple[LayerShard, LayerShard]:
+    """w13 and w2 of the experts `held`, cut to the features `inner` between their products.
+
+    `tp_size` ranks share an expert; `prefix` is what the layer is called in plans and errors.
+    """
+    into, back = Region(*inner, 0, stack.hidden), Region(0, stack.hidden, *inner)
+    shards = []
+    for weight, parts, region in ((W13, (GATE, UP), into), (W2, (DOWN,), back)):
+        shard = LayerShard(
+            prefix=prefix,
+            style=ParallelStyle.COLUMN if weight == W13 else ParallelStyle.ROW,
+            tp_size=tp_size,
+            parts=tuple(
+                PartShard(stack.experts[index][part].module, part, region)
+                for index in held
+                for part in parts
+            ),
+            ops=(Op.EXPERTS,),
+            weight=weight,
+            experts=tuple(held),
+            alternating=len(parts) > 1,
+        )
+        shards.append(shard)
+    return shards[0], shards[1]
+
+
+def experts_told(experts: tuple[int, ...] | None) -> str:
+    """Like "128 experts" or "experts 4-7", for messages and tables."""
+    if experts is None:
+        return ""
+    whole = experts == tuple(range(len(experts)))
+    return f"{len(experts)} experts" if whole else f"experts {index_ranges(experts)}"
