@@ -27,6 +27,7 @@ _BASE = f"{_QUANTIZATION}.base_config"
 _ATTENTION = "vllm.model_executor.layers.attention.attention"
 _LINEAR = "vllm.model_executor.layers.linear"
 _VOCABULARY = "vllm.model_executor.layers.vocab_parallel_embedding"
+_EXPERTS = "vllm.model_executor.layers.fused_moe"
 _PLUGINS = "vllm.plugins"
 
 
@@ -76,6 +77,22 @@ RELIED_UPON = (
         _VOCABULARY,
         "VocabParallelEmbeddingShardIndices",
         ("org_vocab_start_index", "org_vocab_end_index"),
+    ),
+    Relied(
+        f"{_EXPERTS}.config", "FusedMoEConfig", ("num_logical_experts", "hidden_dim", "has_bias")
+    ),
+    Relied(
+        f"{_EXPERTS}.routed_experts",
+        "RoutedExperts",
+        (
+            *("self.quant_method.create_weights", "self.quant_method.apply(", "expert_map_manager"),
+            *("_expert_map", "return_success=True", "apply_router_weight_on_input", "swiglu_limit"),
+        ),
+    ),
+    Relied(
+        "vllm.config.parallel",
+        "ParallelConfig",
+        ("enable_expert_parallel", "enable_eplb", "all2all_backend", "use_sequence_parallel_moe"),
     ),
     Relied(_PLUGINS, "load_endpoint_plugins", ("ENDPOINT_PLUGINS_GROUP",)),
     Relied("vllm.config.vllm", "VllmConfig", ("additional_config", "quant_config")),

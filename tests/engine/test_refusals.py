@@ -115,7 +115,10 @@ IN_API_PROCESS: dict[str, tuple[Maker, str]] = {
         f"{BLOCK}.self_attn: found q_scale (quantized queries or attention)",
     ),
     "g_idx": (edited("ct-sym", add(f"{DOWN}.weight_g_idx", torch.zeros(96).int())), "weight_g_idx"),
-    "experts": (edited("awq", rename(f"{BLOCK}.mlp", f"{BLOCK}.mlp.experts.0")), "MoE experts"),
+    "experts": (
+        edited("awq", rename(DOWN, f"{BLOCK}.mlp.experts.0.down_proj")),
+        "experts without w1 and w3",
+    ),
     "lm_head": (edited("awq", rename(DOWN, "lm_head")), "lm_head"),
     "lm_head against the config": (
         edited("ct-sym", rename(DOWN, "lm_head")),

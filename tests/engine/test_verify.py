@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from local_server import environment
+from random_models import write_random_model
+from test_experts import QWEN3
 from tiny_models import asset
 
 pytestmark = pytest.mark.engine
@@ -27,5 +29,20 @@ def test_every_layer_is_proven_from_the_trace() -> None:
             *("self_attn.qkv_proj", "self_attn.o_proj"),
             *("mlp.gate_up_proj", "mlp.down_proj"),
         )
+    }
+    assert "8 layers verified in the engine and with 1 to 4096 tokens, 0 failed" in done.stdout
+
+
+def test_experts_are_proven_from_the_trace(tmp_path: Path) -> None:
+    """Both stacks of a layer are seen in its one operator, and vLLM's router beside it."""
+    write_random_model(tmp_path, QWEN3, "awq")
+    command = [FUSEDQ, "verify", str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [line.split() for line in done.stdout.splitlines() if "cpu-striped" in line]
+    assert {row[0]: row[3] for row in rows} == {
+        f"model.layers.{layer}.mlp.experts.{weight}": "4"
+        for layer in (0, 1)
+        for weight in ("w13", "w2")
     }
     assert "8 layers verified in the engine and with 1 to 4096 tokens, 0 failed" in done.stdout

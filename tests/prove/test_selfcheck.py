@@ -12,6 +12,7 @@ from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import LogicalWeight, PackedWeight
 from heads import config_with_head, quantized_head
+from mixtures import write_mixture
 from random_models import falcon_config, write_random_model
 from tiny_models import asset
 from vllm_fusedq.checkpoint.read import read_checkpoint
@@ -58,6 +59,31 @@ def test_rows_in_head_groups_pass(tmp_path: Path) -> None:
     checks = check_all(tmp_path)
     assert len(checks) == 4
     assert all(check.passed for check in checks)
+
+
+@pytest.mark.parametrize("build", ["awq", "gptq-asym-order", "bnb-nf4"])
+def test_experts_pass_as_one_layer(tmp_path: Path, build: str) -> None:
+    write_mixture(tmp_path, build)
+    checks = check_all(tmp_path)
+    assert [check.plan.name.rpartition(".")[2] for check in checks] == ["w13", "w2", "o_proj"]
+    assert all(check.passed and check.max_error > 0 for check in checks)
+
+
+def test_a_wrong_value_of_one_expert_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mixture(tmp_path)
+    original = packing.pack_rows
+    calls = []
+
+    def wrong(packed: PackedWeight, start: int, rows: LogicalWeight) -> None:
+        calls.append(packed)
+        if len(calls) == 3:
+            rows.codes[17, 5] ^= 1
+        original(packed, start, rows)
+
+    monkeypatch.setattr(packing, "pack_rows", wrong)
+    assert [check.wrong_values for check in check_all(tmp_path)] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["codes", "scales", "zeros"])

@@ -143,23 +143,31 @@ class FusedQConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Fused where the checkpoint is quantized, vLLM's own method where it is not."""
         from vllm.model_executor.layers.attention import Attention
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+        from vllm_fusedq.integration.experts import experts_method
         from vllm_fusedq.integration.kv_cache import kv_cache_method
         from vllm_fusedq.integration.linear import FusedQLinearMethod
         from vllm_fusedq.integration.vocabulary import vocabulary_method
         from vllm_fusedq.integration.worker import start_worker
+        from vllm_fusedq.names import stored_experts
         from vllm_fusedq.plan.model_code import state_rows, stores_head_groups
         from vllm_fusedq.worker.last_words import speaking_last
 
-        if not isinstance(layer, LinearBase | VocabParallelEmbedding | Attention):
+        if not isinstance(layer, LinearBase | VocabParallelEmbedding | Attention | RoutedExperts):
             return None
         with speaking_last(self.message_file):
             if self.worker is None:
                 self.worker = start_worker(self.format.checkpoint, self, self.message_file)
             if isinstance(layer, Attention):
                 return kv_cache_method(layer, prefix, self, self.worker)
+            if isinstance(layer, RoutedExperts):
+                name = stored_experts(
+                    prefix, self.format.checkpoint.modules(), self.renamed_modules
+                )
+                return experts_method(layer, prefix, name, self.worker, self.format)
             modules = self.modules_of(prefix)
             if isinstance(layer, VocabParallelEmbedding):
                 return vocabulary_method(layer, prefix, modules[0], self.worker, self.format)

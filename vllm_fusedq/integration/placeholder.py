@@ -13,6 +13,7 @@ import torch
 from vllm.model_executor.layers import linear, vocab_parallel_embedding
 
 from vllm_fusedq.errors import PreflightError, WeightLoadError
+from vllm_fusedq.load.experts import ExpertsLoader
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.model_code import AS_STORED, WAY_OUT
 
@@ -46,7 +47,7 @@ class WeightLoader:
 
     def __init__(
         self,
-        loader: LayerLoader,
+        loader: LayerLoader | ExpertsLoader,
         name: str,
         guard: Callable[[], AbstractContextManager[None]] = nullcontext,
         reordered: bool = False,
@@ -89,6 +90,35 @@ class WeightLoader:
                 f"{attribute} of a quantized tensor, by which it rearranges weights while loading; "
                 f"supported: {AS_STORED}; {WAY_OUT}"
             )
+
+
+class ExpertWeightLoader(WeightLoader):
+    """vLLM's `weight_loader` callable for one checkpoint tensor name of all experts of a layer."""
+
+    # Llama 4 asks for it
+    supports_moe_loading = True
+
+    def __call__(
+        self,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str = "",
+        shard_id: object = None,
+        expert_id: int = 0,
+        return_success: bool = False,
+        **_: Any,
+    ) -> bool | None:
+        """Whether the expert is this rank's, where it is asked for."""
+        taken = True
+        if param.is_meta:
+            # A reload's rehearsal; see above
+            param.copy_(param)
+        else:
+            with self.guard():
+                if self.before is not None:
+                    self.before(self.loader.packed.qweight.device)
+                taken = self.loader.add(self.name, loaded_weight, shard_id, expert_id)
+        return taken if return_success else None
 
 
 class Placeholder(torch.nn.Parameter):

@@ -7,7 +7,12 @@ import torch
 import fusedq_kernels.ops  # noqa: F401  (registers torch.ops.fusedq)
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat
-from vllm_fusedq.integration.placeholder import Placeholder, WeightLoader
+from vllm_fusedq.integration.placeholder import (
+    ExpertWeightLoader,
+    Placeholder,
+    WeightLoader,
+)
+from vllm_fusedq.load.experts import ExpertsLoader
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.names import parameter_name
 from vllm_fusedq.plan.layer import LayerPlan
@@ -28,14 +33,17 @@ def attach(
 
     The placeholders, of one element, only carry a `weight_loader` (and the names that vLLM's LoRA
     looks for); slicing is `plan/shards.py`'s, exact also where vLLM's own loaders would round.
-    Both are named after the weight where the layer has several. `layer.fusedq_loaders` are the
-    LayerLoaders behind them; `reordered` is that of `WeightLoader`.
+    Both are named after the weight where the layer has several. `layer.fusedq_loaders` are behind
+    them; `reordered` is that of `WeightLoader`.
     """
     state.layer_created(plan, lambda: _has_bias(layer))
     device = torch.get_default_device()
-    loader = LayerLoader.create(plan, params_dtype, device, state.source)
+    fills, takes = LayerLoader, WeightLoader
+    if plan.experts is not None:
+        fills, takes = ExpertsLoader, ExpertWeightLoader
+    loader = fills.create(plan, params_dtype, device, state.source)
     for name, dtype in loader.tensor_dtypes.items():
-        weight_loader = WeightLoader(
+        weight_loader = takes(
             loader,
             name,
             state.guard,

@@ -14,7 +14,7 @@ from vllm_fusedq.prove.trace import LayerTrace, judge, record
 PROMPT_TOKENS, NEXT_TOKENS = 64, 3
 SIZES = (1, 4, 8, 16, 64, 256, 4096)
 # Which of a quantization method's functions vLLM calls for an operator
-METHODS = {Op.MATMUL: "apply", Op.EMBEDDING: "embedding"}
+METHODS = {Op.MATMUL: "apply", Op.EMBEDDING: "embedding", Op.EXPERTS: "apply"}
 
 
 def verify(
@@ -81,20 +81,27 @@ def _judge_layer(layer: torch.nn.Module, served: list[Any]) -> list[LayerTrace]:
         plan, packed = loader.plan, loader.packed
         for use in plan.uses:
             call = getattr(layer.quant_method, METHODS[use.op])
+            # An expert has a row for each token that chose it
+            rows = layer.top_k if use.op is Op.EXPERTS else 1
             sized = [(PROMPT_TOKENS, served)]
             for tokens in SIZES:
-                x = _inputs(use, tokens, packed.qweight.device)
-                sized.append((tokens, _profiled(lambda call=call, x=x: call(layer, x))))
-            traces += [judge(plan, use, packed, events, tokens) for tokens, events in sized]
+                given = _inputs(layer, use, tokens, packed.qweight.device)
+                sized.append((tokens, _profiled(lambda call=call, given=given: call(**given))))
+            traces += [judge(plan, use, packed, events, rows * tokens) for tokens, events in sized]
     return traces
 
 
-def _inputs(use: Use, tokens: int, device: torch.device) -> torch.Tensor:
-    """Token ids to look up, or activations to multiply."""
+def _inputs(layer: torch.nn.Module, use: Use, tokens: int, device: torch.device) -> dict[str, Any]:
+    """Token ids to look up, or activations to multiply; experts get tokens by turns."""
     if use.op is Op.EMBEDDING:
-        return torch.zeros(tokens, dtype=torch.int64, device=device)
-    size = (tokens, use.call.in_features)
-    return torch.zeros(size, dtype=use.call.dtype.torch, device=device)
+        return {"layer": layer, "input_": torch.zeros(tokens, dtype=torch.int64, device=device)}
+    features = layer.hidden_size if use.op is Op.EXPERTS else use.call.in_features
+    x = torch.zeros((tokens, features), dtype=use.call.dtype.torch, device=device)
+    if use.op is not Op.EXPERTS:
+        return {"layer": layer, "x": x}
+    ids = torch.arange(tokens * layer.top_k, dtype=torch.int32, device=device)
+    ids = ids.view(tokens, layer.top_k) % layer.moe_config.num_logical_experts
+    return {"layer": layer, "x": x, "topk_weights": ids.float(), "topk_ids": ids}
 
 
 def _profiled(work: Callable[[], object]) -> list[Any]:

@@ -23,6 +23,7 @@ from vllm_fusedq.integration.devices import worker_device
 from vllm_fusedq.integration.draft import check_draft, is_draft, model_config_of
 from vllm_fusedq.integration.worker_methods import install_worker_methods
 from vllm_fusedq.load.provenance import StoredTensors
+from vllm_fusedq.plan.experts import ExpertSplit
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.settings import parse_settings
@@ -59,7 +60,7 @@ def start_worker(
     model_config = model_config_of(vllm_config, quant_config)
     _warn_of_unread_code(model_config)
     rank = _worker_rank(vllm_config)
-    plan = plan_model(checkpoint, target, rank.tensor_size)
+    plan = plan_model(checkpoint, target, rank.tensor_size, split=_expert_split(vllm_config))
     for name in {use.call.kernel for layer in plan.layers for use in layer.uses}:
         _make_ready(KERNELS[name])
     downloaded = model_config.revision, vllm_config.load_config.download_dir
@@ -117,6 +118,13 @@ def _downloaded(model: str, revision: str | None, cache: str | None, file: str) 
         return None
     found = try_to_load_from_cache(model, file, cache, revision)
     return Path(found) if isinstance(found, str) else None
+
+
+def _expert_split(vllm_config: VllmConfig) -> ExpertSplit:
+    parallel = vllm_config.parallel_config
+    ranks = parallel.data_parallel_size * parallel.tensor_parallel_size
+    spread = parallel.enable_expert_parallel and ranks > 1
+    return ExpertSplit(spread, parallel.data_parallel_size)
 
 
 def _worker_rank(vllm_config: VllmConfig) -> WorkerRank:

@@ -6,7 +6,7 @@ holds the packed model plus the layers in flight.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +18,7 @@ from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats import Finding
 from vllm_fusedq.formats.layer import LayerFormat, Region, TensorLayout, stored_slices
 from vllm_fusedq.load.provenance import StoredTensors
+from vllm_fusedq.load.rows import alternated, padded, stack
 from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.plan.shards import PartShard
 
@@ -66,6 +67,11 @@ class LayerLoader:
         return cls(plan, packed, source)
 
     @property
+    def sample(self) -> PackedWeight:
+        """The weight, by which all launches are known."""
+        return self.packed
+
+    @property
     def tensor_dtypes(self) -> dict[str, torch.dtype]:
         """Every tensor suffix that any part of this layer reads, with its stored dtype."""
         return {t.name: t.dtype.torch for fmt in self.plan.formats for t in fmt.tensors}
@@ -112,12 +118,7 @@ class LayerLoader:
     def check_complete(self) -> None:
         """Raise WeightLoadError unless every tensor arrived and the layer is packed."""
         if missing := self.missing():
-            raise WeightLoadError(
-                f"{self.plan.name}: {len(missing)} tensors were never loaded "
-                f"({', '.join(missing)}); the checkpoint files are incomplete, its names do not "
-                "match the model, or --load-format dummy reads none; download the checkpoint "
-                "again, or leave --load-format at auto"
-            )
+            raise WeightLoadError(never_loaded(self.plan.name, len(missing), missing))
 
     def _all_parts(self) -> Iterator[tuple[PartShard, LayerFormat]]:
         return zip(self.plan.shard.parts, self.plan.formats, strict=True)
@@ -146,6 +147,8 @@ class LayerLoader:
 
     def _place(self) -> bool:
         """Copy tensors that are stored as they stay resident; False if they are not."""
+        if self.plan.shard.alternating:
+            return False
         start = 0
         for part, fmt in self._all_parts():
             if not part.region.n:
@@ -164,10 +167,10 @@ class LayerLoader:
         held, plan = self.plan.shard.held, self.plan
         device, at_most = self.packed.qweight.device, plan.n // MIN_STRIPES
         for start, stop in packing.stripes(held, plan.rows, device, at_most):
-            weight = _stack([self._logical(*piece) for piece in self._pieces(start, stop)])
+            weight = self._rows(start, stop)
             if stop == held:
                 # Rows of padding beyond the last stripe stay as allocated, worth zero
-                weight = _padded(weight, min(-held % packing.ROW_ALIGNMENT, plan.n - held))
+                weight = padded(weight, min(-held % packing.ROW_ALIGNMENT, plan.n - held))
             packing.pack_rows(self.packed, start, weight)
 
     def _weigh_evidence(self) -> None:
@@ -181,6 +184,16 @@ class LayerLoader:
     def _slices_of(self, part: PartShard, fmt: LayerFormat) -> dict[str, torch.Tensor]:
         return {stored.name: self._slices[part, stored.name] for stored in fmt.tensors}
 
+    def _rows(self, start: int, stop: int) -> LogicalWeight:
+        """Rows `[start, stop)` of the fused layer, as they lie in the resident weight."""
+        if not self.plan.shard.alternating:
+            return stack([self._logical(*piece) for piece in self._pieces(start, stop)])
+        halves = [
+            self._logical(part, fmt, rows_of(part.region, start // 2, stop // 2))
+            for part, fmt in self._all_parts()
+        ]
+        return alternated(*halves)
+
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[PartShard, LayerFormat, Region]]:
         """The parts' regions that make up rows `[start, stop)` of the fused layer."""
         offset = 0
@@ -188,12 +201,7 @@ class LayerLoader:
             region = part.region
             first, last = max(start - offset, 0), min(stop - offset, region.n)
             if first < last:
-                n_start = region.n_start + first
-                yield (
-                    part,
-                    fmt,
-                    Region(n_start, n_start + last - first, region.k_start, region.k_stop),
-                )
+                yield part, fmt, rows_of(region, first, last)
             offset += region.n
 
     def _logical(self, part: PartShard, fmt: LayerFormat, region: Region) -> LogicalWeight:
@@ -225,31 +233,18 @@ class LayerLoader:
             )
 
 
-def _stack(pieces: list[LogicalWeight]) -> LogicalWeight:
-    if len(pieces) == 1:
-        return pieces[0]
-    first = pieces[0]
-    zeros = None if first.zeros is None else torch.cat([p.zeros for p in pieces])
-    return LogicalWeight(
-        codes=torch.cat([p.codes for p in pieces]),
-        scales=torch.cat([p.scales for p in pieces]),
-        zeros=zeros,
-        spec=first.spec,
-        phase=first.phase,
-        perm=first.perm,
-        in_features=first.in_features,
-    )
+def rows_of(region: Region, start: int, stop: int) -> Region:
+    """Rows `[start, stop)` of a region, counted from its own first."""
+    return replace(region, n_start=region.n_start + start, n_stop=region.n_start + stop)
 
 
-def _padded(weight: LogicalWeight, rows: int) -> LogicalWeight:
-    """`weight` with rows behind it whose every scale is zero."""
-    if not rows:
-        return weight
-    codes, scales, zeros = (
-        None if each is None else torch.cat([each, each.new_zeros(rows, each.shape[1])])
-        for each in (weight.codes, weight.scales, weight.zeros)
+def never_loaded(layer: str, count: int, names: Sequence[str]) -> str:
+    """What to say of a layer of which `count` tensors did not arrive."""
+    return (
+        f"{layer}: {count} tensors were never loaded ({', '.join(names)}); the checkpoint files "
+        "are incomplete, its names do not match the model, or --load-format dummy reads none; "
+        "download the checkpoint again, or leave --load-format at auto"
     )
-    return replace(weight, codes=codes, scales=scales, zeros=zeros)
 
 
 def _find_tensor(fmt: LayerFormat, name: str, part: PartShard) -> TensorLayout:

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from fusedq_kernels import ops, reference
+from fusedq_kernels.call import ALTERNATION
 from fusedq_kernels.catalogue import Op
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import Layout, LogicalWeight, PackedWeight, Policy
@@ -21,7 +22,8 @@ from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.errors import KernelError
 from vllm_fusedq.formats import stored_slices
 from vllm_fusedq.formats.layer import LayerFormat, Region
-from vllm_fusedq.load.loader import LayerLoader
+from vllm_fusedq.load.experts import ExpertsLoader
+from vllm_fusedq.load.loader import LayerLoader, rows_of
 from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.plan.shards import PartShard
 from vllm_fusedq.prove.launches import LoadedLayer, on_gpu, run_launches
@@ -64,38 +66,71 @@ def check_layer(
 ) -> LayerCheck:
     """Load one layer of `plan` (a single rank's) onto `device` and check it.
 
+    Of experts each is checked as a layer of its own, in the stack that they share.
+
     Raises:
         WeightLoadError: a tensor holds values that cannot be right.
     """
-    loader = LayerLoader.create(plan, target.act_dtype, device)
     stored = dict(_stored(checkpoint, plan))
-    # A shard may lie in several ranges of rows, and takes its tensors once
-    for (shard_id, name), tensor in {(p.shard_id, n): t for (p, n), t in stored.items()}.items():
-        loader.add(name, tensor, shard_id)
-    loader.check_complete()
-    launches = _launches(checkpoint, plan, target, loader.packed)
+    if plan.experts is None:
+        loader = LayerLoader.create(plan, target.act_dtype, device)
+        # A shard may lie in several ranges of rows, and takes its tensors once
+        for (shard_id, name), tensor in {
+            (p.shard_id, n): t for (p, n), t in stored.items()
+        }.items():
+            loader.add(name, tensor, shard_id)
+        loader.check_complete()
+        return _check_weight(checkpoint, plan, loader.packed, stored, target)
+    experts = ExpertsLoader.create(plan, target.act_dtype, device)
+    numbers = [number for number in plan.experts for _ in plan.of_expert(0).shard.parts]
+    of_part = dict(zip(plan.shard.parts, numbers, strict=True))
+    for (part, name), tensor in stored.items():
+        experts.add(name, tensor, part.shard_id, of_part[part])
+    experts.check_complete()
+    checks = [
+        _check_weight(checkpoint, each.plan, each.packed, stored, target)
+        for each in experts.loaders
+    ]
+    return LayerCheck(
+        plan,
+        sum(check.wrong_values for check in checks),
+        max(check.max_error for check in checks),
+        max(check.rms_error for check in checks),
+        checks[0].limit,
+        sum(check.launches for check in checks),
+        next((check.wrong_launch for check in checks if check.wrong_launch), ""),
+    )
+
+
+def _check_weight(
+    checkpoint: Checkpoint,
+    plan: LayerPlan,
+    packed: PackedWeight,
+    stored: dict[tuple[PartShard, str], torch.Tensor],
+    target: Target,
+) -> LayerCheck:
+    launches = _launches(checkpoint, plan, target, packed)
     if launches[1]:
         return LayerCheck(plan, 0, 0.0, 0.0, _limit(target.act_dtype.torch), *launches)
-    resident = packing.unpack(loader.packed)
+    device, resident = packed.qweight.device, packing.unpack(packed)
     generator = torch.Generator().manual_seed(0)
     product, lookup = plan.use(Op.MATMUL), plan.use(Op.EMBEDDING)
     xs = [
         torch.randn(m, plan.k, generator=generator).to(device, target.act_dtype.torch)
         for m in (TOKENS if product else ())
     ]
-    found = [ops.matmul(x, loader.packed, None, product.call.kernel).double() for x in xs]
-    wrong, expected, start = 0, [[] for _ in xs], 0
-    for weight in _decoded(plan, stored, device):
-        stop = start + weight.codes.shape[0]
-        wrong += _differences(resident, weight, start, stop)
+    found = [ops.matmul(x, packed, None, product.call.kernel).double() for x in xs]
+    wrong, expected, places = 0, [[] for _ in xs], []
+    for rows, weight in _decoded(plan, stored, device):
+        wrong += _differences(resident, weight, rows)
         if lookup is not None:
             gather, act_dtype = lookup.call.kernel, target.act_dtype.torch
-            wrong += _wrong_rows(loader.packed, weight, start, gather, act_dtype)
+            wrong += _wrong_rows(packed, weight, rows, gather, act_dtype)
         for answers, x in zip(expected, xs, strict=True):
             answers.append(reference.matmul(x, weight))
-        start = stop
+        places.append(rows)
     errors = [
-        _errors(y[:, :start], torch.cat(answers, dim=1))
+        _errors(y[:, torch.cat(places)], torch.cat(answers, dim=1))
         for y, answers in zip(found, expected, strict=True)
     ]
     return LayerCheck(
@@ -138,14 +173,21 @@ def _stored(
 
 def _decoded(
     plan: LayerPlan, stored: dict[tuple[PartShard, str], torch.Tensor], device: torch.device
-) -> Iterator[LogicalWeight]:
-    """The layer's logical rows from the checkpoint, some at a time."""
-    for part, fmt in zip(plan.shard.parts, plan.formats, strict=True):
+) -> Iterator[tuple[torch.Tensor, LogicalWeight]]:
+    """The layer's logical rows from the checkpoint, some at a time, and where they are resident."""
+    before = 0
+    for index, (part, fmt) in enumerate(zip(plan.shard.parts, plan.formats, strict=True)):
         whole = part.region
-        for first in range(whole.n_start, whole.n_stop, ROWS):
-            last = min(first + ROWS, whole.n_stop)
-            region = replace(whole, n_start=first, n_stop=last)
-            yield fmt.packing.logical(_cut(fmt, part, stored, region, device), fmt, region)
+        for first in range(0, whole.n, ROWS):
+            region = rows_of(whole, first, min(first + ROWS, whole.n))
+            rows = torch.arange(first, first + region.n, device=device)
+            if plan.shard.alternating:
+                rows = (2 * (rows // ALTERNATION) + index) * ALTERNATION + rows % ALTERNATION
+            yield (
+                before * (not plan.shard.alternating) + rows,
+                fmt.packing.logical(_cut(fmt, part, stored, region, device), fmt, region),
+            )
+        before += whole.n
 
 
 def _cut(
@@ -162,13 +204,13 @@ def _cut(
     }
 
 
-def _differences(resident: LogicalWeight, weight: LogicalWeight, start: int, stop: int) -> int:
-    wrong = int((resident.codes[start:stop] != weight.codes).sum())
+def _differences(resident: LogicalWeight, weight: LogicalWeight, rows: torch.Tensor) -> int:
+    wrong = int((resident.codes[rows] != weight.codes).sum())
     # The CPU operator keeps scales in the dtype of the activations
     scales = weight.scales.to(resident.scales.dtype)
-    wrong += int((resident.scales[start:stop] != scales).sum())
+    wrong += int((resident.scales[rows] != scales).sum())
     if weight.zeros is not None:
-        wrong += int((resident.zeros[start:stop] != weight.zeros).sum())
+        wrong += int((resident.zeros[rows] != weight.zeros).sum())
     if weight.perm is not None:
         wrong += int((resident.perm != weight.perm).sum())
     return wrong
@@ -177,12 +219,11 @@ def _differences(resident: LogicalWeight, weight: LogicalWeight, start: int, sto
 def _wrong_rows(
     packed: PackedWeight,
     weight: LogicalWeight,
-    start: int,
+    ids: torch.Tensor,
     gather: str,
     act_dtype: torch.dtype,
 ) -> int:
-    """Values of rows from `start` on that are not the decoded ones, rounded once."""
-    ids = torch.arange(start, start + weight.codes.shape[0], device=weight.codes.device)
+    """Values of rows `ids` that are not the decoded ones, rounded once."""
     # The CPU operator's layout keeps scales in the dtype of the activations
     kept = act_dtype if packed.layout is Layout.CPU_WNA16 else weight.scales.dtype
     rows = reference.dequantize(replace(weight, scales=weight.scales.to(kept)), act_dtype)

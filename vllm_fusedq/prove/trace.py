@@ -101,9 +101,12 @@ def judge(
 def allowed_bytes(plan: LayerPlan, use: Use, tokens: int) -> int:
     """The largest single allocation that a call of `tokens` tokens may need."""
     # A lookup's outputs are rows; a product pads outputs, and pads and reorders what it reads
+    widest = max(round_up(plan.n, BLOCK_N), plan.k + 256, plan.rows + 256)
     features = {
         Op.EMBEDDING: plan.k,
-        Op.MATMUL: max(round_up(plan.n, BLOCK_N), plan.k + 256, plan.rows + 256),
+        Op.MATMUL: widest,
+        # Between the products and for the sum they are fp32
+        Op.EXPERTS: 2 * widest,
     }
     activations = tokens * features[use.op] * use.call.dtype.itemsize
     scratch = use.scratch_bytes(tokens) if use.kernel.scratch_is_seen else 0

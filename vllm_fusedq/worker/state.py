@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_fusedq.formats import CheckpointFormat, settle
+from vllm_fusedq.load.experts import ExpertsLoader
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.load.provenance import StoredTensors
 from vllm_fusedq.plan.layer import LayerPlan, Target
@@ -71,7 +72,7 @@ class WorkerState:
     unquantized: tuple[str, ...] = ()
     source: StoredTensors | None = None
     plans: list[LayerPlan] = field(default_factory=list)
-    loaders: list[LayerLoader] = field(default_factory=list)
+    loaders: list[LayerLoader | ExpertsLoader] = field(default_factory=list)
     before_loading: list[Callable[[], None]] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     load_seconds: float = 0.0
@@ -102,7 +103,7 @@ class WorkerState:
         """Around what may refuse: the API process repeats a FusedQError as its last word."""
         return speaking_last(self.message_file)
 
-    def layer_loaded(self, loader: LayerLoader, has_bias: bool) -> None:
+    def layer_loaded(self, loader: LayerLoader | ExpertsLoader, has_bias: bool) -> None:
         """Take note of a finished layer; after the last one, run every launch once and report.
 
         Layers of multi-token prediction are created after that: then there is a second last one.
@@ -123,7 +124,7 @@ class WorkerState:
         spent = self.pack_seconds + self.warmed.seconds
         self.load_seconds = time.perf_counter() - self.started - spent
         layers = (
-            LoadedLayer(each.plan.name, each.packed, each.plan.uses, bias)
+            LoadedLayer(each.plan.name, each.sample, each.plan.uses, bias)
             for each, bias in zip(self.loaders, self._with_bias, strict=True)
         )
         self.warmed += warm_up(

@@ -1,0 +1,113 @@
+"""Mixtures of experts in vLLM's engine, on one rank and on two, against transformers in fp32."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import DeepseekV2Config, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
+
+from checkpoints import put
+from engines import EngineFailed, generate, mean_error
+from local_server import compile_arguments
+from random_models import VOCABULARY, write_random_model
+from test_tensor_parallel import TWO_RANKS
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = [[(7 * i + 11 * j + 3) % VOCABULARY for i in range(24)] for j in range(6)]
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+# At two ranks a rank's 48 features of an expert end inside a group of 32.
+QWEN3 = Qwen3MoeConfig(
+    **SIZES,
+    head_dim=32,
+    moe_intermediate_size=96,
+    num_experts=4,
+    num_experts_per_tok=2,
+    norm_topk_prob=True,
+)
+MIXTRAL = MixtralConfig(**SIZES, intermediate_size=96, num_local_experts=5)
+# vLLM's attention on a CPU takes this latent only
+DEEPSEEK = DeepseekV2Config(
+    **SIZES,
+    **{"kv_lora_rank": 512, "qk_nope_head_dim": 16, "qk_rope_head_dim": 64, "v_head_dim": 16},
+    **{"q_lora_rank": None, "intermediate_size": 96, "moe_intermediate_size": 96},
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+)
+TP2: dict[str, Any] = {"tensor_parallel_size": 2}
+EP2 = TP2 | {"enable_expert_parallel": True}
+COMPILED = {"enforce_eager": compile_arguments() != []}
+# Name -> (config, how it is quantized, what is not, engine). In every run of the tests:
+MODELS: dict[str, tuple[PreTrainedConfig, str, str, dict[str, Any]]] = {
+    "qwen3, two ranks": (QWEN3, "awq", "", TP2),
+    "mixtral, experts on two ranks": (MIXTRAL, "gptq-asym", "", EP2),
+    "deepseek, compiled": (DEEPSEEK, "ct-sym", "self_attn", COMPILED),
+}
+# Only with --all-models:
+MORE_MODELS: dict[str, tuple[PreTrainedConfig, str, str, dict[str, Any]]] = {
+    "qwen3": (QWEN3, "ct-asym", "", {}),
+    "qwen3, act-order, two ranks": (QWEN3, "gptq-sym-order", "", TP2),
+    "qwen3, 8 bits, experts on two ranks": (QWEN3, "gptq-8bit-asym", "", EP2),
+    "qwen3, two ranks, compiled": (QWEN3, "gptq-sym", "", TP2 | COMPILED),
+    "mixtral, bitsandbytes, two ranks": (MIXTRAL, "bnb-nf4-nested", "", TP2),
+    "mixtral, experts on two ranks, compiled": (MIXTRAL, "ct-sym", "", EP2 | COMPILED),
+    "deepseek, two ranks": (DEEPSEEK, "awq", "self_attn", TP2),
+    "deepseek, experts on two ranks": (DEEPSEEK, "ct-asym", "self_attn", EP2),
+}
+
+
+def serve(
+    folder: Path, model: Path, prompts: list[list[int]], **engine: Any
+) -> list[dict[str, Any]]:
+    return generate(
+        folder,
+        model,
+        prompts,
+        env=TWO_RANKS if "tensor_parallel_size" in engine else None,
+        quantization="fusedq",
+        skip_tokenizer_init=True,
+        max_model_len=128,
+        dtype="float16",
+        **({"enforce_eager": True} | engine),
+    )
+
+
+@pytest.mark.parametrize("name", [*MODELS, *MORE_MODELS])
+def test_answers_as_transformers(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
+    if name in MORE_MODELS and not request.config.getoption("--all-models"):
+        pytest.skip("needs --all-models")
+    config, build, plain, engine = (MODELS | MORE_MODELS)[name]
+    model = write_random_model(tmp_path / "model", config, build, plain)
+    answers = serve(tmp_path, model.path, PROMPTS, **engine)
+    errors = [
+        mean_error(answer["prompt_logprobs"], expected)
+        for answer, expected in zip(answers, model.logprobs(PROMPTS), strict=True)
+    ]
+    assert sum(errors) / len(errors) <= 0.02
+    sure = [
+        (token, answer["tokens"][0])
+        for token, answer in zip(model.sure_tokens(PROMPTS), answers, strict=True)
+        if token is not None
+    ]
+    assert len(sure) >= len(PROMPTS) // 2
+    assert all(expected == found for expected, found in sure)
+    log = (tmp_path / "engine.log").read_text()
+    count = 5 if config is MIXTRAL else 4
+    held = -(-count // 2) if "enable_expert_parallel" in engine else count
+    assert "experts.w13" in log
+    assert f" ({held} experts)" in log
+    assert "fallbacks: 0" in log
+
+
+def test_a_damaged_expert_is_named(tmp_path: Path) -> None:
+    bad = "model.layers.1.mlp.experts.3.up_proj.scales"
+    edits = [put(bad, (1, 5), float("nan"))]
+    model = write_random_model(tmp_path / "model", QWEN3, "awq", edits=edits)
+    with pytest.raises(EngineFailed, match=f"WeightLoadError: {bad}: found 1 NaN or infinite"):
+        serve(tmp_path, model.path, PROMPTS[:1])

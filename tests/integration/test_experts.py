@@ -1,0 +1,198 @@
+"""vLLM's layer of experts with our method: one verdict, its loaders, its answers, its refusals."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from fusedq_kernels import reference, testing
+from fusedq_kernels.choose.device import cpu_device
+from fusedq_kernels.types import LogicalWeight, QuantSpec, WeightType
+from mixtures import COUNT, HIDDEN, INNER, Mixture, write_mixture
+from vllm_configs import current_config
+from vllm_fusedq.checkpoint.read import Checkpoint, read_checkpoint
+from vllm_fusedq.errors import PreflightError, WeightLoadError
+from vllm_fusedq.formats import format_for
+from vllm_fusedq.plan.experts import ExpertSplit
+from vllm_fusedq.plan.layer import Target
+from vllm_fusedq.plan.model import plan_model
+from vllm_fusedq.settings import Settings
+
+STACK = "model.layers.0.mlp.experts"
+TARGET = Target(cpu_device(fused_op=True), torch.float16)
+NAMES = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}
+
+Make = Callable[..., torch.nn.Module]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Builds vLLM's layer of experts of a checkpoint, on one rank of many."""
+    from vllm.config import get_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
+
+    from vllm_fusedq.integration.config import FusedQConfig
+    from vllm_fusedq.worker.state import WorkerState
+
+    def build(
+        checkpoint: Checkpoint,
+        rank: int = 0,
+        ranks: int = 1,
+        spread: bool = False,
+        parallel: dict[str, Any] | None = None,
+        lora: object = None,
+        **layer: Any,
+    ) -> torch.nn.Module:
+        group = SimpleNamespace(rank_in_group=rank, world_size=ranks)
+        alone = SimpleNamespace(rank_in_group=0, world_size=1)
+        for name, each in (("_TP", group), ("_EP", group), ("_DP", alone), ("_PCP", alone)):
+            monkeypatch.setattr(parallel_state, name, each)
+        config = FusedQConfig()
+        config.format = format_for(checkpoint)
+        config.worker = WorkerState(TARGET, Settings())
+        sizes = {"num_experts": COUNT, "hidden_size": HIDDEN, "intermediate_size": INNER}
+        with current_config():
+            vllm_config = get_current_vllm_config()
+            monkeypatch.setattr(vllm_config, "lora_config", lora)
+            for name, value in {"enable_expert_parallel": spread, **(parallel or {})}.items():
+                monkeypatch.setattr(vllm_config.parallel_config, name, value)
+            runner = FusedMoEFactory(
+                **{**sizes, "top_k": 2, "prefix": STACK, **layer}, quant_config=config
+            )
+        return runner.routed_experts
+
+    return build
+
+
+def load(layer: torch.nn.Module, path: Path) -> None:
+    """As RoutedExperts.load_weights calls the loaders, by keyword."""
+    with safe_open(path / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            if name.startswith(f"{STACK}."):
+                number, module, suffix = name.removeprefix(f"{STACK}.").split(".", 2)
+                weight, part = NAMES[module]
+                param = getattr(layer, f"{weight}_{suffix}")
+                taken = param.weight_loader(
+                    param=param,
+                    loaded_weight=file.get_tensor(name),
+                    weight_name=f"{STACK}.{weight}_{suffix}",
+                    shard_id=part,
+                    expert_id=int(number),
+                    return_success=True,
+                )
+                place = layer.expert_map_manager.map_global_to_local(int(number))
+                assert taken == (place >= 0)
+
+
+def truth(mixture: Mixture, number: int) -> reference.Expert:
+    """Gate, up and down of a symmetric or an asymmetric 4-bit expert, for the oracle."""
+    spec = QuantSpec(WeightType.UINT4, 32, torch.float16)
+    return reference.Expert(
+        *(
+            LogicalWeight(
+                torch.from_numpy(each.codes), each.scales, torch.from_numpy(each.zeros), spec
+            )
+            for each in mixture.expert(number)
+        )
+    )
+
+
+@pytest.mark.parametrize(("ranks", "spread"), [(1, False), (2, False), (2, True)])
+def test_ranks_plan_as_the_headers_say_and_add_up_to_the_experts(
+    tmp_path: Path, make: Make, ranks: int, spread: bool
+) -> None:
+    mixture = write_mixture(tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn((9, HIDDEN), generator=generator).half()
+    ids = torch.rand((9, COUNT), generator=generator).argsort(1)[:, :2].int()
+    weights = torch.rand((9, 2), generator=generator)
+    total = torch.zeros(9, HIDDEN)
+    for rank in range(ranks):
+        layer = make(checkpoint, rank, ranks, spread)
+        split = ExpertSplit(parallel=spread)
+        here = plan_model(checkpoint, TARGET, ranks, ranks=[rank], split=split).layers
+        there = [loader.plan for loader in layer.fusedq_loaders]
+        assert [plan for plan in here if plan.prefix == STACK] == there
+        load(layer, tmp_path)
+        layer.quant_method.process_weights_after_loading(layer)
+        total += layer.forward_modular(x, weights, ids).float()
+    truths = {number: truth(mixture, number) for number in range(COUNT)}
+    expected = reference.experts(x, weights, ids, truths)
+    testing.assert_close(total, expected, 8e-3, 2e-3)
+
+
+def test_loaders_take_what_hand_written_loops_give(tmp_path: Path, make: Make) -> None:
+    """DeepSeek's and Llama 4's loops pass the first three arguments by place."""
+    write_mixture(tmp_path)
+    layer = make(read_checkpoint(tmp_path), 1, 2, spread=True)
+    param, words = layer.w13_scales, torch.ones(2, INNER, dtype=torch.float16)
+    loader = param.weight_loader
+    assert loader.supports_moe_loading
+    assert loader(param, words, "w", shard_id="w1", expert_id=0, return_success=True) is False
+    assert loader(param, words, "w", shard_id="w1", expert_id=3, return_success=True) is True
+    assert loader(param, words, "w", shard_id="w3", expert_id=2) is None
+    meta = torch.nn.Parameter(torch.empty(1, dtype=torch.float16, device="meta"), False)
+    assert loader(meta, words, "w", shard_id="w3", expert_id=2, return_success=True) is True
+    with pytest.raises(WeightLoadError, match=f"{STACK}.w13: 10 tensors were never loaded"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_every_checkpoint_tensor_has_a_parameter_and_no_other(tmp_path: Path, make: Make) -> None:
+    """vLLM refuses to serve a parameter that no tensor reached."""
+    write_mixture(tmp_path, "bnb-nf4")
+    layer = make(read_checkpoint(tmp_path))
+    suffixes = {
+        *("weight", "weight_absmax", "weight_quant_map"),
+        "weight_quant_state_bitsandbytes__nf4",
+    }
+    names = {name for name, _ in layer.named_parameters()}
+    assert names == {f"{weight}_{suffix}" for weight in ("w13", "w2") for suffix in suffixes}
+
+
+def test_experts_that_are_left_unquantized_are_vllms(tmp_path: Path, make: Make) -> None:
+    def plain(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(f"{STACK}.")]:
+            tensors.pop(name)
+        for number in range(COUNT):
+            for name in NAMES:
+                size = (HIDDEN, INNER) if name == "down_proj" else (INNER, HIDDEN)
+                weight = torch.zeros(size, dtype=torch.float16)
+                tensors[f"{STACK}.{number}.{name}.weight"] = weight
+
+    write_mixture(tmp_path, config={"modules_to_not_convert": ["experts"]}, edits=[plain])
+    layer = make(read_checkpoint(tmp_path), params_dtype=torch.float16)
+    assert type(layer.quant_method).__name__ == "UnquantizedFusedMoEMethod"
+
+
+SIZES = r"4 experts of \[96, 64\] in the checkpoint; supported: 4 of \[192, 64\], which the model"
+DATA = {"data_parallel_size": 2, "all2all_backend": "deepep_high_throughput"}
+REFUSED = {
+    "eplb": ({"parallel": {"enable_eplb": True}}, "--enable-eplb; supported: experts that stay"),
+    "lora": ({"lora": object()}, "--enable-lora on quantized experts; supported: LoRA on models"),
+    "all2all": (
+        {"spread": True, "parallel": DATA},
+        "--all2all-backend deepep_high_throughput; supported: allgather_reducescatter",
+    ),
+    "sizes": ({"intermediate_size": 192}, SIZES),
+    "activation": ({"activation": "swiglustep"}, "experts with the activation swiglustep; supp"),
+    "limit": ({"swiglu_limit": 7.0}, "experts with swiglu_limit 7.0; supported: activations witho"),
+    "bias": ({"has_bias": True}, "experts with biases; supported: experts without biases"),
+    "weighted input": (
+        {"apply_router_weight_on_input": True, "top_k": 1},
+        "experts whose input is weighted by the router; supported: experts whose output",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_these_experts_do_not_follow_is_refused(tmp_path: Path, make: Make, name: str) -> None:
+    write_mixture(tmp_path)
+    options, message = REFUSED[name]
+    with pytest.raises(PreflightError, match=f"{STACK}: found {message}"):
+        make(read_checkpoint(tmp_path), **options)
