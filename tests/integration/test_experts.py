@@ -11,6 +11,8 @@ from safetensors import safe_open
 
 from fusedq_kernels import reference, testing
 from fusedq_kernels.choose.device import cpu_device
+from fusedq_kernels.cpu.activations import activated
+from fusedq_kernels.layouts import stacked
 from fusedq_kernels.types import LogicalWeight, QuantSpec, WeightType
 from mixtures import COUNT, HIDDEN, INNER, Mixture, write_mixture
 from vllm_configs import current_config
@@ -180,14 +182,81 @@ REFUSED = {
         "--all2all-backend deepep_high_throughput; supported: allgather_reducescatter",
     ),
     "sizes": ({"intermediate_size": 192}, SIZES),
-    "activation": ({"activation": "swiglustep"}, "experts with the activation swiglustep; supp"),
-    "limit": ({"swiglu_limit": 7.0}, "experts with swiglu_limit 7.0; supported: activations witho"),
+    "activation": ({"activation": "swigluoai"}, "experts with the activation swigluoai; supported"),
     "bias": ({"has_bias": True}, "experts with biases; supported: experts without biases"),
     "weighted input": (
-        {"apply_router_weight_on_input": True, "top_k": 1},
-        "experts whose input is weighted by the router; supported: experts whose output",
+        {"apply_router_weight_on_input": True},
+        "2 experts of a token, weighted by the router on their input; supported: one such",
     ),
 }
+
+
+def test_experts_on_a_cpu_need_vllms_router_there(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_fusedq.integration import experts
+
+    write_mixture(tmp_path)
+    monkeypatch.setattr(experts, "installed_vllm", lambda: (0, 29))
+    monkeypatch.setattr(experts.current_platform, "is_cpu", lambda: True)
+    message = "experts on a CPU in vLLM 0.29; supported: vLLM 0.30 and newer"
+    with pytest.raises(PreflightError, match=message):
+        make(read_checkpoint(tmp_path))
+
+
+def test_a_router_may_weigh_the_input_of_a_single_expert(tmp_path: Path, make: Make) -> None:
+    mixture = write_mixture(tmp_path)
+    layer = make(read_checkpoint(tmp_path), apply_router_weight_on_input=True, top_k=1)
+    load(layer, tmp_path)
+    layer.quant_method.process_weights_after_loading(layer)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn((5, HIDDEN), generator=generator).half()
+    ids, weights = torch.tensor([[0], [3], [2], [1], [3]]), torch.rand((5, 1), generator=generator)
+    truths = {number: truth(mixture, number) for number in range(COUNT)}
+    weighted = x * weights.half()
+    expected = reference.experts(weighted, torch.ones(5, 1), ids, truths)
+    testing.assert_close(layer.forward_modular(x, weights, ids), expected, 8e-3, 2e-3)
+
+
+CURVES = {
+    "silu": ("SiluAndMul", {}, {}),
+    "gelu": ("GeluAndMul", {}, {}),
+    "gelu_tanh": ("GeluAndMul", {}, {"approximate": "tanh"}),
+    "swiglustep": ("SwigluStepAndMul", {}, {}),
+    "situ": (
+        "SituAndMul",
+        {"activation_situ_beta": 1.5, "activation_situ_linear_beta": 2.0},
+        {"beta": 1.5, "linear_beta": 2.0},
+    ),
+    "silu, clamped": (
+        "SiluAndMulWithClamp",
+        {"swiglu_limit": 0.7},
+        {"swiglu_limit": 0.7, "alpha": 1.0, "beta": 0.0},
+    ),
+    "swigluoai_uninterleave": (
+        "SiluAndMulWithClamp",
+        {"swiglu_limit": 0.7, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+        {"swiglu_limit": 0.7, "alpha": 1.702, "beta": 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_activations_are_vllms(name: str) -> None:
+    """Against the plain PyTorch of vLLM's own layers."""
+    from vllm.model_executor.layers import activation as layers
+
+    from vllm_fusedq.integration.activations import activation_of
+
+    kind, options, arguments = CURVES[name]
+    value = SimpleNamespace(value=name.partition(",")[0])
+    activation = activation_of(SimpleNamespace(activation=value, **options))
+    sums = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * 4
+    with current_config():
+        expected = getattr(layers, kind)(**arguments).forward_native(sums)
+    gate, up = sums.chunk(2, dim=1)
+    alternating = stacked.alternate(gate.T, up.T).T
+    torch.testing.assert_close(activated(activation, alternating), expected)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -189,6 +189,14 @@ def test_matrices_that_do_not_fit_each_other(tmp_path: Path) -> None:
     assert found.found == "experts of [96, 64] on the way in and [32, 96] on the way back"
 
 
+def test_a_bias_of_an_expert_is_named(tmp_path: Path) -> None:
+    """vLLM would leave it out without a word."""
+    bias = torch.zeros(INNER, dtype=torch.float16)
+    write_mixture(tmp_path, edits=[add(f"{STACK}.2.up_proj.bias", bias)])
+    (found,) = problems(tmp_path)
+    assert (found.layer, found.found) == (f"{STACK}.2.up_proj", "an expert with a bias")
+
+
 def test_damaged_experts_of_all_layers_fold(tmp_path: Path) -> None:
     edits = [
         drop(f"model.layers.{layer}.mlp.experts.{number}.up_proj.scales")

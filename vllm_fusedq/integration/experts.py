@@ -7,23 +7,25 @@ import torch
 from vllm.config import ParallelConfig, get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.platforms import current_platform
 
 import fusedq_kernels.experts  # noqa: F401  (registers torch.ops.fusedq.experts)
-from fusedq_kernels.activation import Activation
 from fusedq_kernels.call import ExpertsCall
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.formats.layer import LayerFormat
+from vllm_fusedq.integration.activations import ACTIVATIONS, activation_of
 from vllm_fusedq.integration.resident import attach, finish
 from vllm_fusedq.plan.experts import ExpertStack, expert_stack, stack_shards
 from vllm_fusedq.plan.layer import plan_layer
+from vllm_fusedq.plan.model_code import installed_vllm
 from vllm_fusedq.worker.state import WorkerState
 
 WITHOUT = "serve this model without --quantization fusedq"
 # Where every rank sees all tokens, and adds up what its experts make of them
 ALL2ALL = ("allgather_reducescatter", "naive")
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_tanh"}
-"""vLLM's names of activations that take gate and up, and ours."""
+# Before it vLLM's experts route by themselves on a CPU
+FIRST_CPU_ROUTER = (0, 30)
 
 
 class FusedQExpertsMethod(FusedMoEMethodBase):
@@ -54,7 +56,8 @@ class FusedQExpertsMethod(FusedMoEMethodBase):
             )
             plans = [plan_layer(each, self.stack.formats, self.state.target) for each in shards]
             up, down = (plan.main.call for plan in plans)
-            activation = Activation(ACTIVATIONS[config.activation.value])
+            activation = activation_of(config)
+            assert activation is not None
             self.call = ExpertsCall(num_experts, activation, up, down).text
         for plan in plans:
             attach(layer, plan, self.state, params_dtype)
@@ -79,6 +82,8 @@ class FusedQExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if layer.apply_router_weight_on_input:
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         return torch.ops.fusedq.experts(
             *(x, topk_weights, topk_ids, layer._expert_map),
             *(layer.fusedq_w13_qweight, layer.fusedq_w13_scales, layer.fusedq_w13_zeros),
@@ -158,11 +163,7 @@ def check_layer(layer: RoutedExperts, prefix: str, stack: ExpertStack) -> None:
         config.intermediate_size_per_partition * config.tp_size,
         config.hidden_dim,
     )
-    limits = {
-        name: value
-        for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
-        if (value := getattr(layer, name, None)) is not None
-    }
+    version = installed_vllm() or FIRST_CPU_ROUTER
     reasons: Mapping[str, tuple[object, str, str]] = {
         f"a {type(layer).__name__}, a layer of experts with code of its own": (
             type(layer) is not RoutedExperts,
@@ -175,20 +176,20 @@ def check_layer(layer: RoutedExperts, prefix: str, stack: ExpertStack) -> None:
             "config.json and the weights are not of the same model; download both again",
         ),
         f"experts with the activation {activation}": (
-            activation not in ACTIVATIONS,
+            activation_of(config) is None,
             ", ".join(ACTIVATIONS),
             WITHOUT,
         ),
-        f"experts with {', '.join(f'{name} {value}' for name, value in limits.items())}": (
-            limits,
-            "activations without limits",
+        "experts with biases": (config.has_bias, "experts without biases", WITHOUT),
+        f"{config.experts_per_token} experts of a token, weighted by the router on their input": (
+            layer.apply_router_weight_on_input and config.experts_per_token > 1,
+            "one such expert, as Llama 4 has it",
             WITHOUT,
         ),
-        "experts with biases": (config.has_bias, "experts without biases", WITHOUT),
-        "experts whose input is weighted by the router": (
-            layer.apply_router_weight_on_input,
-            "experts whose output is weighted",
-            WITHOUT,
+        f"experts on a CPU in vLLM {'.'.join(map(str, version))}": (
+            version < FIRST_CPU_ROUTER and current_platform.is_cpu(),
+            f"vLLM {'.'.join(map(str, FIRST_CPU_ROUTER))} and newer",
+            "install a newer vLLM",
         ),
     }
     problems = [

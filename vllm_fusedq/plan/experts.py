@@ -6,7 +6,7 @@ vLLM's layer of experts has two weights: w13, gate (w1) and up (w3) by turns, an
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fusedq_kernels.catalogue import Op
@@ -27,6 +27,7 @@ PARTS = (GATE, UP, DOWN)
 W13, W2 = "w13", "w2"
 _NAMES = tuple(name for name in EXPERT_PARTS if name.endswith("proj"))
 _ALIKE = "experts whose gate, up and down projections are all quantized, each kind in one way"
+_WITHOUT = "serve this model without --quantization fusedq"
 _AGAIN = "quantize the model again with all experts of a layer alike"
 
 
@@ -102,7 +103,7 @@ def expert_stack(
             found=f"experts without {' and '.join(absent)} "
             f"(only {', '.join(sorted(named.values()))})",
             supported=f"experts of three matrices ({', '.join(_NAMES)} or {', '.join(PARTS)})",
-            fix="serve this model without --quantization fusedq",
+            fix=_WITHOUT,
         )
     count = max(checkpoint.number(*_COUNTS) or 0, max(found) + 1)
     problems = [
@@ -114,7 +115,7 @@ def expert_stack(
         if part not in found.get(index, {})
     ]
     if not problems:
-        problems = _unlike(found)
+        problems = [*_unlike(found), *_biased(checkpoint, formats)]
     if not problems:
         problems = _misfits(name, found[0])
     if problems:
@@ -145,6 +146,14 @@ def _unlike(found: Mapping[int, Mapping[str, LayerFormat]]) -> list[Problem]:
                 told = f"{_told(layer)}, where most experts of the layer have {_told(example)}"
                 problems.append(Problem(layer.module, told, _ALIKE, _AGAIN))
     return problems
+
+
+def _biased(checkpoint: Checkpoint, formats: Iterable[str]) -> list[Problem]:
+    biased = (module for module in formats if "bias" in checkpoint.modules()[module])
+    return [
+        Problem(module, "an expert with a bias", "experts without biases", _WITHOUT)
+        for module in biased
+    ]
 
 
 def _told(layer: LayerFormat) -> str:
