@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 from transformers import DeepseekV2Config, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from checkpoints import put
-from engines import EngineFailed, generate, mean_error
+from checkpoints import Tensors, drop, put
+from engines import SMALL, EngineFailed, ask, generate, mean_error
 from local_server import compile_arguments
 from random_models import VOCABULARY, write_random_model
 from test_tensor_parallel import TWO_RANKS
+from tiny_models import MIXTURE, asset, reference
 
 pytestmark = pytest.mark.engine
 
@@ -45,13 +46,13 @@ EP2 = TP2 | {"enable_expert_parallel": True}
 COMPILED = {"enforce_eager": compile_arguments() != []}
 # Name -> (config, how it is quantized, what is not, engine). In every run of the tests:
 MODELS: dict[str, tuple[PreTrainedConfig, str, str, dict[str, Any]]] = {
-    "qwen3, two ranks": (QWEN3, "awq", "", TP2),
     "mixtral, experts on two ranks": (MIXTRAL, "gptq-asym", "", EP2),
     "deepseek, compiled": (DEEPSEEK, "ct-sym", "self_attn", COMPILED),
 }
 # Only with --all-models:
 MORE_MODELS: dict[str, tuple[PreTrainedConfig, str, str, dict[str, Any]]] = {
     "qwen3": (QWEN3, "ct-asym", "", {}),
+    "qwen3, two ranks": (QWEN3, "awq", "", TP2),
     "qwen3, act-order, two ranks": (QWEN3, "gptq-sym-order", "", TP2),
     "qwen3, 8 bits, experts on two ranks": (QWEN3, "gptq-8bit-asym", "", EP2),
     "qwen3, two ranks, compiled": (QWEN3, "gptq-sym", "", TP2 | COMPILED),
@@ -103,6 +104,68 @@ def test_answers_as_transformers(tmp_path: Path, request: pytest.FixtureRequest,
     assert "experts.w13" in log
     assert f" ({held} experts)" in log
     assert "fallbacks: 0" in log
+
+
+ENGINES = {"two ranks": TP2, "one rank": {}, "experts on two ranks, compiled": EP2 | COMPILED}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_checkpoint_by_llm_compressor_answers_as_its_own_dequantization(
+    tmp_path: Path, request: pytest.FixtureRequest, name: str
+) -> None:
+    """Groups of 64, of which a rank of two cuts those of w2."""
+    if name != "two ranks" and not request.config.getoption("--all-models"):
+        pytest.skip("needs --all-models")
+    expected = reference(MIXTURE)
+    answers = serve(tmp_path, asset(MIXTURE), expected["prompts"], **ENGINES[name])
+    errors = [
+        mean_error(answer["prompt_logprobs"], [None, *wanted])
+        for answer, wanted in zip(answers, expected["prompt_logprobs"], strict=True)
+    ]
+    assert sum(errors) / len(errors) <= 0.02
+
+
+def renumbered(tensors: Tensors) -> None:
+    """The same model with its experts in the opposite order."""
+    last = QWEN3.num_experts - 1
+    for name in list(tensors):
+        if name.endswith("mlp.gate.weight"):
+            tensors[name] = tensors[name].flip(0).contiguous()
+    experts = {name: tensors.pop(name) for name in list(tensors) if ".experts." in name}
+    for name, tensor in experts.items():
+        before, _, after = name.partition(".experts.")
+        number, _, rest = after.partition(".")
+        tensors[f"{before}.experts.{last - int(number)}.{rest}"] = tensor
+
+
+def test_reloading_fills_the_same_stacks_with_other_experts(tmp_path: Path) -> None:
+    lost = "model.layers.1.mlp.experts.2.up_proj.scales"
+    edits = {"first": [], "second": [renumbered], "lacking": [drop(lost)]}
+    first, second, lacking = (
+        write_random_model(tmp_path / name, QWEN3, "gptq-sym", edits=each).path
+        for name, each in edits.items()
+    )
+    engine = {"quantization": "fusedq", "skip_tokenizer_init": True, "enforce_eager": True}
+    request = {
+        "engine": {
+            **SMALL,
+            "model": str(first),
+            "max_model_len": 128,
+            "dtype": "float16",
+            **engine,
+        },
+        "prompts": PROMPTS,
+        "reloads": [str(each) for each in (second, first, lacking)],
+    }
+    loaded, reloaded, again, refused = ask("reload.py", tmp_path, request, None)
+    # Codes, scales and, of the attention layers, nothing more
+    assert len(loaded["pointers"][0]) == 2 * (2 + 2) * 2
+    assert reloaded["pointers"] == again["pointers"] == loaded["pointers"]
+    assert again["prompt_logprobs"] == loaded["prompt_logprobs"]
+    # What a stale stack or router would not give
+    for found, wanted in zip(reloaded["prompt_logprobs"], loaded["prompt_logprobs"], strict=True):
+        assert mean_error(found, wanted) <= 0.02
+    assert f"1 tensors were never loaded ({lost})" in refused["error"]
 
 
 def test_a_damaged_expert_is_named(tmp_path: Path) -> None:

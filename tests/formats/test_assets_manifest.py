@@ -32,6 +32,6 @@ def test_the_model_is_clearly_better_than_a_unigram_model() -> None:
 def test_the_assets_stay_small() -> None:
     sizes = {path: path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()}
     # The trained model and its checkpoints take 7.6 MB of it, layers by single tools the rest
-    assert sum(sizes.values()) < 8_050_000
+    assert sum(sizes.values()) < 8_300_000
     for name in [*CHECKPOINTS, *MIXED, *TIED, *BITSANDBYTES]:
         assert sum(size for path, size in sizes.items() if path.parent.name == name) < 1_000_000

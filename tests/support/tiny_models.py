@@ -17,6 +17,8 @@ MIXED = ("tiny-llama-gptq-mixed", "tiny-llama-ct-mixed")
 TIED = ("tiny-llama-ct-tied",)
 """Embeddings quantized and tied; one block only."""
 BITSANDBYTES = ("tiny-llama-bnb-nf4",)
+MIXTURE = "tiny-qwen3-moe-ct-g64"
+"""Random, and with experts."""
 
 
 def asset(name: str) -> Path:
