@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from fusedq_kernels import reference, testing
+from fusedq_kernels.activation import SILU
 from fusedq_kernels.choose.device import cpu_device
 from fusedq_kernels.cpu.activations import activated
 from fusedq_kernels.layouts import stacked
@@ -183,7 +184,7 @@ REFUSED = {
     ),
     "sizes": ({"intermediate_size": 192}, SIZES),
     "activation": ({"activation": "swigluoai"}, "experts with the activation swigluoai; supported"),
-    "bias": ({"has_bias": True}, "experts with biases; supported: experts without biases"),
+    "bias": ({"has_bias": True}, "experts without the biases that the model has; supported: bia"),
     "weighted input": (
         {"apply_router_weight_on_input": True},
         "2 experts of a token, weighted by the router on their input; supported: one such",
@@ -216,6 +217,39 @@ def test_a_router_may_weigh_the_input_of_a_single_expert(tmp_path: Path, make: M
     weighted = x * weights.half()
     expected = reference.experts(weighted, torch.ones(5, 1), ids, truths)
     testing.assert_close(layer.forward_modular(x, weights, ids), expected, 8e-3, 2e-3)
+
+
+@pytest.mark.parametrize(("ranks", "spread"), [(1, False), (2, False), (2, True)])
+def test_biases_are_added_once(tmp_path: Path, make: Make, ranks: int, spread: bool) -> None:
+    """Also those of GPTQ's older tools, of which a model knows nothing."""
+    generator = torch.Generator().manual_seed(5)
+    biases = {
+        f"{STACK}.{number}.{name}.bias": torch.randn(
+            HIDDEN if name == "down_proj" else INNER, generator=generator
+        ).half()
+        for number in range(COUNT)
+        for name in NAMES
+    }
+    mixture = write_mixture(tmp_path, edits=[lambda tensors: tensors.update(biases)])
+    x = torch.randn((7, HIDDEN), generator=generator).half()
+    ids = torch.rand((7, COUNT), generator=generator).argsort(1)[:, :2].int()
+    weights = torch.rand((7, 2), generator=generator)
+    total = torch.zeros(7, HIDDEN)
+    for rank in range(ranks):
+        layer = make(read_checkpoint(tmp_path), rank, ranks, spread)
+        load(layer, tmp_path)
+        layer.quant_method.process_weights_after_loading(layer)
+        total += layer.forward_modular(x, weights, ids).float()
+    expected = torch.zeros(7, HIDDEN, dtype=torch.float64)
+    for number in range(COUNT):
+        gate, up, down = truth(mixture, number)
+        b = [biases[f"{STACK}.{number}.{name}.bias"] for name in NAMES]
+        hidden = reference.activate(
+            SILU, reference.matmul(x, gate, b[0]), reference.matmul(x, up, b[1])
+        )
+        y = reference.matmul(hidden.half(), down, b[2])
+        expected += ((ids == number) * weights).sum(1, keepdim=True).double() * y
+    testing.assert_close(total, expected, 1e-2, 3e-3)
 
 
 CURVES = {

@@ -20,7 +20,7 @@ MODULE = "model.layers.0.mlp.down_proj"
 
 
 def test_two_weights_of_one_layer_lie_side_by_side(tmp_path: Path) -> None:
-    from vllm_fusedq.integration.resident import RESIDENT, attach, finish
+    from vllm_fusedq.integration.resident import attach, finish
 
     write_checkpoint(tmp_path, "awq")
     target = Target(cpu_device(), torch.bfloat16, "cpu-striped")
@@ -31,7 +31,9 @@ def test_two_weights_of_one_layer_lie_side_by_side(tmp_path: Path) -> None:
         shard = replace(plan.shard, weight=weight)
         attach(layer, replace(plan, shard=shard), state, torch.bfloat16)
     assert {name for name, _ in layer.named_buffers()} <= {
-        f"fusedq_{weight}_{name}" for weight in ("w13", "w2") for name in RESIDENT
+        f"fusedq_{weight}_{name}"
+        for weight in ("w13", "w2")
+        for name in ("qweight", "scales", "zeros", "perm")
     }
     stored = {
         name.removeprefix(f"{MODULE}."): tensor

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoints import ALL_BUILDS, ORDERED_BUILDS, put
+from checkpoints import ALL_BUILDS, ORDERED_BUILDS, put, replace
 from fusedq_kernels.choose.device import cpu_device
 from fusedq_kernels.layouts.packing import unpack
 from fusedq_kernels.types import StackedWeight
@@ -147,6 +147,25 @@ def test_a_bad_scale_names_its_expert(tmp_path: Path) -> None:
     write_mixture(tmp_path, edits=[put(bad, (0, 0), float("nan"))])
     with pytest.raises(WeightLoadError, match=f"{bad}: found 1 NaN or infinite values"):
         load(tmp_path, plans_of(tmp_path))
+
+
+def test_a_bias_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
+    def biased(tensors: dict[str, torch.Tensor]) -> None:
+        for number in range(COUNT):
+            tensors[f"{STACK}.{number}.down_proj.bias"] = torch.ones(64, dtype=torch.float16)
+
+    bad = f"{STACK}.1.down_proj.bias"
+    for name, edit, message in (
+        ("short", replace(bad, lambda t: t[:32]), rf"{bad}: found a bias \[32\], expected \[64\]"),
+        ("nan", put(bad, (3,), float("nan")), f"{bad}: found 1 NaN or infinite values"),
+    ):
+        write_mixture(tmp_path / name, edits=[biased, edit])
+        with pytest.raises(WeightLoadError, match=message):
+            load(tmp_path / name, plans_of(tmp_path / name))
+    write_mixture(tmp_path / "good", edits=[biased])
+    _, plan = plans_of(tmp_path / "good")
+    loader = ExpertsLoader.create(plan, torch.float16, torch.device("cpu"))
+    assert f"{STACK}.3.down_proj.bias" in loader.missing()
 
 
 def test_a_tensor_of_another_shape_names_its_expert(tmp_path: Path) -> None:

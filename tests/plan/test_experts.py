@@ -189,12 +189,23 @@ def test_matrices_that_do_not_fit_each_other(tmp_path: Path) -> None:
     assert found.found == "experts of [96, 64] on the way in and [32, 96] on the way back"
 
 
-def test_a_bias_of_an_expert_is_named(tmp_path: Path) -> None:
-    """vLLM would leave it out without a word."""
+def test_biases_of_some_experts_are_refused_and_of_all_counted(tmp_path: Path) -> None:
     bias = torch.zeros(INNER, dtype=torch.float16)
-    write_mixture(tmp_path, edits=[add(f"{STACK}.2.up_proj.bias", bias)])
-    (found,) = problems(tmp_path)
-    assert (found.layer, found.found) == (f"{STACK}.2.up_proj", "an expert with a bias")
+    names = [
+        f"{STACK}.{number}.{name}" for number in range(COUNT) for name in ("gate_proj", "up_proj")
+    ]
+    all_but_one = [add(f"{name}.bias", bias.clone()) for name in names[1:]]
+    write_mixture(tmp_path / "some", edits=all_but_one)
+    (found,) = problems(tmp_path / "some")
+    assert (found.layer, found.found) == (names[0], "no bias, which 7 of 8 like it have")
+    matrix = add(f"{names[0]}.bias", bias[None])
+    write_mixture(tmp_path / "shape", edits=[*all_but_one, matrix])
+    (found,) = problems(tmp_path / "shape")
+    assert (found.layer, found.found) == (names[0], "a bias F16 [1, 96]")
+    write_mixture(tmp_path / "all", edits=[*all_but_one, add(f"{names[0]}.bias", bias)])
+    w13, w2 = stacks(tmp_path / "all", tp_size=2)
+    assert dict(w13.resident)["bias"] == COUNT * INNER * 2
+    assert "bias" not in dict(w2.resident)
 
 
 def test_damaged_experts_of_all_layers_fold(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.integration.activations import ACTIVATIONS, activation_of
 from vllm_fusedq.integration.resident import attach, finish
-from vllm_fusedq.plan.experts import ExpertStack, expert_stack, stack_shards
+from vllm_fusedq.plan.experts import WEIGHTS, ExpertStack, expert_stack, stack_shards
 from vllm_fusedq.plan.layer import plan_layer
 from vllm_fusedq.plan.model_code import installed_vllm
 from vllm_fusedq.worker.state import WorkerState
@@ -87,9 +87,9 @@ class FusedQExpertsMethod(FusedMoEMethodBase):
         return torch.ops.fusedq.experts(
             *(x, topk_weights, topk_ids, layer._expert_map),
             *(layer.fusedq_w13_qweight, layer.fusedq_w13_scales, layer.fusedq_w13_zeros),
-            *(None, layer.fusedq_w13_perm),
+            *(layer.fusedq_w13_bias, layer.fusedq_w13_perm),
             *(layer.fusedq_w2_qweight, layer.fusedq_w2_scales, layer.fusedq_w2_zeros),
-            *(None, layer.fusedq_w2_perm),
+            *(layer.fusedq_w2_bias, layer.fusedq_w2_perm),
             self.call,
         )
 
@@ -180,7 +180,11 @@ def check_layer(layer: RoutedExperts, prefix: str, stack: ExpertStack) -> None:
             ", ".join(ACTIVATIONS),
             WITHOUT,
         ),
-        "experts with biases": (config.has_bias, "experts without biases", WITHOUT),
+        "experts without the biases that the model has": (
+            config.has_bias and stack.biased != set(WEIGHTS),
+            "biases of both weights, or a model without any",
+            "download the checkpoint again or quantize the model again",
+        ),
         f"{config.experts_per_token} experts of a token, weighted by the router on their input": (
             layer.apply_router_weight_on_input and config.experts_per_token > 1,
             "one such expert, as Llama 4 has it",

@@ -19,8 +19,6 @@ from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.plan.uses import Use
 from vllm_fusedq.worker.state import WorkerState
 
-RESIDENT = ("qweight", "scales", "zeros", "perm")
-
 
 def attach(
     layer: torch.nn.Module,
@@ -52,8 +50,7 @@ def attach(
         )
         placeholder = Placeholder(dtype, device, weight_loader)
         layer.register_parameter(_of_weight(plan, parameter_name(name)), placeholder)
-    for name in RESIDENT:
-        tensor = getattr(loader.packed, name)
+    for name, tensor in loader.resident.items():
         layer.register_buffer(f"fusedq_{_of_weight(plan, name)}", tensor, persistent=False)
     layer.fusedq_loaders = (*getattr(layer, "fusedq_loaders", ()), loader)
 
@@ -69,9 +66,8 @@ def finish(layer: torch.nn.Module, state: WorkerState) -> None:
         has_bias = _has_bias(layer)
         for loader in layer.fusedq_loaders:
             loader.check_complete()
-            for name in RESIDENT:
+            for name, resident in loader.resident.items():
                 # A reload puts tensors of its own here; the loader filled those of the graphs
-                resident = getattr(loader.packed, name)
                 setattr(layer, f"fusedq_{_of_weight(loader.plan, name)}", resident)
             state.layer_loaded(loader, has_bias)
 

@@ -13,7 +13,7 @@ import torch
 
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.layouts import packing
-from fusedq_kernels.types import LogicalWeight, PackedWeight
+from fusedq_kernels.types import LogicalWeight, PackedWeight, StackedWeight
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats import Finding
 from vllm_fusedq.formats.layer import LayerFormat, Region, TensorLayout, stored_slices
@@ -65,6 +65,11 @@ class LayerLoader:
             ordered=plan.ordered,
         )
         return cls(plan, packed, source)
+
+    @property
+    def resident(self) -> dict[str, torch.Tensor | None]:
+        """What the operator reads, by the names of its arguments."""
+        return resident_tensors(self.packed)
 
     @property
     def sample(self) -> PackedWeight:
@@ -231,6 +236,11 @@ class LayerLoader:
                 "one order for all parts of a fused layer; quantize again with desc_act "
                 "false"
             )
+
+
+def resident_tensors(packed: PackedWeight | StackedWeight) -> dict[str, torch.Tensor | None]:
+    names = ("qweight", "scales", "zeros", "perm")
+    return {name: getattr(packed, name) for name in names}
 
 
 def rows_of(region: Region, start: int, stop: int) -> Region:

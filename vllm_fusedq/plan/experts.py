@@ -6,12 +6,13 @@ vLLM's layer of experts has two weights: w13, gate (w1) and up (w3) by turns, an
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fusedq_kernels.catalogue import Op
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.errors import PreflightError, Problem
+from vllm_fusedq.formats.base import PLAIN_DTYPES
 from vllm_fusedq.formats.headers import REDO
 from vllm_fusedq.formats.layer import LayerFormat, Region
 from vllm_fusedq.names import EXPERT_PARTS, expert_module, index_ranges
@@ -25,8 +26,11 @@ _COUNTS = (
 GATE, UP, DOWN = "w1", "w3", "w2"
 PARTS = (GATE, UP, DOWN)
 W13, W2 = "w13", "w2"
+WEIGHTS = {W13: (GATE, UP), W2: (DOWN,)}
+BIAS = "bias"
 _NAMES = tuple(name for name in EXPERT_PARTS if name.endswith("proj"))
 _ALIKE = "experts whose gate, up and down projections are all quantized, each kind in one way"
+_ALL_BIASED = "a bias [out_features] in 16 or 32 bits of every expert, or of none"
 _WITHOUT = "serve this model without --quantization fusedq"
 _AGAIN = "quantize the model again with all experts of a layer alike"
 
@@ -49,6 +53,8 @@ class ExpertStack:
 
     name: str
     experts: tuple[Mapping[str, LayerFormat], ...]
+    biased: frozenset[str] = frozenset()
+    """The weights, w13 or w2, to which the checkpoint has biases."""
 
     @property
     def formats(self) -> dict[str, LayerFormat]:
@@ -115,12 +121,20 @@ def expert_stack(
         if part not in found.get(index, {})
     ]
     if not problems:
-        problems = [*_unlike(found), *_biased(checkpoint, formats)]
+        problems = _unlike(found)
     if not problems:
         problems = _misfits(name, found[0])
     if problems:
         raise PreflightError(problems)
-    return ExpertStack(name, tuple(found[index] for index in range(count)))
+    biased = []
+    for weight, parts in WEIGHTS.items():
+        modules = [expert[part].module for expert in found.values() for part in parts]
+        with_bias = [module for module in modules if BIAS in checkpoint.modules()[module]]
+        problems += _bias_problems(checkpoint, modules, with_bias)
+        biased += [weight] * bool(with_bias)
+    if problems:
+        raise PreflightError(problems)
+    return ExpertStack(name, tuple(found[index] for index in range(count)), frozenset(biased))
 
 
 def _missing(checkpoint: Checkpoint, module: str, others: int) -> Problem:
@@ -132,7 +146,7 @@ def _missing(checkpoint: Checkpoint, module: str, others: int) -> Problem:
 def _unlike(found: Mapping[int, Mapping[str, LayerFormat]]) -> list[Problem]:
     """Experts whose w13 or w2 is not quantized as most are, or not of their size."""
     problems = []
-    for parts in ((GATE, UP), (DOWN,)):
+    for parts in WEIGHTS.values():
         kinds = {
             (index, part): (expert[part].spec, expert[part].ordered, expert[part].n, expert[part].k)
             for index, expert in found.items()
@@ -148,12 +162,20 @@ def _unlike(found: Mapping[int, Mapping[str, LayerFormat]]) -> list[Problem]:
     return problems
 
 
-def _biased(checkpoint: Checkpoint, formats: Iterable[str]) -> list[Problem]:
-    biased = (module for module in formats if "bias" in checkpoint.modules()[module])
-    return [
-        Problem(module, "an expert with a bias", "experts without biases", _WITHOUT)
-        for module in biased
-    ]
+def _bias_problems(
+    checkpoint: Checkpoint, modules: Sequence[str], biased: Sequence[str]
+) -> list[Problem]:
+    if not biased:
+        return []
+    told = f"no bias, which {len(biased)} of {len(modules)} like it have"
+    lacking = [module for module in modules if module not in set(biased)]
+    problems = [Problem(module, told, _ALL_BIASED, REDO) for module in lacking]
+    for module in biased:
+        info = checkpoint.modules()[module][BIAS]
+        if info.dtype not in PLAIN_DTYPES or len(info.shape) != 1:
+            told = f"a bias {info.dtype} {list(info.shape)}"
+            problems.append(Problem(module, told, _ALL_BIASED, REDO))
+    return problems
 
 
 def _told(layer: LayerFormat) -> str:
@@ -207,7 +229,7 @@ def stack_shards(
     """
     into, back = Region(*inner, 0, stack.hidden), Region(0, stack.hidden, *inner)
     shards = []
-    for weight, parts, region in ((W13, (GATE, UP), into), (W2, (DOWN,), back)):
+    for (weight, parts), region in zip(WEIGHTS.items(), (into, back), strict=True):
         shard = LayerShard(
             prefix=prefix,
             style=ParallelStyle.COLUMN if weight == W13 else ParallelStyle.ROW,
@@ -221,6 +243,7 @@ def stack_shards(
             weight=weight,
             experts=tuple(held),
             alternating=len(parts) > 1,
+            biased=weight in stack.biased,
         )
         shards.append(shard)
     return shards[0], shards[1]

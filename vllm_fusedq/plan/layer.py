@@ -134,7 +134,7 @@ class LayerPlan:
 
     @property
     def metadata_bytes(self) -> int:
-        """Scales, zero points and activation order."""
+        """Scales, zero points, activation order and biases of experts."""
         return sum(size for _, size in self.resident) - self.weight_bytes
 
     @property
@@ -190,6 +190,8 @@ def plan_layer(
     resident = choice.resident
     if first.ordered:
         resident = (*resident, ("perm", ResidentTensor((rows,), PERM_DTYPE).nbytes))
+    if shard.biased:
+        resident = (*resident, ("bias", shard.n * target.act_dtype.itemsize))
     if shard.experts is not None:
         resident = tuple((name, size * shard.count) for name, size in resident)
     return LayerPlan(

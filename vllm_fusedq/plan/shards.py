@@ -44,7 +44,7 @@ class LayerShard:
 
     Of `experts`, those that the rank holds by their number in the model, each has its own parts,
     one after the other in `parts`; n and k are of one of them. Where `alternating` its two parts'
-    rows come in turn (`layouts/stacked.py`).
+    rows come in turn (`layouts/stacked.py`); where `biased` each adds a bias, which lies beside it.
     """
 
     prefix: str
@@ -56,6 +56,7 @@ class LayerShard:
     weight: str = ""
     experts: tuple[int, ...] | None = None
     alternating: bool = False
+    biased: bool = False
 
     @property
     def name(self) -> str:
