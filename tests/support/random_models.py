@@ -1,12 +1,13 @@
 """Tiny random models of transformers whose linear layers are known codes, scales and zeros."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FalconConfig, FalconH1Config, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -133,6 +134,22 @@ def write_random_model(
     }
     write_json(path / "config.json", document)
     return RandomModel(path, model, truths)
+
+
+def write_dequantized(path: Path, quantized: RandomModel) -> Path:
+    """The same checkpoint with what its quantized modules are worth, in fp32."""
+    packed = tuple(f"{module}." for module in quantized.truths)
+    stored = load_file(quantized.path / "model.safetensors")
+    tensors = {name: each for name, each in stored.items() if not name.startswith(packed)}
+    for module, truth in quantized.truths.items():
+        values = truth.values(0, truth.codes.shape[0], 0, truth.codes.shape[1])
+        tensors[f"{module}.weight"] = values.float().contiguous()
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    document = json.loads((quantized.path / "config.json").read_text())
+    del document["quantization_config"]
+    write_json(path / "config.json", document)
+    return path
 
 
 def _linears(model: torch.nn.Module) -> Iterator[tuple[str, tuple[str, torch.Tensor]]]:
