@@ -9,7 +9,7 @@ BLOCK_K = 128
 BLOCK_N = 128
 WNA16_ALIGNMENT = 32
 # Output tiles that split-K can count at once (`cuda/arrivals.py`).
-MAX_TILES = 4096
+MAX_TILES = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,16 @@ def wna16_geometry(k: int, group_size: int, phase: int) -> Wna16Geometry:
 def whole_splits(num_blocks: int, split_k: int) -> int:
     """At most `split_k` splits of `num_blocks`, as many as leave none of them empty."""
     return -(-num_blocks // -(-num_blocks // split_k))
+
+
+def most_blocks(num_slots: int, num_experts: int, block_m: int) -> int:
+    """The most blocks of `block_m` positions that slots sorted by expert can fill.
+
+    An expert's slots begin a block, and each expert that has any leaves `block_m - 1` positions of
+    its last block empty at most.
+    """
+    touched = min(num_slots, num_experts)
+    return (num_slots + touched * (block_m - 1)) // block_m
 
 
 def round_up(value: int, multiple: int) -> int:

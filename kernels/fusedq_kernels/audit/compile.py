@@ -85,6 +85,7 @@ def pointer_types(spec: QuantSpec, act_dtype: torch.dtype) -> dict[str, str]:
     return {
         **dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr", "out_ptr"), act),
         **dict.fromkeys(("qweight_ptr", "arrivals_ptr", "perm_ptr"), "*i32"),
+        **dict.fromkeys(("slots_ptr", "experts_ptr"), "*i32"),
         "scales_ptr": "*" + _SCALE_WORDS[scale_words(spec, audited_groups(spec)).dtype],
         "partial_ptr": "*fp32",
         "ids_ptr": "*i64",

@@ -25,6 +25,7 @@ from fusedq_kernels.audit.hazards import count_running
 from fusedq_kernels.audit.rows import AuditRow
 from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.cuda import gemm
+from fusedq_kernels.cuda.routed import UNROUTED, Routed
 from fusedq_kernels.types import QuantSpec, TileConfig
 
 
@@ -44,12 +45,13 @@ class Variant:
     spec: QuantSpec
     act_dtype: torch.dtype
     has_bias: bool = True
+    routed: Routed = UNROUTED
 
     def inputs(self) -> Inputs:
         """As `gemm.prepare` would specialise it."""
         groups = audited_groups(self.spec)
         constants = gemm.kernel_constants(
-            self.spec, groups, self.tile, self.act_dtype, self.has_bias
+            self.spec, groups, self.tile, self.act_dtype, self.has_bias, self.routed
         )
         pointers = pointer_types(self.spec, self.act_dtype)
         if self.tile.x_descriptor:
@@ -60,6 +62,10 @@ class Variant:
             constants |= dict.fromkeys(("partial_ptr", "arrivals_ptr"))
         if not self.has_bias:
             constants["bias_ptr"] = None
+        if not self.routed.top_k:
+            constants |= gemm.UNROUTED_ARGUMENTS
+        elif self.routed.alone:
+            constants["slots_ptr"] = None
         return Inputs(constants, pointers, gemm.launch_options(self.tile))
 
     def key(self) -> object:
@@ -73,9 +79,10 @@ def compile_gemm(
     spec: QuantSpec,
     act_dtype: torch.dtype,
     has_bias: bool = True,
+    routed: Routed = UNROUTED,
 ) -> triton.compiler.CompiledKernel:
     """Compile the main kernel exactly as `gemm.prepare` would specialise it."""
-    constants, pointers, options = Variant(tile, spec, act_dtype, has_bias).inputs()
+    constants, pointers, options = Variant(tile, spec, act_dtype, has_bias, routed).inputs()
     return compile_kernel(gemm.fused_gemm_kernel, target, constants, pointers, **options)
 
 
@@ -85,9 +92,11 @@ def audit_tile(
     spec: QuantSpec,
     act_dtype: torch.dtype,
     has_bias: bool = True,
+    routed: Routed = UNROUTED,
 ) -> AuditRow:
     """Compile one tile for `target`, a name known to `device_by_name`."""
-    kernel = compile_gemm(target_of(device_by_name(target)), tile, spec, act_dtype, has_bias)
+    gpu = target_of(device_by_name(target))
+    kernel = compile_gemm(gpu, tile, spec, act_dtype, has_bias, routed)
     instructions, seen = disassemble(kernel)
     body = main_loop(instructions)
     ops = Counter(opcode(text).split(".")[0] for _, text in body)
@@ -96,6 +105,7 @@ def audit_tile(
         **seen,
         tile=tile,
         has_bias=has_bias,
+        routed=routed.top_k > 0,
         tmem=kernel.metadata.tmem_size,
         loop_instructions=len(body),
         **count_by_pipe(text for _, text in body),

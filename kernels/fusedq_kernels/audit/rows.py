@@ -16,8 +16,9 @@ from fusedq_kernels.types import TileConfig, WeightType
 WARP_SIZE = 32
 _MAX_REGISTERS = 255
 _MAX_TMEM = 512
-# Bytes per thread that the last sum of a split may keep in memory, beside the main loop.
-_MAX_SPLIT_STACK = 16
+# Bytes per thread that the last sum of a split, or where the rows of experts lie, may keep in
+# memory, beside the main loop.
+_MAX_STACK_BESIDE = 16
 
 _TENSOR_CORES = {9: "wgmma", 10: "tcgen05"}
 
@@ -110,10 +111,12 @@ class AuditRow(CompiledRow):
     `local`, are SASS instructions of one thread in one K block of the main loop: `alu` and `fma`
     those of these two pipes, `sts` stores to shared memory, `ldg` loads from global memory that
     were not made asynchronous, `running` wgmmas that may still run when the next block begins.
+    `routed` is for experts.
     """
 
     tile: TileConfig
     has_bias: bool
+    routed: bool = False
     tmem: int
     loop_instructions: int
     alu: int
@@ -132,7 +135,7 @@ class AuditRow(CompiledRow):
         return self.loop_instructions * threads / (self.tile.block_n * BLOCK_K)
 
     def _max_stack(self) -> int:
-        return _MAX_SPLIT_STACK if self.tile.split_k > 1 else 0
+        return _MAX_STACK_BESIDE if self.tile.split_k > 1 or self.routed else 0
 
     def _problems(self) -> list[str]:
         found = []

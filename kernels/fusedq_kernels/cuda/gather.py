@@ -14,10 +14,10 @@ import triton.language as tl
 from fusedq_kernels.call import Call
 from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, of_step
 from fusedq_kernels.cuda.gemm import FP_FUSION, weight_constants
-from fusedq_kernels.cuda.gemm_kernel import scaled
 from fusedq_kernels.cuda.hooks import named_for_hooks
 from fusedq_kernels.cuda.launcher import Launcher
 from fusedq_kernels.cuda.metadata import row_metadata, scale_of, vector_of
+from fusedq_kernels.cuda.rounding import scaled
 from fusedq_kernels.geometry import BLOCK_N, GroupGeometry, group_geometry, round_up
 from fusedq_kernels.types import QuantSpec
 

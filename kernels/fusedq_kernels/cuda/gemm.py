@@ -17,10 +17,14 @@ from fusedq_kernels.cuda.arrivals import MAX_TILES, arrival_counters
 from fusedq_kernels.cuda.decode import DECODERS
 from fusedq_kernels.cuda.gemm_kernel import fused_gemm_kernel
 from fusedq_kernels.cuda.launcher import ALIGNMENT, INTERPRETED, Launcher
+from fusedq_kernels.cuda.routed import UNROUTED, Routed
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, GroupGeometry, group_geometry, round_up
 from fusedq_kernels.layouts.resident import TILED_WORDS, scale_words
 from fusedq_kernels.types import TILED_LAYOUTS, QuantSpec, TileConfig
+
+# What a launch without experts passes for their tables and numbers.
+UNROUTED_ARGUMENTS = dict.fromkeys(("slots_ptr", "experts_ptr", "num_routed", "num_experts"))
 
 ACT_DTYPES = tuple(dtype.torch for dtype in calls.ACT_DTYPES)
 
@@ -44,8 +48,9 @@ def kernel_constants(
     tile: TileConfig,
     act_dtype: torch.dtype,
     has_bias: bool,
+    routed: Routed = UNROUTED,
 ) -> dict[str, object]:
-    """The constexpr arguments of `fused_gemm_kernel`; shared by the launcher and the audit."""
+    """The constexpr arguments of `fused_gemm_kernel`; shared by the launchers and the audit."""
     return weight_constants(spec, groups) | {
         "SCALE_WEIGHTS": tile.scale_weights,
         "SCALE_STEPS": tile.scale_steps,
@@ -58,6 +63,7 @@ def kernel_constants(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "NUM_STAGES": tile.num_stages,
+        **routed.constants(),
     }
 
 
@@ -85,6 +91,16 @@ def launch_options(tile: TileConfig) -> dict[str, object]:
     }
 
 
+def weight_arguments(call: Call, groups: GroupGeometry, tile: TileConfig) -> tuple[int, ...]:
+    """The numbers, from N on, by which `fused_gemm_kernel` finds its way through a weight."""
+    num_blocks = groups.k_padded // BLOCK_K
+    return (
+        *(call.n, call.k, round_up(call.n, BLOCK_N)),
+        *(groups.pad, groups.first_step, groups.last_group),
+        *(num_blocks, triton.cdiv(num_blocks, tile.split_k * tile.segments)),
+    )
+
+
 def prepare(call: Call, tile: TileConfig | None) -> Callable[..., None]:
     """`run(x, qweight, scales, zeros, bias, out)` for one layer and tile.
 
@@ -95,10 +111,8 @@ def prepare(call: Call, tile: TileConfig | None) -> Callable[..., None]:
     """
     groups = group_geometry(call.k, call.spec.group_size, call.phase)
     n, k, n_padded = call.n, call.k, round_up(call.n, BLOCK_N)
-    tile = _checked_tile(tile, n_padded, groups)
-    num_blocks, split_k = groups.k_padded // BLOCK_K, tile.split_k
-    part = triton.cdiv(num_blocks, split_k * tile.segments)
-    of_layer = (n, k, n_padded, groups.pad, groups.first_step, groups.last_group, num_blocks, part)
+    tile = checked_tile(tile, n_padded, groups)
+    split_k, of_layer = tile.split_k, weight_arguments(call, groups, tile)
     options = launch_options(tile)
     launchers = [
         Launcher(
@@ -125,19 +139,24 @@ def prepare(call: Call, tile: TileConfig | None) -> Callable[..., None]:
         grid = launch_grid(m, n_padded, tile)
         partial = arrivals = None
         if split_k > 1:
-            _check_tiles(grid[0] * grid[1], tile)
+            check_tiles(grid[0] * grid[1], tile)
             partial = torch.empty((split_k, m, n), dtype=torch.float32, device=x.device)
             arrivals = arrival_counters(x.device)
-        tokens = x
-        if tile.x_descriptor:
-            tokens = TensorDescriptor(x, [m, k], [stride_xm, 1], [tile.block_m, groups.step])
+        tokens = described(x, stride_xm, tile, groups) if tile.x_descriptor else x
         places = qweight.data_ptr() | scales.data_ptr() | out.data_ptr()
         launchers[bias is not None].launch(
             *(grid, places, tokens, qweight, scales, bias, out, partial, arrivals, m),
-            *(*of_layer, stride_xm),
+            *(*of_layer, stride_xm, *UNROUTED_ARGUMENTS.values()),
         )
 
     return run
+
+
+def described(
+    x: torch.Tensor, stride_xm: int, tile: TileConfig, groups: GroupGeometry
+) -> TensorDescriptor:
+    """x for the tensor memory accelerator, in blocks of `[block_m, step]`."""
+    return TensorDescriptor(x, [*x.shape], [stride_xm, 1], [tile.block_m, groups.step])
 
 
 def launch_grid(m: int, n_padded: int, tile: TileConfig) -> tuple[int, int, int]:
@@ -154,7 +173,8 @@ def launch_grid(m: int, n_padded: int, tile: TileConfig) -> tuple[int, int, int]
     return triton.cdiv(tiles_m, groups), tiles_n, groups
 
 
-def _checked_tile(tile: TileConfig | None, n_padded: int, groups: GroupGeometry) -> TileConfig:
+def checked_tile(tile: TileConfig | None, n_padded: int, groups: GroupGeometry) -> TileConfig:
+    """The tile; ValueError, saying found and expected, where the weight cannot have it."""
     if tile is None:
         raise ValueError("triton-gemm needs a tile, got none")
     if n_padded % tile.block_n:
@@ -167,7 +187,8 @@ def _checked_tile(tile: TileConfig | None, n_padded: int, groups: GroupGeometry)
     return tile
 
 
-def _check_tiles(num_tiles: int, tile: TileConfig) -> None:
+def check_tiles(num_tiles: int, tile: TileConfig) -> None:
+    """ValueError where there are more split tiles than arrival counters."""
     if num_tiles > MAX_TILES:
         raise ValueError(
             f"split_k {tile.split_k} of {num_tiles} output tiles; at most {MAX_TILES} can be split"

@@ -16,35 +16,30 @@ precede thread 0's atomic add, whose release at GPU scope covers them (release i
 PTX); the add that finds the tile complete acquires every earlier one, a barrier passes that on to
 its block, and `.cg` loads read the sums from L2. Floating-point atomics, which add in any order,
 are not used.
+
+Experts. With TOP_K the weight is one of many behind each other, and a block of BLOCK_M tokens
+belongs to one of them: `routing.py` sorts the choices of all tokens by expert and says which. A
+choice is a slot, `token * TOP_K + choice`; where it stands in that order is its position.
 """
 
 # Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
-# ruff: noqa: RET505, SIM300
+# ruff: noqa: RET505
 
 import triton
 import triton.language as tl
 
+from fusedq_kernels.cuda.activations import activated, values_per_output
 from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, of_step
 from fusedq_kernels.cuda.hooks import named_for_hooks
 from fusedq_kernels.cuda.metadata import (
+    num_vectors,
     scale_of,
     stored_scale,
     tile_metadata,
     vector_of,
     vector_ptrs,
 )
-
-
-@triton.jit
-def to_output(acc, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
-    """Round fp32 to DTYPE, ties to even."""
-    if INTERPRET and DTYPE == tl.bfloat16:
-        # The interpreter truncates; adding half a bf16 ulp first makes it round like a GPU.
-        bits = acc.to(tl.int32, bitcast=True)
-        bits = bits + 0x7FFF + ((bits >> 16) & 1)
-        return (bits >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-    else:
-        return acc.to(DTYPE)
+from fusedq_kernels.cuda.rounding import scaled, to_output
 
 
 @triton.jit
@@ -55,19 +50,6 @@ def _dot(a, b, acc, INTERPRET: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc)
-
-
-@triton.jit
-def scaled(weight, scale, NARROW_SCALE: tl.constexpr, INTERPRET: tl.constexpr):
-    """`weight * scale`, rounded once to the dtype of `weight`; scale in any float dtype.
-
-    NARROW_SCALE says that the scale is a number of that dtype: half the instructions, same bits.
-    """
-    if NARROW_SCALE and not INTERPRET:
-        return weight * scale[:, None].to(weight.dtype)
-    else:
-        scale = scale.to(tl.float32)
-        return to_output(weight.to(tl.float32) * scale[:, None], weight.dtype, INTERPRET)
 
 
 @triton.jit
@@ -101,8 +83,11 @@ def _finished(acc, INTERPRET: tl.constexpr):
 # One binary for any number of tokens, position of groups and bias, wherever it starts.
 @named_for_hooks
 @triton.jit(
-    do_not_specialize=["M", "first_step", "last_group", "num_blocks", "blocks_per_part"],
-    do_not_specialize_on_alignment=["bias_ptr"],
+    do_not_specialize=[
+        *("M", "first_step", "last_group", "num_blocks", "blocks_per_part"),
+        *("num_routed", "num_experts"),
+    ],
+    do_not_specialize_on_alignment=["bias_ptr", "experts_ptr"],
 )
 def fused_gemm_kernel(
     x_ptr,
@@ -122,6 +107,10 @@ def fused_gemm_kernel(
     num_blocks,
     blocks_per_part,
     stride_xm,
+    slots_ptr,
+    experts_ptr,
+    num_routed,
+    num_experts,
     DECODE: tl.constexpr,
     SCALE_DTYPE: tl.constexpr,
     SCALE_WEIGHTS: tl.constexpr,
@@ -140,6 +129,14 @@ def fused_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ALONE: tl.constexpr,
+    X_SORTED: tl.constexpr,
+    Y_SORTED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """One `[BLOCK_M, BLOCK_N]` tile of y over one split of K, or over SEGMENTS of them in order.
@@ -151,6 +148,14 @@ def fused_gemm_kernel(
     same order.
     With X_DESCRIPTOR, `x_ptr` is a tensor descriptor of x in blocks of `[BLOCK_M, STEP]`, which the
     tensor memory accelerator (sm_90 and newer) loads by one instruction; STEP is 16 at least then.
+
+    TOP_K is 0 but for experts. There M counts slots, `slots_ptr` int32 says which slot is at each
+    position, M where there is none, and `experts_ptr` which of `num_experts` each of `num_routed`
+    blocks of positions is for, another number for none. Row m of x is of position m with X_SORTED,
+    else of token m; row m of y is of position m with Y_SORTED, else of slot m; partial sums are of
+    slots. With ALONE there is one token: slot i is by itself in block i, and `experts_ptr` says
+    which expert each chose. ACTIVATION, of `activations.py`, may be None; where it takes pairs y is
+    half as wide as N.
     """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     STEPS: tl.constexpr = BLOCK_K // STEP
@@ -161,16 +166,35 @@ def fused_gemm_kernel(
     SCALE_LAST: tl.constexpr = STEPS_PER_GROUP == 0 and not SCALE_STEPS
     SUMS_IN_FLIGHT: tl.constexpr = 8 if BLOCK_M * BLOCK_N <= 2048 else 1
     pid_m, pid_n, pid_k = tile_of(SPLIT_K)
-    if SPLIT_K == 1:
+    if SPLIT_K == 1 and TOP_K == 0:
         # The last group of token tiles may be one short: a loop of no blocks, not a branch around
         # it, which costs the compiler registers.
         num_blocks = tl.where(pid_m * BLOCK_M < M, num_blocks, 0)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_x = offs_m
+    rows_y = offs_m
+    if TOP_K > 0:
+        expert = tl.load(experts_ptr + pid_m, mask=pid_m < num_routed, other=-1).to(tl.int64)
+        if (expert < 0) | (expert >= num_experts):
+            return
+        if ALONE:
+            offs_m = tl.where(tl.arange(0, BLOCK_M) == 0, pid_m, M)
+        else:
+            offs_m = tl.load(slots_ptr + offs_m)
+        if not X_SORTED:
+            rows_x = offs_m // TOP_K
+        if not Y_SORTED:
+            rows_y = offs_m
+        qweight_ptr += expert * num_blocks * n_padded * WORDS
+        vectors_of_one = num_vectors(num_blocks, last_group, STEPS, VECTOR)
+        scales_ptr += expert * vectors_of_one * (n_padded // 2 if PAIRED else n_padded) * VECTOR
+        if HAS_BIAS:
+            bias_ptr += expert * N
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, ROWS)
     mask_m = offs_m < M
     if not X_DESCRIPTOR:
-        x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
+        x_ptrs = x_ptr + rows_x.to(tl.int64)[None, :] * stride_xm + offs_k[:, None]
     qweight_ptrs = qweight_ptr + offs_n[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     scales_ptrs = vector_ptrs(scales_ptr, pid_n * BLOCK_N, BLOCK_N, VECTOR, PAIRED, OWN_ROW)
     stride_vector = (n_padded // 2 if PAIRED else n_padded) * VECTOR
@@ -245,4 +269,11 @@ def fused_gemm_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
         total += bias.to(tl.float32)[:, None]
+    if TOP_K > 0:
+        total = activated(total, ACTIVATION, LIMIT, ALPHA, BETA)
+        WIDTH: tl.constexpr = BLOCK_N // values_per_output(ACTIVATION)
+        offs_n = pid_n * WIDTH + tl.arange(0, WIDTH)
+        N = N // values_per_output(ACTIVATION)
+        mask = mask_m[None, :] & (offs_n < N)[:, None]
+        offs_y = rows_y.to(tl.int64)[None, :] * N + offs_n[:, None]
     tl.store(y_ptr + offs_y, to_output(total, DTYPE, INTERPRET), mask=mask)

@@ -41,6 +41,20 @@ def vector_of(
 
 
 @triton.jit
+def num_vectors(
+    num_blocks,
+    last_group,
+    STEPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """How many vectors a weight has: `resident.scale_words(..).vectors`."""
+    if VECTOR > 1:
+        return num_blocks * (STEPS // VECTOR)
+    else:
+        return last_group + 1
+
+
+@triton.jit
 def word_of(rows, PAIRED: tl.constexpr):
     """Which word of a group holds the metadata of each row."""
     if PAIRED:

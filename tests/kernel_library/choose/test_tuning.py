@@ -200,8 +200,8 @@ def test_sliced_rows_stand_beside_fused_ones(tmp_path, rows, message):
         ({"block_n": 96}, "block_n 96 does not divide"),
         ({"segments": 2}, r"unknown \['segments'\]"),
         (
-            {"n": 229376, "block_n": 128, "max_m": 64, "block_m": 16},
-            "split_k of 7168 output tiles, at most 4096 can be split",
+            {"n": 917504, "block_n": 128, "max_m": 64, "block_m": 16},
+            "split_k of 28672 output tiles, at most 16384 can be split",
         ),
         ({"x_descriptor": True, "group_size": 8}, "x_descriptor needs sm_90 or newer and groups"),
         ({"split_k": 12}, "split_k 12 leaves a split of K empty"),

@@ -148,7 +148,7 @@ def test_partial_sums_are_published_before_they_are_counted(target, compiling):
 
 def test_too_many_tiles_to_split_are_refused():
     x, packed, _ = on_device(m=arrivals.MAX_TILES + 1)
-    with pytest.raises(ValueError, match=r"split_k 2 of 4097 output tiles; at most 4096"):
+    with pytest.raises(ValueError, match=r"split_k 2 of 16385 output tiles; at most 16384"):
         ops.run(x, packed, None, launch(2, block_m=1, block_n=128))
 
 

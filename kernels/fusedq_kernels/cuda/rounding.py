@@ -1,0 +1,32 @@
+"""From fp32 to the dtype of activations, inside the kernels."""
+
+# Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
+# ruff: noqa: RET505, SIM300
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def to_output(acc, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Round fp32 to DTYPE, ties to even."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        # The interpreter truncates; adding half a bf16 ulp first makes it round like a GPU.
+        bits = acc.to(tl.int32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        return acc.to(DTYPE)
+
+
+@triton.jit
+def scaled(weight, scale, NARROW_SCALE: tl.constexpr, INTERPRET: tl.constexpr):
+    """`weight * scale`, rounded once to the dtype of `weight`; scale in any float dtype.
+
+    NARROW_SCALE says that the scale is a number of that dtype: half the instructions, same bits.
+    """
+    if NARROW_SCALE and not INTERPRET:
+        return weight * scale[:, None].to(weight.dtype)
+    else:
+        scale = scale.to(tl.float32)
+        return to_output(weight.to(tl.float32) * scale[:, None], weight.dtype, INTERPRET)
