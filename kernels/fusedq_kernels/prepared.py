@@ -10,7 +10,7 @@ import torch
 
 from fusedq_kernels.call import Call
 from fusedq_kernels.catalogue import KERNELS, Op, kernel_named
-from fusedq_kernels.choose.device import current_device, device_by_name
+from fusedq_kernels.choose.device import device_behind
 from fusedq_kernels.layouts.packing import PERM_DTYPE, TensorSpec, packed_shapes
 from fusedq_kernels.types import DeviceSpec, GemmShape, TileConfig
 
@@ -83,7 +83,7 @@ class Prepared:
         """What runs so many tokens on a device; `catalogue.Kernel.prepare` has its arguments."""
         chosen = self.runs.get(device)
         if chosen is None:
-            chosen = self.runs[device] = self._chosen(_device_spec(device, self.on_cpu))
+            chosen = self.runs[device] = self._chosen(device_behind(device, self.on_cpu))
         return chosen(tokens)
 
     def _launched(self, kernel: str, tile: TileConfig | None) -> Callable[..., None]:
@@ -135,11 +135,3 @@ def check_out(out: torch.Tensor, x: torch.Tensor, n: int) -> None:
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     if out.device != x.device:
         raise ValueError(f"out must be on {x.device} like x, got {out.device}")
-
-
-@functools.cache
-def _device_spec(device: torch.device, on_cpu: bool) -> DeviceSpec:
-    # On CPU tensors Triton runs in its interpreter, which stands in for a GPU and needs a tile.
-    if device.type == "cpu" and not on_cpu:
-        return device_by_name("sm_90")
-    return current_device(device)

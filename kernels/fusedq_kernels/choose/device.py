@@ -126,6 +126,17 @@ def current_device(device: torch.device) -> DeviceSpec:
     return replace(spec, name=_device_name(properties.name, spec))
 
 
+@functools.cache
+def device_behind(device: torch.device, on_cpu: bool) -> DeviceSpec:
+    """What a kernel runs on whose tensors are there; `on_cpu` says that it is one of a CPU's.
+
+    On CPU tensors Triton runs in its interpreter, which stands in for a GPU and needs a tile.
+    """
+    if device.type == "cpu" and not on_cpu:
+        return device_by_name("sm_90")
+    return current_device(device)
+
+
 def current_gpu() -> tuple[DeviceSpec, int] | None:
     """The first GPU and its memory in bytes, None without one; torch is asked only if it may help.
 

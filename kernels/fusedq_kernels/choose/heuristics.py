@@ -73,7 +73,7 @@ def select(
     fitting = [c for c in rule.choices if c.suits(step) and tuning.divides(c.tile, shape.n)]
     tile = waves.pick(fitting, shape, spec.weight_type.bits, device)
     if batch_invariant:
-        split = _invariant_split(shape, device)
+        split = invariant_split(shape, device)
         many = shape.m > tuning.MAX_DECODE_M
         tile = replace(tile, split_k=1 if many else split, segments=split if many else 1)
     return Launch(FUSED, tile, _rule_source(rules, rule, tile, batch_invariant))
@@ -170,7 +170,7 @@ def _rule_source(rules: Sequence[Rule], rule: Rule, tile: TileConfig, batch_inva
     return ", ".join(parts)
 
 
-def _invariant_split(shape: GemmShape, device: DeviceSpec) -> int:
+def invariant_split(shape: GemmShape, device: DeviceSpec) -> int:
     """From N and K alone."""
     tiles, num_blocks = round_up(shape.n, BLOCK_N) // BLOCK_N, -(-shape.k // BLOCK_K)
     split_k = 1
