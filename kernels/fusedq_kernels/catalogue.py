@@ -8,7 +8,7 @@ Triton.
 
 from __future__ import annotations
 
-from fusedq_kernels.choose import heuristics, slices
+from fusedq_kernels.choose import expert_memory, experts, heuristics, slices
 from fusedq_kernels.choose import refusals as reasons
 from fusedq_kernels.cpu import fused, gather, striped, wna16
 from fusedq_kernels.record import ChosenBy, Kernel, Op
@@ -55,6 +55,10 @@ TRITON_GEMM = Kernel(
     most_scratch=heuristics.partial_sum_bytes,
     beside=heuristics.declared_launch,
     batch_invariant=True,
+    experts_by="fusedq_kernels.cuda.experts:prepare",
+    experts_pass_by="fusedq_kernels.cuda.experts:prepare_pass",
+    experts_launches=experts.reachable,
+    experts_scratch=expert_memory.most_scratch,
 )
 SLICED_CUBLAS = Kernel(
     name=heuristics.SLICED,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from fusedq_kernels.call import Call, ExpertsCall
+    from fusedq_kernels.choose.experts import ExpertsLaunch
     from fusedq_kernels.types import PackedWeight
 
 
@@ -90,6 +91,9 @@ class Kernel:
         readied_by: "module:function" of what must have run before the first layer is packed.
         bare: "module:function" of what a traced graph may call in place of the operator.
         experts_by: "module:function" of `prepare_experts`, where it runs a stack of experts too.
+        experts_pass_by: "module:function" of `prepare_expert_pass`, where there are launches.
+        experts_launches, experts_scratch: of such a kernel, what `expert_launches` and
+            `expert_scratch` give.
     """
 
     name: str
@@ -112,6 +116,9 @@ class Kernel:
     readied_by: str | None = None
     bare: str | None = None
     experts_by: str | None = None
+    experts_pass_by: str | None = None
+    experts_launches: Callable[..., tuple[tuple[int, ExpertsLaunch], ...]] | None = None
+    experts_scratch: Callable[..., int] | None = None
 
     def layout(self, weight_type: WeightType) -> Layout:
         """The layout in which it keeps weights of this type; ValueError where there is none."""
@@ -174,6 +181,45 @@ class Kernel:
         """Make it ready to run, or raise RuntimeError saying why it cannot be."""
         if self.readied_by is not None:
             _imported(self.readied_by)()
+
+    def expert_launches(
+        self, call: ExpertsCall, top_k: int, all_experts: int, device: DeviceSpec, max_tokens: int
+    ) -> tuple[tuple[int, ExpertsLaunch], ...]:
+        """Every launch of a layer's experts for 1 to `max_tokens` tokens, with the fewest each.
+
+        Args:
+            top_k: how many experts a token asks.
+            all_experts: how many the layer has on all ranks together.
+        """
+        if self.experts_launches is None:
+            return ()
+        return self.experts_launches(call, top_k, all_experts, device, max_tokens)
+
+    def expert_scratch(
+        self,
+        call: ExpertsCall,
+        top_k: int,
+        all_experts: int,
+        device: DeviceSpec,
+        max_tokens: int,
+        ordered: tuple[bool, bool] = (False, False),
+    ) -> int:
+        """The most GPU memory that a layer's experts allocate beside tokens and outputs.
+
+        `ordered` says whether w13 and w2 have a perm; the rest is as for `expert_launches`.
+        """
+        if self.experts_scratch is None:
+            return 0
+        return self.experts_scratch(call, top_k, all_experts, device, max_tokens, ordered)
+
+    def prepare_expert_pass(
+        self, call: ExpertsCall, launch: ExpertsLaunch, top_k: int
+    ) -> Callable[..., None]:
+        """As `prepare_experts`, by one of `expert_launches`: to warm up and to check.
+
+        `topk_ids` and `expert_map` are int32, and all is contiguous.
+        """
+        return _imported(self.experts_pass_by)(call, launch, top_k)
 
     def bare_call(self, packed: PackedWeight, act_dtype: torch.dtype) -> Callable[..., None] | None:
         """What a traced graph may call in place of `fusedq::matmul_out`, None where nothing."""

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 
 from fusedq_kernels import ops
-from fusedq_kernels.call import Call
+from fusedq_kernels.call import Call, ExpertsCall
 from fusedq_kernels.catalogue import Kernel, Op
+from fusedq_kernels.choose.experts import ExpertsLaunch, Load
+from fusedq_kernels.experts import Stack
 from fusedq_kernels.prepared import prepared
 from fusedq_kernels.types import DEFAULT_POLICY, DeviceSpec, Launch, PackedWeight, Policy
 
@@ -79,3 +81,31 @@ def run_once(
         return
     bias = torch.zeros(packed.n, **like) if reached.has_bias else None
     ops.run(torch.zeros((reached.tokens, packed.k), **like), packed, bias, reached.launch)
+
+
+def run_experts_once(
+    kernel: Kernel,
+    call: ExpertsCall,
+    w13: Stack,
+    w2: Stack,
+    load: Load,
+    launch: ExpertsLaunch,
+    is_mapped: bool,
+) -> None:
+    """Run one of `Kernel.expert_launches` on zeros, or only compile it for stacks of device meta.
+
+    Args:
+        kernel: what runs the experts.
+        call: theirs.
+        w13, w2: their weights, with whatever bias and perm will be there.
+        load: the fewest tokens that reach the launch.
+        launch: tiles of both products.
+        is_mapped: whether calls pass an expert map.
+    """
+    like, shape = {"device": w13.qweight.device}, (load.tokens, load.top_k)
+    x = torch.zeros((load.tokens, call.up.in_features), dtype=call.up.dtype.torch, **like)
+    weights, ids = torch.zeros(shape, **like), torch.zeros(shape, dtype=torch.int32, **like)
+    places = torch.zeros(load.all_experts, dtype=torch.int32, **like) if is_mapped else None
+    out = torch.zeros((load.tokens, call.down.n), dtype=x.dtype, **like)
+    run = kernel.prepare_expert_pass(call, launch, load.top_k)
+    run(x, weights, ids, places, w13, w2, out)
