@@ -126,13 +126,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="write the cells of the table to this file too")
     add = parser.add_argument_group("everything").add_argument
     add("--everything", action="store_true", help="all that can be launched, to --csv, resumed")
+    add("--of", choices=list(everything.JOBS), default="weights", help="what is launched")
     add("--share", default="1/1", help="2/8: the second of eight shares, each spread over all")
     add("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     args = parser.parse_args(argv)
     if args.everything:
         if args.csv is None:
             parser.error("--everything writes to --csv")
-        return everything.run(args.target, args.csv, everything.Share.parse(args.share), args.jobs)
+        share = everything.Share.parse(args.share)
+        return everything.run(args.target, args.csv, share, args.jobs, args.of)
     rows = rows_of(args)
     sliced = [] if args.tile or args.batch_invariant else _slice_rows(args)
     if args.csv:

@@ -5,7 +5,8 @@
 Compiles on all cores, writes each line as it comes and takes up where it was stopped: lines of this
 Triton and these sources count as done, others are dropped. Lines come in an order that is spread
 over all, so that an unfinished table is a sample, as `--share` asks for. Beside the main kernel
-stand the dequantizing half of the sliced one and the gather, which multiply nothing.
+stand the dequantizing half of the sliced one and the gather, which multiply nothing; or, with
+`--of experts`, there is the main kernel for experts alone.
 """
 
 import csv
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from fusedq_kernels.audit import experts
 from fusedq_kernels.audit.compile import (
     AUDIT_K,
     audited_groups,
@@ -36,6 +38,7 @@ from fusedq_kernels.audit.slices import audit_slice
 from fusedq_kernels.audit.variants import launchable, specs
 from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.cuda import gemm
+from fusedq_kernels.cuda.routed import Routed
 from fusedq_kernels.types import DeviceSpec, QuantSpec, TileConfig
 
 _COLUMNS: dict[str, Callable[..., object]] = {
@@ -82,14 +85,26 @@ class Job:
 
 
 def jobs(device: DeviceSpec) -> Iterator[Job]:
-    """All of an architecture."""
+    """All of an architecture, but for experts."""
     for each in launchable(device):
-        arguments = (each.tile, each.spec, each.act_dtype, each.has_bias)
-        yield Job("triton-gemm", name_of(each), audit_tile, arguments)
+        yield _of_variant(each)
     for scheme in _schemes(device):
         yield Job("sliced-cublas", _scheme(*scheme), audit_slice, scheme)
         for has_perm, suffix in ((False, ""), (True, " perm")):
             yield Job("triton-gather", _scheme(*scheme) + suffix, audit_lookup, (*scheme, has_perm))
+
+
+def expert_jobs(device: DeviceSpec) -> Iterator[Job]:
+    """All for experts on an architecture."""
+    return map(_of_variant, experts.launchable(device))
+
+
+JOBS = {"weights": jobs, "experts": expert_jobs}
+
+
+def _of_variant(each: Variant) -> Job:
+    arguments = (each.tile, each.spec, each.act_dtype, each.has_bias, each.routed)
+    return Job("triton-gemm", name_of(each), audit_tile, arguments)
 
 
 def _schemes(device: DeviceSpec) -> Iterable[tuple[QuantSpec, torch.dtype]]:
@@ -114,7 +129,18 @@ def name_of(variant: Variant) -> str:
     parts = [tile_name(tile), f"w{tile.num_warps}", f"s{tile.num_stages}", f"k{tile.split_k}"]
     parts += [f"segments={tile.segments}"] if tile.segments > 1 else []
     parts += [*flags, "bias"] if variant.has_bias else flags
-    return " ".join((_scheme(variant.spec, variant.act_dtype), *parts))
+    return " ".join((_scheme(variant.spec, variant.act_dtype), *parts, *_way(variant.routed)))
+
+
+def _way(routed: Routed) -> list[str]:
+    """["up", "top_k=2", "silu"], and nothing without experts."""
+    if not routed.top_k:
+        return []
+    own = routed.activation
+    words = ["up" if routed.y_sorted else "down", f"top_k={routed.top_k}"]
+    words += [name for name in ("alone", "x_sorted") if getattr(routed, name)]
+    words += [own.name] if own is not None else []
+    return words + (["limit"] if own is not None and own.limit is not None else [])
 
 
 def _scheme(spec: QuantSpec, act_dtype: torch.dtype) -> str:
@@ -123,12 +149,12 @@ def _scheme(spec: QuantSpec, act_dtype: torch.dtype) -> str:
     return f"{cells['weight_type']} {cells['act_dtype']} scale={cells['scale_dtype']} {groups}"
 
 
-def run(target: str, path: Path, share: Share, num_processes: int) -> int:
-    """Audit a share of everything into a table; 1 where any line of it has a problem."""
+def run(target: str, path: Path, share: Share, num_processes: int, of: str = "weights") -> int:
+    """Audit a share of all `JOBS[of]` into a table; 1 where any line of it has a problem."""
     stamp = {"triton": triton.__version__, "sources": sources()}
     wanted = {
         (job.kernel, job.name): job
-        for job in jobs(device_by_name(target))
+        for job in JOBS[of](device_by_name(target))
         if share.holds(f"{job.kernel} {job.name}")
     }
     lines = [
