@@ -169,6 +169,24 @@ LONGER: dict[str, Step] = {
             Command("bench_gemm.py --act-dtype float16"),
         ),
     ),
+    "experts": Step(
+        "experts: bit for bit the plain kernel's, and beside vLLM's",
+        (
+            Command(
+                "-m pytest -q tests/kernel_library/cuda/test_routing.py "
+                "tests/kernel_library/cuda/test_grouped.py "
+                "tests/kernel_library/cuda/test_experts.py"
+            ),
+            *(
+                Command(f"bench_experts.py {of}", dry="--contender fusedq --m 1")
+                for of in (
+                    "--model qwen3-30b-a3b --model mixtral-8x7b",
+                    "--model kimi-k2 --tp 8",
+                    "--model kimi-k2 --ep 8",
+                )
+            ),
+        ),
+    ),
     "light": Step(
         "real checkpoints in real vLLM answer as their producing libraries",
         (
