@@ -91,6 +91,8 @@ class Kernel:
         readied_by: "module:function" of what must have run before the first layer is packed.
         bare: "module:function" of what a traced graph may call in place of the operator.
         experts_by: "module:function" of `prepare_experts`, where it runs a stack of experts too.
+        plans_experts: whether a plan may name it for experts: not before what it launches for them
+            is compared on the machine that serves, as every other launch is.
         experts_pass_by: "module:function" of `prepare_expert_pass`, where there are launches.
         experts_launches, experts_scratch: of such a kernel, what `expert_launches` and
             `expert_scratch` give.
@@ -116,6 +118,7 @@ class Kernel:
     readied_by: str | None = None
     bare: str | None = None
     experts_by: str | None = None
+    plans_experts: bool = True
     experts_pass_by: str | None = None
     experts_launches: Callable[..., tuple[tuple[int, ExpertsLaunch], ...]] | None = None
     experts_scratch: Callable[..., int] | None = None
@@ -128,7 +131,8 @@ class Kernel:
         return self.layouts[weight_type][0]
 
     def implements(self, op: Op) -> bool:
-        return self.op is op or (op is Op.EXPERTS and self.experts_by is not None)
+        runs_experts = self.experts_by is not None and self.plans_experts
+        return self.op is op or (op is Op.EXPERTS and runs_experts)
 
     def is_for(self, device: DeviceSpec) -> bool:
         """Whether it runs on a device, by rule or because it is asked for."""

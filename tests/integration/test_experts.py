@@ -26,7 +26,7 @@ from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.settings import Settings
 
 STACK = "model.layers.0.mlp.experts"
-TARGET = Target(cpu_device(fused_op=True), torch.float16)
+TARGET = Target(cpu_device(), torch.float16)
 NAMES = {"gate_proj": ("w13", "w1"), "up_proj": ("w13", "w3"), "down_proj": ("w2", "w2")}
 
 Make = Callable[..., torch.nn.Module]
