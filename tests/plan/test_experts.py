@@ -49,7 +49,7 @@ def test_a_layer_of_experts_is_two_weights(tmp_path: Path, build: str) -> None:
         assert plan.experts == tuple(range(COUNT))
         assert [part.shard_id for part in plan.shard.parts] == COUNT * list(parts)
         assert plan.shard.ops == (Op.EXPERTS,)
-        assert plan.main.call.kernel == "cpu-striped"
+        assert plan.main.call.kernel == "cpu-fused"
         assert plan.layout in (Layout.P4, Layout.PL4)
         assert plan.weight_bytes == COUNT * plan.of_expert(0).weight_bytes
     assert [part.module for part in w13.of_expert(2).shard.parts] == [

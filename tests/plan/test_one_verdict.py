@@ -33,7 +33,6 @@ GROUPS = {"even": 32, "straddle": 128, "grouped": 64}
 DEVICES = ("a100", "l40s", "h200", "b200", "rtx5090")
 TARGETS = {
     "cpu": Target(cpu_device(), torch.bfloat16),
-    "cpu-wna16": Target(cpu_device(), torch.bfloat16, "cpu-wna16"),
     **{name: Target(device_by_name(name), torch.bfloat16) for name in DEVICES},
 }
 
@@ -242,7 +241,7 @@ def test_mamba_layers_with_one_group_are_planned_alike(
 
     config = falcon_h1_config()
     checkpoint = read_checkpoint(write_random_model(tmp_path, config, build).path)
-    target = Target(DEVICES["cpu"], torch.bfloat16)
+    target = TARGETS["cpu"]
     sizes = (config.hidden_size, config.mamba_d_state, config.mamba_d_conv, config.mamba_d_ssm)
     heads = {"num_heads": config.mamba_n_heads, "head_dim": config.mamba_d_head}
     for tp, rank in ((1, 0), (2, 0), (2, 1), (4, 3)):
