@@ -30,7 +30,7 @@ _INT4, _INT4_ZEROS, _CODEBOOK4, _INT8 = range(4)
 _FLOATS, _PAIRS, _BESIDE_ZEROS = range(3)
 
 # Of a thread: sums, a panel of decoded weights, the tokens beside it, scales of a block.
-_THREAD_SCRATCH = 1 << 20
+_THREAD_SCRATCH = 3 << 19
 # Up to so many the whole of them is laid out at once, in fp32 at most.
 _FEW_TOKENS = 8
 

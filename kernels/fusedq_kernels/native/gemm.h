@@ -118,6 +118,8 @@ void decode_panel(const Weight& weight, int64_t block, int64_t n, const Spread& 
   for (int unit = 0; unit < kTileUnits; unit++) {
     const int32_t* source = weight.words + (block * weight.n_padded + n + unit * kLanes) * words;
     for (int set = 0; set < sets_of(codes); set++) {
+      // The next outputs, which are decoded after this panel has been multiplied
+      for (int i = 0; i < 16; i++) __builtin_prefetch(source + kStrip * words + (set + i * sets_of(codes)) * 16);
       Words t[16];
       transpose(source + 16 * set, words, t);
       FUSEDQ_UNROLL for (int plane = 0; plane < runs_of_set(codes); plane++) {
@@ -133,10 +135,10 @@ void decode_panel(const Weight& weight, int64_t block, int64_t n, const Spread& 
 }
 
 // `tokens` tokens times a decoded panel of `blocks` blocks.
-template <typename Machine, Codes codes, int tokens>
+template <typename Machine, Codes codes, int tokens, bool whole>
 void tile(const Panel<Machine>& panel, int blocks, int step, const Spread& spread,
           const typename Machine::Activation* x, int64_t block_stride, float* totals, int64_t stride) {
-  const int part = std::min(step, kRun);
+  const int part = whole ? kRun : step;
   for (int block = 0; block < blocks; block++)
     for (int order = 0; order < kRuns; order++) {
       const int run = run_at(codes, order / runs_of_set(codes), order % runs_of_set(codes));
@@ -145,7 +147,8 @@ void tile(const Panel<Machine>& panel, int blocks, int step, const Spread& sprea
         FUSEDQ_UNROLL for (int m = 0; m < tokens; m++)
           FUSEDQ_UNROLL for (int u = 0; u < kTileUnits; u++) sum[m][u] = Floats{};
         const auto* xs = x + block * block_stride + kRun * run;
-        for (int w = start / 2; w < (start + part) / 2; w++) {
+        FUSEDQ_UNROLL for (int i = 0; i < part / 2; i++) {
+          const int w = start / 2 + i;
           const auto& pairs = panel.pairs[block][run][w];
           FUSEDQ_UNROLL for (int m = 0; m < tokens; m++)
             FUSEDQ_UNROLL for (int u = 0; u < kTileUnits; u++)
@@ -178,8 +181,10 @@ void many(const Weight& weight, int64_t first_block, int blocks,
     }
     float* totals = part.totals + (n - part.first);
     const auto run = [&]<int tokens>(int m) {
-      tile<Machine, codes, tokens>(panel, blocks, groups.step, spread, x.x + m * x.token_stride,
-                                   x.block_stride, totals + m * part.stride, part.stride);
+      const auto multiply = groups.step >= kRun ? tile<Machine, codes, tokens, true>
+                                                : tile<Machine, codes, tokens, false>;
+      multiply(panel, blocks, groups.step, spread, x.x + m * x.token_stride, x.block_stride,
+               totals + m * part.stride, part.stride);
     };
     constexpr int most = Machine::kTileTokens;
     int m = 0;
