@@ -158,10 +158,11 @@ def plot(csv: Path) -> None:
     shown = (STOCK, "torch int4 g128", "cpu-fused uint4b8 g128", "cpu-fused uint8b128 g128")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     left.plot(*_series(rows, READ, "gbs"), color="black", linestyle="--", label="read bandwidth")
-    for name in (BF16, *shown, "cpu-fused nf4 g64"):
-        left.plot(*_series(rows, name, "gbs"), marker="o", label=name)
+    for number, name in enumerate((BF16, *shown, "cpu-fused nf4 g64")):
+        style = {"marker": "o", "label": name, "color": f"C{number}"}
+        left.plot(*_series(rows, name, "gbs"), **style)
         if name != BF16:
-            right.plot(*_series(rows, name, "over_bf16"), marker="o", label=name)
+            right.plot(*_series(rows, name, "over_bf16"), **style)
     right.axhline(1, color="black", linestyle="--", label=BF16)
     left.set(title="Weight read, with metadata", ylabel="GB/s")
     right.set(title="Speed-up over the bf16 layer", ylabel="times")
