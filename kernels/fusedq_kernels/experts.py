@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedq_kernels.call import Call, ExpertsCall
-from fusedq_kernels.catalogue import KERNELS, Op
+from fusedq_kernels.catalogue import KERNELS
 from fusedq_kernels.layouts.packing import TensorSpec
 from fusedq_kernels.prepared import Prepared, check_tensor, prepared
 from fusedq_kernels.types import StackedWeight
@@ -84,8 +84,8 @@ class PreparedExperts:
         self.call, self.kernel = call, KERNELS[call.up.kernel]
         self.up, self.down = prepared(call.up.text), prepared(call.down.text)
         for each in (self.up, self.down):
-            if not each.kernel.implements(Op.EXPERTS):
-                able = ", ".join(k.name for k in KERNELS.values() if k.implements(Op.EXPERTS))
+            if each.kernel.experts_by is None:
+                able = ", ".join(k.name for k in KERNELS.values() if k.experts_by is not None)
                 raise ValueError(f"kernel {each.kernel.name} runs no experts; supported: {able}")
         if self.kernel.device != self.down.kernel.device:
             raise ValueError(f"{call.up.kernel} and {call.down.kernel} run on different devices")

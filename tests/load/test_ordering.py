@@ -82,7 +82,7 @@ def test_ranks_of_a_reordered_layer_add_up(
     """Every kernel on the resident weights of two ranks, each with its half of the activation."""
     if kernel == "cpu-wna16":
         request.getfixturevalue("wna16_op")
-    device = "cpu" if kernel == "cpu-wna16" else "gpu"
+    device = kernel if kernel == "cpu-wna16" else "gpu"
     truths = write_checkpoint(tmp_path, "gptq-asym-order", hidden=64, intermediate=256)
     x = torch.randn((3, 256), generator=torch.Generator().manual_seed(0)).half()
     found = torch.zeros((3, 64), dtype=torch.float64)

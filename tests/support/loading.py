@@ -13,14 +13,18 @@ from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.plan.model import plan_model
 
-DEVICES = {"cpu": cpu_device(), "gpu": device_by_name("h200")}
+DEVICES = ("cpu", "gpu")
+TARGETS = {
+    "cpu": Target(cpu_device(), torch.float16),
+    "cpu-wna16": Target(cpu_device(), torch.float16, "cpu-wna16"),
+    "gpu": Target(device_by_name("h200"), torch.float16),
+}
 
 
 def plans_of(
     checkpoint: Checkpoint, device: str, tp_size: int = 1, rank: int = 0
 ) -> tuple[LayerPlan, ...]:
-    target = Target(DEVICES[device], torch.float16)
-    return plan_model(checkpoint, target, tp_size, ranks=[rank]).layers
+    return plan_model(checkpoint, TARGETS[device], tp_size, ranks=[rank]).layers
 
 
 def load(plan: LayerPlan, path: Path) -> LayerLoader:

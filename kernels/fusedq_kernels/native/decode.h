@@ -1,9 +1,9 @@
 // How a word of a tiled layout becomes the weights of 16 outputs, and how they are multiplied.
 //
-// A run is 32 consecutive input features of a K block, kept by 16 words: run r of layouts P4 and PL4
-// is plane r of words 0 to 15; of P8 it is plane r / 2 of words 16 (r % 2) and up. A word yields the
-// pair of features 2 w and 2 w + 1 of its run (../layouts/tiled.py draws the words). Weights are
-// decoded exactly: an integer less its zero point, or an entry of the codebook.
+// A run is 32 consecutive input features of a K block, kept by 16 words: run r of layouts P4 and
+// PL4 is plane r of words 0 to 15; of P8 it is plane r / 2 of words 16 (r % 2) and up. A word
+// yields the pair of features 2 w and 2 w + 1 of its run (../layouts/tiled.py draws the words).
+// Weights are decoded exactly: an integer less its zero point, or an entry of the codebook.
 #pragma once
 
 #include "lanes.h"
@@ -22,7 +22,9 @@ constexpr int sets_of(Codes codes) { return words_of(codes) / 16; }
 constexpr int runs_of_set(Codes codes) { return kRuns / sets_of(codes); }
 constexpr int run_at(Codes codes, int set, int plane) { return plane * sets_of(codes) + set; }
 // Whether a group has zero points that were read, rather than the constant of the type.
-constexpr bool reads_zeros(Codes codes) { return codes == Codes::kInt4Zeros || codes == Codes::kInt8; }
+constexpr bool reads_zeros(Codes codes) {
+  return codes == Codes::kInt4Zeros || codes == Codes::kInt8;
+}
 
 // fp32 products: what every machine has, and exact for activations of 16 bits.
 struct Fp32 {
@@ -45,7 +47,8 @@ struct Fp32 {
 
   static Tables tables(Codes codes, const float* codebook) {
     Tables tables;
-    for (int i = 0; i < 16; i++) tables.entries[i] = codes == Codes::kCodebook4 ? codebook[i] : i - 8;
+    for (int i = 0; i < 16; i++)
+      tables.entries[i] = codes == Codes::kCodebook4 ? codebook[i] : i - 8;
     return tables;
   }
   static Words zero_operand(Codes, Floats zeros) { return (Words)zeros; }
@@ -99,7 +102,7 @@ struct Bf16 {
     uint8_t windows[64];
     for (int i = 0; i < 32; i++) {
       // Zero points: the index is code + 16 - zero, below 32.
-      const float value = codes == Codes::kCodebook4  ? codebook[i & 15]
+      const float value = codes == Codes::kCodebook4   ? codebook[i & 15]
                           : codes == Codes::kInt4Zeros ? i - 16.0f
                                                        : (i & 15) - 8.0f;
       uint32_t bits;
@@ -124,7 +127,8 @@ struct Bf16 {
   static FUSEDQ_INLINE Pair decode(Words word, int plane, Words zeros, const Tables& tables) {
     const __m512i t = (__m512i)word;
     if constexpr (codes == Codes::kInt8) {
-      return bytes((__m512i)((Bits)word >> 8 * plane), (__m512i)((Bits)word >> (8 * plane + 16)), zeros);
+      return bytes((__m512i)((Bits)word >> 8 * plane), (__m512i)((Bits)word >> (8 * plane + 16)),
+                   zeros);
     } else if constexpr (codes == Codes::kCodebook4) {
       const __m512i index = _mm512_multishift_epi64_epi8(tables.windows[plane], t);
       return (Words)_mm512_permutexvar_epi16(index, tables.entries);

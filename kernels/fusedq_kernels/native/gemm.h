@@ -1,7 +1,7 @@
 // y = x W^T for some outputs and tokens of one thread, from a weight in a tiled layout.
 //
-// Lanes are outputs. There is one order of sums whatever the number of tokens: the products of a run
-// (or of the part of it that shares a scale) are added in the order of K from zero, the sum is
+// Lanes are outputs. There is one order of sums whatever the number of tokens: the products of a
+// run (or of the part of it that shares a scale) are added in the order of K from zero, the sum is
 // multiplied by the scale and added to the total. So a token has the same bits in every batch.
 #pragma once
 
@@ -46,8 +46,8 @@ template <typename Machine, Codes codes, int tokens, int share>
 void few(const Weight& weight, const Tokens<typename Machine::Activation>& x, const Part& part,
          const typename Machine::Tables& tables_, const Spread& spread) {
   constexpr int words = words_of(codes), sets = sets_of(codes);
-  // Sums that grow side by side hide the latency of an addition; those of small parts are short, and
-  // one run's go to the total before the next's.
+  // Sums that grow side by side hide the latency of an addition; those of small parts are short,
+  // and one run's go to the total before the next's.
   constexpr int few_sums = tokens <= 2 ? runs_of_set(codes) : tokens <= 4 ? 2 : 1;
   constexpr int together = share == 16 ? few_sums : 1;
   const typename Machine::Tables tables = tables_;
@@ -56,8 +56,10 @@ void few(const Weight& weight, const Tokens<typename Machine::Activation>& x, co
   const int64_t width = part.last - part.first, token_stride = x.token_stride;
   const int64_t ahead = std::min<int64_t>(kAhead / 4 / words, width);
   for (int64_t block = 0; block < weight.blocks; block++) {
-    const bool same = block && groups.parts() == 1 && groups.at(block, 0) == groups.at(block - 1, 0);
-    if (!same) spread_scales<Machine, codes>(weight.scales, groups, block, part.first, part.last, spread);
+    const bool same =
+        block && groups.parts() == 1 && groups.at(block, 0) == groups.at(block - 1, 0);
+    if (!same)
+      spread_scales<Machine, codes>(weight.scales, groups, block, part.first, part.last, spread);
     const auto* xb = x.x + block * x.block_stride;
     const int32_t* source = weight.words + (block * weight.n_padded + part.first) * words;
     const bool is_last = block + 1 == weight.blocks;
@@ -68,7 +70,8 @@ void few(const Weight& weight, const Tokens<typename Machine::Activation>& x, co
       __builtin_prefetch(scales_ahead + n * weight.scales.row_bytes());
       float* totals = part.totals + n;
       Floats total[tokens];
-      FUSEDQ_UNROLL for (int m = 0; m < tokens; m++) total[m] = load<Floats>(totals + m * part.stride);
+      FUSEDQ_UNROLL for (int m = 0; m < tokens; m++)
+        total[m] = load<Floats>(totals + m * part.stride);
       FUSEDQ_UNROLL for (int set = 0; set < sets; set++) {
         FUSEDQ_UNROLL for (int i = 0; i < 16; i++) __builtin_prefetch(later + (set + i * sets) * 16);
         Words t[16];

@@ -79,7 +79,7 @@ FUSEDQ_INLINE void transpose(const int32_t* rows, int64_t stride, Words* columns
 #if defined(__AVX512F__)
   // GCC finds the permutation of two registers for these, at half the rate of an unpacking
 #define FUSEDQ_UNPACK(a, b, lowest, width) \
-  (Words)_mm512_unpack##lowest##_epi##width((__m512i)(a), (__m512i)(b))
+  (Words) _mm512_unpack##lowest##_epi##width((__m512i)(a), (__m512i)(b))
 #endif
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) r[i] = load<Words>(rows + i * stride);
@@ -114,8 +114,7 @@ FUSEDQ_INLINE void transpose(const int32_t* rows, int64_t stride, Words* columns
 #pragma GCC unroll 2
     for (int j = 0; j < 2; j++) {
       const Words a = r[8 * j + i], b = r[8 * j + 4 + i];
-      t[8 * j + i] =
-          FUSEDQ_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+      t[8 * j + i] = FUSEDQ_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
       t[8 * j + 4 + i] =
           FUSEDQ_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     }

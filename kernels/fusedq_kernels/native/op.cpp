@@ -13,8 +13,8 @@
 
 namespace fusedq {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 namespace {
 
@@ -60,9 +60,11 @@ inline float to_float(uint16_t bits, bool half) {
   return value;
 }
 
-// Blocks [first, last) of tokens [start, stop): [block][token][128], zero where the weight is padding.
+// Blocks [first, last) of tokens [start, stop): [block][token][128], zero where the weight is
+// padding.
 template <typename Activation>
-void arrange(const Input& in, int64_t first, int64_t last, int64_t start, int64_t stop, Activation* to) {
+void arrange(const Input& in, int64_t first, int64_t last, int64_t start, int64_t stop,
+             Activation* to) {
   const int64_t tokens = stop - start;
   for (int64_t block = first; block < last; block++)
     for (int64_t m = 0; m < tokens; m++) {
@@ -72,12 +74,14 @@ void arrange(const Input& in, int64_t first, int64_t last, int64_t start, int64_
       const int64_t low = std::max<int64_t>(0, -k0), high = std::min<int64_t>(kBlock, in.k - k0);
       if (low > 0 || high < kBlock) std::memset(row, 0, kBlock * sizeof(Activation));
       if constexpr (sizeof(Activation) == 2) {
-        if (!in.perm) std::memcpy(row + low, from + k0 + low, (high - low) * 2);
+        if (!in.perm)
+          std::memcpy(row + low, from + k0 + low, (high - low) * 2);
         else
           for (int64_t i = low; i < high; i++) row[i] = from[in.perm[k0 + i]];
       } else {
         uint16_t values[kBlock] = {};
-        if (!in.perm) std::memcpy(values + low, from + k0 + low, (high - low) * 2);
+        if (!in.perm)
+          std::memcpy(values + low, from + k0 + low, (high - low) * 2);
         else
           for (int64_t i = low; i < high; i++) values[i] = from[in.perm[k0 + i]];
         for (int i = 0; i < kBlock; i += kLanes) {
@@ -143,14 +147,19 @@ template <typename Machine, Codes codes>
 void run_few(const Weight& weight, const Tokens<typename Machine::Activation>& x, const Part& part,
              const typename Machine::Tables& tables, const Spread& spread) {
   const auto go = [&]<int share, int... m>(std::integer_sequence<int, m...>) {
-    ((x.count == m + 1 ? few<Machine, codes, m + 1, share>(weight, x, part, tables, spread) : void()), ...);
+    ((x.count == m + 1 ? few<Machine, codes, m + 1, share>(weight, x, part, tables, spread)
+                       : void()),
+     ...);
   };
   constexpr auto all = std::make_integer_sequence<int, Machine::kFewTokens>{};
   constexpr auto two = std::make_integer_sequence<int, std::min(2, Machine::kFewTokens)>{};
   switch (share_of(weight.groups)) {
-    case 4: return go.template operator()<4>(two);
-    case 8: return go.template operator()<8>(two);
-    default: return go.template operator()<16>(all);
+    case 4:
+      return go.template operator()<4>(two);
+    case 8:
+      return go.template operator()<8>(two);
+    default:
+      return go.template operator()<16>(all);
   }
 }
 
@@ -163,16 +172,19 @@ void run(const Weight& weight, const Input& in, int64_t tokens, const Output& ou
   const int64_t at_once = std::min<int64_t>(tokens, kTokensAtOnce);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t strips = weight.n_padded / kStrip;
-  const int64_t most = std::max<int64_t>(1, (is_few ? 16 << 10 : kTotalsBytes) / (4 * at_once * kStrip));
+  const int64_t most =
+      std::max<int64_t>(1, (is_few ? 16 << 10 : kTotalsBytes) / (4 * at_once * kStrip));
   const int64_t token_parts = divide_up(tokens, at_once);
   const int64_t wanted = divide_up(divide_up(strips, most), threads) * threads;
   const int64_t width = divide_up(strips, wanted), output_parts = divide_up(strips, width);
 
   Tokens<Activation> whole{nullptr, 0, 0, (int)tokens};
   if (is_few) {
-    const bool as_is = sizeof(Activation) == 2 && !in.perm && !in.pad && in.k == weight.blocks * kBlock;
+    const bool as_is =
+        sizeof(Activation) == 2 && !in.perm && !in.pad && in.k == weight.blocks * kBlock;
     if (as_is) {
-      whole.x = (const Activation*)in.x, whole.block_stride = kBlock, whole.token_stride = in.stride;
+      whole.x = (const Activation*)in.x, whole.block_stride = kBlock,
+      whole.token_stride = in.stride;
     } else {
       auto* to = (Activation*)scratch<0>(weight.blocks * tokens * kBlock * sizeof(Activation));
       arrange(in, 0, weight.blocks, 0, tokens, to);
@@ -183,7 +195,8 @@ void run(const Weight& weight, const Input& in, int64_t tokens, const Output& ou
     const int64_t outputs = width * kStrip, parts = weight.groups.parts();
     const int64_t spread_width = is_few ? outputs : kStrip;
     const int64_t spread_rows = is_few ? parts : parts * kPanelBlocks;
-    const size_t totals_bytes = at_once * outputs * 4, spread_bytes = spread_rows * spread_width * 4;
+    const size_t totals_bytes = at_once * outputs * 4,
+                 spread_bytes = spread_rows * spread_width * 4;
     const size_t x_bytes = is_few ? 0 : at_once * kPanelBlocks * kBlock * sizeof(Activation);
     char* held = scratch<1>(totals_bytes + 2 * spread_bytes + x_bytes + sizeof(Panel<Machine>));
     auto* panel = (Panel<Machine>*)held;
@@ -194,7 +207,8 @@ void run(const Weight& weight, const Input& in, int64_t tokens, const Output& ou
     held += totals_bytes;
     const Spread spread{(float*)held, (int32_t*)(held + spread_bytes), spread_width};
     for (int64_t index = begin; index < end; index++) {
-      const int64_t start = index / output_parts * at_once, count = std::min(at_once, tokens - start);
+      const int64_t start = index / output_parts * at_once,
+                    count = std::min(at_once, tokens - start);
       const int64_t first = index % output_parts * outputs;
       const Part part{first, std::min(first + outputs, weight.n_padded), totals, outputs};
       std::memset(totals, 0, totals_bytes);
@@ -205,7 +219,8 @@ void run(const Weight& weight, const Input& in, int64_t tokens, const Output& ou
           const int64_t last = std::min<int64_t>(block + kPanelBlocks, weight.blocks);
           arrange(in, block, last, start, start + count, xs);
           const Tokens<Activation> tokens_here{xs, count * kBlock, kBlock, (int)count};
-          many<Machine, codes>(weight, block, (int)(last - block), tokens_here, part, tables, spread, *panel);
+          many<Machine, codes>(weight, block, (int)(last - block), tokens_here, part, tables,
+                               spread, *panel);
         }
       }
       finish(out, part, start, count);
@@ -214,13 +229,17 @@ void run(const Weight& weight, const Input& in, int64_t tokens, const Output& ou
 }
 
 template <typename Machine>
-void run_codes(Codes codes, const Weight& weight, const Input& in, int64_t tokens, const Output& out,
-               const float* codebook) {
+void run_codes(Codes codes, const Weight& weight, const Input& in, int64_t tokens,
+               const Output& out, const float* codebook) {
   switch (codes) {
-    case Codes::kInt4: return run<Machine, Codes::kInt4>(weight, in, tokens, out, codebook);
-    case Codes::kInt4Zeros: return run<Machine, Codes::kInt4Zeros>(weight, in, tokens, out, codebook);
-    case Codes::kCodebook4: return run<Machine, Codes::kCodebook4>(weight, in, tokens, out, codebook);
-    case Codes::kInt8: return run<Machine, Codes::kInt8>(weight, in, tokens, out, codebook);
+    case Codes::kInt4:
+      return run<Machine, Codes::kInt4>(weight, in, tokens, out, codebook);
+    case Codes::kInt4Zeros:
+      return run<Machine, Codes::kInt4Zeros>(weight, in, tokens, out, codebook);
+    case Codes::kCodebook4:
+      return run<Machine, Codes::kCodebook4>(weight, in, tokens, out, codebook);
+    case Codes::kInt8:
+      return run<Machine, Codes::kInt8>(weight, in, tokens, out, codebook);
   }
 }
 
@@ -238,12 +257,18 @@ void matmul_out(Tensor out, const Tensor& x, const Tensor& qweight, const Tensor
   Weight weight;
   weight.words = (const int32_t*)qweight.const_data_ptr();
   weight.blocks = qweight.size(0), weight.n_padded = qweight.size(1);
-  weight.scales = {(const int32_t*)scales.const_data_ptr(), scales.stride(0),
-                   (ScaleKind)numbers[kKind], numbers[kHalf] != 0, (int)scales.size(2),
+  weight.scales = {(const int32_t*)scales.const_data_ptr(),
+                   scales.stride(0),
+                   (ScaleKind)numbers[kKind],
+                   numbers[kHalf] != 0,
+                   (int)scales.size(2),
                    (float)numbers[kZero]};
   weight.groups = {numbers[kGroupSize], numbers[kOffset], numbers[kLastGroup], (int)numbers[kStep]};
-  const Input in{(const uint16_t*)x.const_data_ptr(), x.stride(0), half,
-                 perm ? (const int32_t*)perm->const_data_ptr() : nullptr, numbers[kFeatures],
+  const Input in{(const uint16_t*)x.const_data_ptr(),
+                 x.stride(0),
+                 half,
+                 perm ? (const int32_t*)perm->const_data_ptr() : nullptr,
+                 numbers[kFeatures],
                  numbers[kPad]};
   const Output to{(uint16_t*)out.mutable_data_ptr(), out.size(1), half,
                   bias ? (const uint16_t*)bias->const_data_ptr() : nullptr};
@@ -264,4 +289,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedq_cpu, m) {
         "(Tensor(a!) out, Tensor x, Tensor qweight, Tensor scales, Tensor? bias, Tensor? perm,"
         " int[] numbers, float[] codebook) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(fusedq_cpu, CPU, m) { m.impl(FUSEDQ_ISA, TORCH_BOX(&fusedq::matmul_out)); }
+STABLE_TORCH_LIBRARY_IMPL(fusedq_cpu, CPU, m) {
+  m.impl(FUSEDQ_ISA, TORCH_BOX(&fusedq::matmul_out));
+}

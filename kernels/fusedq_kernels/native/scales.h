@@ -63,8 +63,8 @@ inline Floats from_16(Words bits, bool half) {
 template <int which>
 inline Words every_other(Words a, Words b) {
   constexpr int w = which;
-  return __builtin_shufflevector(a, b, w, w + 2, w + 4, w + 6, w + 8, w + 10, w + 12, w + 14, w + 16,
-                                 w + 18, w + 20, w + 22, w + 24, w + 26, w + 28, w + 30);
+  return __builtin_shufflevector(a, b, w, w + 2, w + 4, w + 6, w + 8, w + 10, w + 12, w + 14,
+                                 w + 16, w + 18, w + 20, w + 22, w + 24, w + 26, w + 28, w + 30);
 }
 
 // Words `element`, `element + vector`, ... from `from` on, 16 of them.
@@ -97,8 +97,8 @@ inline void spread_scales(const Scales& scales, const Groups& groups, int64_t bl
         const Floats high = from_16((Words)((Bits)pairs >> 16), scales.half);
         store(into, __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20,
                                             21, 22, 23));
-        store(into + kLanes, __builtin_shufflevector(low, high, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25,
-                                                     26, 27, 28, 29, 30, 31));
+        store(into + kLanes, __builtin_shufflevector(low, high, 8, 9, 10, 11, 12, 13, 14, 15, 24,
+                                                     25, 26, 27, 28, 29, 30, 31));
       } else {
         for (int unit = 0; unit < 2; unit++) {
           const int64_t row = n + unit * kLanes;
