@@ -6,8 +6,9 @@ import pytest
 
 from fusedq_kernels.catalogue import kernels_for
 from fusedq_kernels.choose.device import cpu_device, device_by_name
+from fusedq_kernels.native.isa import this_isa
 from vllm_fusedq.errors import SettingsError
-from vllm_fusedq.settings import Settings, parse_settings
+from vllm_fusedq.settings import Settings, parse_settings, this_cpu
 
 
 def test_default_is_the_rule() -> None:
@@ -61,6 +62,14 @@ def test_wrong_reports_are_refused(report: object, message: str) -> None:
 
 def test_striped_kernel_can_be_asked_for_on_a_cpu() -> None:
     assert Settings("cpu-striped").device(cpu_device()) == cpu_device()
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDQ_CPU_ISA", "avx1024")
+    for each in (cpu_device, this_isa):
+        each.cache_clear()
+    with pytest.raises(SettingsError, match="FUSEDQ_CPU_ISA is 'avx1024'; this machine has "):
+        this_cpu()
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

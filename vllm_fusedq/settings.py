@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedq_kernels.catalogue import KERNELS, Op, kernels_for
-from fusedq_kernels.choose.device import device_by_name
+from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.record import ChosenBy
 from fusedq_kernels.types import DeviceSpec
 from vllm_fusedq.errors import SettingsError
@@ -56,6 +56,14 @@ class Settings:
             f'additional-config "fusedq": kernel {self.kernel!r} does not run on {found.name}; '
             f"supported there: {', '.join(names)}"
         )
+
+
+def this_cpu() -> DeviceSpec:
+    """This machine's CPU; raises SettingsError for an instruction set that it does not have."""
+    try:
+        return cpu_device()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def parse_settings(section: Any) -> Settings:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fusedq_kernels.cpu import fused
 from fusedq_kernels.native import build, isa
 from fusedq_kernels.native.isa import ISAS, this_isa
 
@@ -101,3 +102,11 @@ def test_processes_that_want_it_at_once_share_one(tmp_path: Path) -> None:
     assert [process.returncode for process in running] == [0, 0, 0]
     assert len(printed) == 1
     assert len(list((tmp_path / "cache").rglob("*.so"))) == 1
+
+
+def test_a_damaged_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(fused, "library", lambda _: broken)
+    with pytest.raises(build.BuildError, match=r"broken.so is damaged; remove it"):
+        fused.load.__wrapped__()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from vllm_fusedq.cli.output import ExitCode, console, print_json, progress_bar, writing
+from vllm_fusedq.cli.output import ExitCode, console, print_json, progress_bar, refusing, writing
 from vllm_fusedq.errors import FusedQError, Problem
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ def check(
 
     sizes = _sizes(tensor_parallel_size)
     device = device.lower()
-    spec, memory = _device(device)
+    with refusing(console(stderr=True)):
+        spec, memory = _device(device)
     demand = Demand(
         max_model_len,
         max_num_seqs,
@@ -153,19 +154,19 @@ def _device(name: str) -> tuple["DeviceSpec", int | None]:
     from fusedq_kernels.choose.device import (
         MEMORY_BYTES,
         UNSUPPORTED_DEVICES,
-        cpu_device,
         current_gpu,
         device_by_name,
         device_of_capability,
     )
     from fusedq_kernels.types import DeviceSpec
+    from vllm_fusedq.settings import this_cpu
 
     if name in UNSUPPORTED_DEVICES:
         return DeviceSpec(name, "unsupported"), None
     if name == "auto" and (found := current_gpu()) is not None:
         return found
     if name in ("auto", "cpu"):
-        return cpu_device(), None
+        return this_cpu(), None
     if match := re.fullmatch(r"sm_(\d+)(\d)", name):
         return device_of_capability(*map(int, match.groups())), None
     try:

@@ -63,12 +63,14 @@ def _run(
     from vllm_fusedq.plan.layer import Target
     from vllm_fusedq.plan.model import plan_model
     from vllm_fusedq.prove.selfcheck import check_layer
-    from vllm_fusedq.settings import parse_settings
+    from vllm_fusedq.settings import parse_settings, this_cpu
 
     settings = parse_settings({"kernel": kernel})
-    if device.type == "cpu":
+    on_cpu = device.type == "cpu"
+    if on_cpu:
         register_cpu_operators()
-    target = Target(settings.device(current_device(device)), dtype, settings.insisted)
+    found = this_cpu() if on_cpu else current_device(device)
+    target = Target(settings.device(found), dtype, settings.insisted)
     checkpoint = read_checkpoint(model)
     plans = [plan for plan in plan_model(checkpoint, target).layers if only in plan.name]
     if not plans:

@@ -6,12 +6,12 @@ from vllm.platforms import current_platform
 
 from fusedq_kernels.choose.device import (
     SUPPORTED_DEVICES,
-    cpu_device,
     current_device,
     device_of_capability,
 )
 from fusedq_kernels.types import DeviceSpec
 from vllm_fusedq.errors import PreflightError
+from vllm_fusedq.settings import this_cpu
 
 
 def announced_device() -> DeviceSpec:
@@ -28,7 +28,7 @@ def announced_device() -> DeviceSpec:
             fix="see that `nvidia-smi` lists a GPU, or install vLLM's CPU build (docs/install.md)",
         )
     if current_platform.is_cpu():
-        return cpu_device()
+        return this_cpu()
     if not current_platform.is_cuda():
         raise PreflightError.single(
             layer="every quantized layer",
@@ -42,5 +42,4 @@ def announced_device() -> DeviceSpec:
 
 def worker_device() -> DeviceSpec:
     """The device of this worker process."""
-    device = torch.device("cpu") if current_platform.is_cpu() else torch.device("cuda")
-    return current_device(device)
+    return this_cpu() if current_platform.is_cpu() else current_device(torch.device("cuda"))

@@ -17,7 +17,7 @@ from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, group_geometry
 from fusedq_kernels.layouts.resident import scale_words
 from fusedq_kernels.lazy import torch
-from fusedq_kernels.native.build import library
+from fusedq_kernels.native.build import BuildError, library
 from fusedq_kernels.native.isa import this_isa
 from fusedq_kernels.types import GemmShape, Launch, Layout, QuantSpec, Reason
 
@@ -102,7 +102,12 @@ def load() -> Callable[..., None]:
     """
     isa = this_isa()
     name = f"fusedq_cpu::{isa.operator}"
-    torch.ops.load_library(str(library(isa)))
+    path = library(isa)
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        message = f"{path} is damaged; remove it, and it is compiled again: {error}"
+        raise BuildError(message) from None
     torch.library.register_fake(name, _fake)
     return getattr(torch.ops.fusedq_cpu, isa.operator).default
 

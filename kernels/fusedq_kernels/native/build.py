@@ -14,6 +14,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def _found(isa: Isa) -> Path | None:
 
 
 def _name(isa: Isa) -> str:
-    return f"{isa.name}-{_key(isa)}.so"
+    return f"{isa.name}-{platform.machine()}-{_key(isa)}.so"
 
 
 def _flags(isa: Isa) -> tuple[str, ...]:
