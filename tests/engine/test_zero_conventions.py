@@ -15,13 +15,11 @@ import json, logging, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 import torch
-from loading import load, plans_of
+from loading import TARGETS, load, plans_of
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.integration.worker import WorkerState
 from vllm_fusedq.errors import WeightLoadError
-from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.settings import parse_settings
-from loading import DEVICES
 lines, answers = [], {{}}
 handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())
@@ -29,7 +27,7 @@ logging.getLogger("vllm.fusedq").addHandler(handler)
 for name in {names!r}:
     lines.clear()
     folder = Path({folder!r}) / name
-    state = WorkerState(Target(DEVICES["cpu"], torch.float16), parse_settings({{}}), None)
+    state = WorkerState(TARGETS["cpu"], parse_settings({{}}), None)
     state.plans.extend(plans_of(read_checkpoint(folder), "cpu"))
     try:
         for plan in state.plans:

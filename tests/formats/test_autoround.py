@@ -18,12 +18,11 @@ from checkpoints import (
     write_checkpoint,
 )
 from layers import MODULE, check, cut, describe, problems_of
-from loading import DEVICES, assert_exact, load
+from loading import TARGETS, assert_exact, load
 from vllm_fusedq.checkpoint.read import Checkpoint, read_checkpoint
 from vllm_fusedq.errors import UnsupportedCheckpoint, WeightLoadError
 from vllm_fusedq.formats import CheckpointFormat, Finding, format_for, settle
 from vllm_fusedq.plan.advice import listed_otherwise
-from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
 
 UP = "model.layers.0.mlp.up_proj"
@@ -77,7 +76,7 @@ def test_every_name_of_a_packing(
     truths = write_checkpoint(tmp_path, build, hidden=128, intermediate=192, config=config)
     checkpoint = read_checkpoint(tmp_path)
     for tp_size, rank in ((1, 0), (2, 1)):
-        target = Target(DEVICES["gpu"], torch.float16)
+        target = TARGETS["gpu"]
         for plan in plan_model(checkpoint, target, tp_size, ranks=[rank]).layers:
             assert_exact(load(plan, tmp_path), truths)
 

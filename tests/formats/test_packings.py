@@ -4,17 +4,15 @@ import pickle
 from pathlib import Path
 
 import pytest
-import torch
 
 from checkpoints import ALL_BUILDS, write_checkpoint
-from loading import DEVICES, assert_exact, load
+from loading import TARGETS, assert_exact, load
 from vllm_fusedq import formats
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.formats import CheckpointFormat, format_for
 from vllm_fusedq.formats.awq_packing import GemmPacking
 from vllm_fusedq.formats.gptq_packing import GptqPacking
 from vllm_fusedq.formats.layer import Scheme
-from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
 
 UP = "model.layers.0.mlp.up_proj"
@@ -60,7 +58,7 @@ def test_a_reader_of_another_tool_s_config_is_one_class(
     layer = format_for(checkpoint).layer_of(UP)
     assert layer is not None
     assert layer.description.startswith("other-tool 4-bit g32, ")
-    target = Target(DEVICES["gpu"], torch.float16)
+    target = TARGETS["gpu"]
     plans = [
         plan
         for tp_size, rank in ((1, 0), (2, 1))
