@@ -24,6 +24,7 @@ def test_default_is_the_rule() -> None:
         ({"kernel": "marlin"}, "kernel 'marlin' does not exist; supported: auto, triton-gemm"),
         ({"kernel": "sliced-cublas"}, "kernel 'sliced-cublas' does not exist; supported: auto, t"),
         ({"prefill": "sliced"}, "prefill is 'sliced'; supported: auto, fused"),
+        ({"activations": "int8"}, "activations is 'int8'; supported: auto, 16-bit"),
         ({"check_kernels": "no"}, "check_kernels is 'no'; supported: true, false"),
         ({"prefill": None}, "prefill is None; supported: auto, fused"),
     ],

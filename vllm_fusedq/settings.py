@@ -13,6 +13,8 @@ from fusedq_kernels.types import DeviceSpec
 from vllm_fusedq.errors import SettingsError
 
 PREFILL = ("auto", "fused")
+KEEP_ACTIVATIONS = "16-bit"
+ACTIVATIONS = ("auto", KEEP_ACTIVATIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +22,14 @@ class Settings:
     """`kernel`: "auto", or one kernel's name to insist on for every layer. `prefill`: "auto", or
     "fused" to forbid sliced-cublas where measured rows name it. `report`: the file that the live
     report is written to, None for none. `check_kernels`: whether a GPU's launches are compared with
-    plain PyTorch before they serve."""
+    plain PyTorch before they serve. `activations`: "auto", or "16-bit" to serve the weights of a
+    checkpoint that quantizes activations too, which is refused otherwise."""
 
     kernel: str = "auto"
     prefill: str = "auto"
     report: str | None = None
     check_kernels: bool = True
+    activations: str = "auto"
 
     @property
     def insisted(self) -> str | None:
@@ -35,6 +39,11 @@ class Settings:
     def sliced_prefill(self) -> bool:
         """Who insists on a kernel wants it for every number of tokens."""
         return self.prefill == "auto" and self.insisted is None
+
+    @property
+    def keeps_activations(self) -> bool:
+        """Whether activations stay in 16 bits where the checkpoint quantizes them."""
+        return self.activations == KEEP_ACTIVATIONS
 
     def device(self, found: DeviceSpec) -> DeviceSpec:
         """`found`, or what stands for it when planning for a GPU's kernel in the interpreter.
@@ -94,6 +103,11 @@ def parse_settings(section: Any) -> Settings:
         raise SettingsError(
             f'additional-config "fusedq": prefill is {settings.prefill!r:.80}; '
             f"supported: {', '.join(PREFILL)}"
+        )
+    if settings.activations not in ACTIVATIONS:
+        raise SettingsError(
+            f'additional-config "fusedq": activations is {settings.activations!r:.80}; '
+            f"supported: {', '.join(ACTIVATIONS)}"
         )
     if not isinstance(settings.check_kernels, bool):
         raise SettingsError(

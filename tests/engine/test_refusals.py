@@ -16,7 +16,6 @@ from transformers import BloomConfig
 
 from checkpoints import (
     add,
-    compressed_tensors_config,
     drop,
     put,
     rename,
@@ -37,12 +36,6 @@ Maker = Callable[[Path], object]
 
 def edited(build: str, *edits: object, **config: object) -> Maker:
     return lambda path: write_checkpoint(path, build, edits=edits, config=config)
-
-
-def activation_quantized(path: Path) -> None:
-    config = compressed_tensors_config(32)
-    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "int"}
-    write_checkpoint(path, "ct-sym", config=config)
 
 
 def pickled(path: Path) -> None:
@@ -105,7 +98,6 @@ IN_API_PROCESS: dict[str, tuple[Maker, str]] = {
         edited("gptq-sym", dynamic={"+:.*up.*": {"bits": 9}}),
         "bits 9 in the dynamic rule '+:.*up.*'",
     ),
-    "w8a8": (activation_quantized, "input_activations"),
     "kv cache": (
         edited("ct-sym", kv_scales((1.0, 1.0)), kv_cache_scheme=SCHEME | {"strategy": "attn_head"}),
         "found kv_cache_scheme with strategy 'attn_head'; supported by compressed-tensors",

@@ -10,7 +10,6 @@ from checkpoints import (
     ALL_BUILDS,
     Tensors,
     add,
-    compressed_tensors_config,
     put,
     random_truth,
     write_checkpoint,
@@ -123,15 +122,6 @@ def test_refuses_int_quantized_weights_of_another_dtype() -> None:
     tensors = {**build.tensors(truth), "weight": torch.zeros(16, 64, dtype=torch.float16)}
     with pytest.raises(PreflightError, match="weight stored as F16; supported: I8"):
         describe("ct-int8-sym", truth, 32, tensors)
-
-
-def test_refuses_quantized_activations_beside_int8_weights() -> None:
-    group = compressed_tensors_config(-1, bits=8, packing="int-quantized")["config_groups"]
-    group["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": True}
-    with pytest.raises(
-        UnsupportedCheckpoint, match=r"quantized activations .group_0.input_act.*W4A16, W8A16"
-    ):
-        described("ct-int8-sym", group_size=-1, config_groups=group)
 
 
 def test_a_word_that_holds_no_row_is_refused() -> None:

@@ -144,10 +144,10 @@ REFUSED = {
     "ct-preset": ("ct-sym", {"config_groups": {"W4A16": ["Linear"]}}, "W4A16 without a weights"),
     "ct-inputs": (
         "ct-sym",
-        groups(input_activations={"num_bits": 8}),
-        r"quantized activations \(group_0.input_activations\)",
+        groups(input_activations=["int8"]),
+        r"input_activations \['int8'\] in group_0",
     ),
-    "ct-outputs": ("ct-sym", groups(output_activations={"num_bits": 8}), "quantized activations"),
+    "ct-outputs": ("ct-sym", groups(output_activations={"num_bits": 8}), "quantized outputs"),
     "ct-format": ("ct-sym", {"format": "marlin-24"}, "format 'marlin-24' of group_0"),
     "ct-group-format": (
         "ct-sym",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from vllm_fusedq.cli.options import Activations, ActivationsOption
 from vllm_fusedq.cli.output import ExitCode, console, print_json, progress_bar, refusing, writing
 from vllm_fusedq.errors import FusedQError, Problem
 
@@ -89,6 +90,7 @@ def check(
     revision: Annotated[
         str | None, typer.Option(help="branch, tag or commit of a repository")
     ] = None,
+    activations: ActivationsOption = Activations.AUTO,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="refuse what would only be warned of")
@@ -119,7 +121,8 @@ def check(
         _refuse_unsupported(device)
         with progress_bar("reading headers") as progress:
             checkpoint = read_checkpoint(model, revision, progress)
-        target = Target(spec, _act_dtype(dtype, checkpoint))
+        act_dtype = _act_dtype(dtype, checkpoint)
+        target = Target(spec, act_dtype, keeps_activations=activations.kept)
         kv_cache = served_kv_dtype(format_for(checkpoint), demand.kv_cache_dtype)
         demand = replace(demand, kv_cache_dtype=kv_cache)
         split = ExpertSplit(expert_parallel)

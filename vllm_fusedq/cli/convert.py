@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vllm_fusedq.cli.options import Activations, ActivationsOption
 from vllm_fusedq.cli.output import console, refusing, writing
 
 
@@ -16,6 +17,7 @@ def convert(
     max_file_gb: Annotated[
         float, typer.Option(min=0.001, help="begin a new weight file after so many GB of the model")
     ] = 2.0,
+    activations: ActivationsOption = Activations.AUTO,
 ) -> None:
     """Write MODEL in the layout that its kernels read, for every tensor-parallel size.
 
@@ -40,7 +42,7 @@ def convert(
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done)
 
-        done = run(model, out, round(max_file_gb * 1e9), show)
+        done = run(model, out, round(max_file_gb * 1e9), show, activations.kept)
     removed = f"begun again: {out}.partial held files of a killed run" if done.began_again else ""
     for note in filter(None, (removed, done.note)):
         err.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from vllm_fusedq.cli.options import Activations, ActivationsOption
 from vllm_fusedq.cli.output import ExitCode, console, refusing, writing
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def selfcheck(
         str, typer.Option(help='a kernel to insist on, as in additional-config "fusedq"')
     ] = "auto",
     only: Annotated[str, typer.Option(help="check layers whose name holds this")] = "",
+    activations: ActivationsOption = Activations.AUTO,
 ) -> None:
     """Check each layer of MODEL: resident bits against the file, fused kernel against PyTorch.
 
@@ -43,7 +45,8 @@ def selfcheck(
         device = "cuda" if has_gpu else "cpu"
     out, err = console(), console(stderr=True)
     with refusing(err):
-        failed = _run(model, torch.device(device), getattr(torch, dtype), kernel, only, out, err)
+        settings = {"kernel": kernel, "activations": activations.value}
+        failed = _run(model, torch.device(device), getattr(torch, dtype), settings, only, out, err)
     raise typer.Exit(ExitCode.REFUSED if failed else ExitCode.FUSED)
 
 
@@ -51,7 +54,7 @@ def _run(
     model: Path,
     device: "torch.device",
     dtype: "torch.dtype",
-    kernel: str,
+    section: dict[str, str],
     only: str,
     out: Console,
     err: Console,
@@ -65,12 +68,13 @@ def _run(
     from vllm_fusedq.prove.selfcheck import check_layer
     from vllm_fusedq.settings import parse_settings, this_cpu
 
-    settings = parse_settings({"kernel": kernel})
+    settings = parse_settings(section)
     on_cpu = device.type == "cpu"
     if on_cpu:
         register_cpu_operators()
     found = this_cpu() if on_cpu else current_device(device)
-    target = Target(settings.device(found), dtype, settings.insisted)
+    device_spec, kept = settings.device(found), settings.keeps_activations
+    target = Target(device_spec, dtype, settings.insisted, keeps_activations=kept)
     checkpoint = read_checkpoint(model)
     plans = [plan for plan in plan_model(checkpoint, target).layers if only in plan.name]
     if not plans:

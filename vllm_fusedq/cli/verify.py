@@ -8,6 +8,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from vllm_fusedq.cli.options import Activations, ActivationsOption
 from vllm_fusedq.cli.output import ExitCode, console, refusing, writing
 
 
@@ -18,6 +19,7 @@ def verify(
         str, typer.Option(help='a kernel to insist on, as in additional-config "fusedq"')
     ] = "auto",
     max_model_len: Annotated[int, typer.Option(min=128, help="as in vllm serve")] = 256,
+    activations: ActivationsOption = Activations.AUTO,
 ) -> None:
     """Load MODEL in vLLM's engine, run prefill and decode, and prove from the trace what ran.
 
@@ -33,7 +35,8 @@ def verify(
         raise typer.BadParameter(f"dtype {dtype!r}; choose bfloat16 or float16")
     out, err = console(), console(stderr=True)
     with refusing(err):
-        traces = run(str(model), dtype, {"kernel": kernel}, max_model_len)
+        settings = {"kernel": kernel, "activations": activations.value}
+        traces = run(str(model), dtype, settings, max_model_len)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in ("layer", "kernel", "seen as", "calls"):
         table.add_column(column, overflow="fold")

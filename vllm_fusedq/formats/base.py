@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
@@ -126,6 +127,10 @@ class CheckpointFormat(ABC):
     @abstractmethod
     def scheme(self, module: str) -> Scheme:
         """The scheme of a claimed module; PreflightError where the config refuses this module."""
+
+    def activations(self, module: str) -> str:
+        """How the config quantizes the activations of a claimed module, in words; "" if not."""
+        return ""
 
     def modules(self) -> list[str]:
         """Modules of the checkpoint that are quantized, or that the config says are."""
@@ -302,4 +307,5 @@ class CheckpointFormat(ABC):
         scheme = self.scheme(module)
         # Some tools name the KV cache's scales after the layers that make keys and values
         own = {name: info for name, info in stored.items() if not kv_tensor(f"{module}.{name}")}
-        return describe_layer(module, own, scheme, format=self.name, exclusion=self.exclusion)
+        layer = describe_layer(module, own, scheme, format=self.name, exclusion=self.exclusion)
+        return replace(layer, activations=self.activations(module))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from vllm_fusedq.formats.compressed_tensors_packing import (
     CompressedTensorsPacking,
     WordPacking,
 )
+from vllm_fusedq.formats.headers import unread
 from vllm_fusedq.formats.layer import Scheme
 from vllm_fusedq.formats.shared.rows import Support, bit_widths
 from vllm_fusedq.formats.shared.vocabulary import is_input_embedding
@@ -29,6 +31,8 @@ WORDS, BYTES = "pack-quantized", ("int-quantized", "naive-quantized")
 PACKINGS = (WORDS, *BYTES)
 # 3-, 5-, 6- and 7-bit codes straddle words from this version of the package on
 FIRST_STREAMING_VERSION = (0, 18)
+# What says how to quantize activations, where that is not found as they come
+OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale")
 LINEAR_CLASS = "Linear"
 EMBEDDING_CLASS = "Embedding"
 # Both only change how the quantizer calibrates, not what it stores
@@ -103,20 +107,29 @@ class CompressedTensorsFormat(CheckpointFormat):
                 "weight_g_idx with actorder group",
                 "set actorder to group in the config if this model was quantized with it",
             )
-        return group.packing.scheme(stored, group.group_size, symmetric=group.symmetric)
+        scheme = group.packing.scheme(stored, group.group_size, symmetric=group.symmetric)
+        if not group.activations:
+            return scheme
+        return replace(scheme, layouts=(*scheme.layouts, *unread(stored, OF_ACTIVATIONS)))
+
+    def activations(self, module: str) -> str:
+        group = self._group_of(module)
+        return "" if group is None else group.activations
 
     def _read_group(self, name: str, group: Any) -> _Group:
         """One of config_groups."""
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             raise self.refusal(f"{name} without a weights section", "groups that describe weights")
-        for key in ("input_activations", "output_activations"):
-            if group.get(key):
-                raise self.refusal(
-                    f"quantized activations ({name}.{key})",
-                    "quantized weights only",
-                    "quantize the original model again with a weight-only scheme of "
-                    f"llm-compressor (W4A16, W8A16), or {USE_VLLM}",
-                )
+        if group.get("output_activations"):
+            raise self.refusal(
+                f"quantized outputs ({name}.output_activations)",
+                "quantized weights and inputs",
+                "quantize the original model again with a weight-only scheme of "
+                f"llm-compressor (W4A16, W8A16), or {USE_VLLM}",
+            )
+        inputs = group.get("input_activations") or {}
+        if not isinstance(inputs, dict):
+            raise self.refusal(f"input_activations {inputs!r:.80} in {name}", "a JSON object")
         stored_as = group.get("format") or self.config.get("format")
         if stored_as not in PACKINGS:
             raise self.refusal(
@@ -145,7 +158,8 @@ class CompressedTensorsFormat(CheckpointFormat):
             packing = self._word_packing(bits, ordered, name)
         targets = self.check_names("targets", group)
         unprefixed = frozenset(without_prefix(name) for name in targets if "." in name)
-        return _Group(targets, unprefixed, packing, symmetric, group_size)
+        activations = f"{inputs.get('num_bits')}-bit {inputs.get('type', 'int')}" if inputs else ""
+        return _Group(targets, unprefixed, packing, symmetric, group_size, activations)
 
     def _word_packing(self, bits: int, ordered: bool, name: str) -> WordPacking:
         if 32 % bits == 0 or self._streams(bits, name):
@@ -206,3 +220,4 @@ class _Group(NamedTuple):
     packing: CompressedTensorsPacking
     symmetric: bool
     group_size: int
+    activations: str

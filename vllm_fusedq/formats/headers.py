@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
 
@@ -10,7 +10,7 @@ from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import QuantSpec
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.errors import PreflightError, Problem
-from vllm_fusedq.formats.layer import DTYPES, LayerFormat, Scheme, TensorLayout
+from vllm_fusedq.formats.layer import DTYPES, Dim, LayerFormat, Scheme, TensorLayout
 
 REDO = "download the checkpoint again or quantize the model again"
 
@@ -56,6 +56,19 @@ def describe_layer(
         replace(layout, dtypes=(DTYPES[stored[layout.name].dtype],)) for layout in scheme.layouts
     )
     return replace(layer, tensors=tensors)
+
+
+def unread(stored: Mapping[str, TensorInfo], names: Iterable[str]) -> tuple[TensorLayout, ...]:
+    """Layouts of tensors that are loaded and not looked at, whatever their shapes."""
+    return tuple(
+        TensorLayout(
+            name,
+            tuple(Dim(None, size=size) for size in stored[name].shape),
+            tuple(DTYPES.values()),
+        )
+        for name in names
+        if name in stored
+    )
 
 
 def _sizes(weight: TensorLayout, info: TensorInfo) -> tuple[int, int]:

@@ -112,7 +112,8 @@ class LayerFormat:
 
     `format` is the method that its config names, `exclusion` what excludes modules there, both for
     messages. `tensors` lists the tensors that this module really has, the packed weight first, and
-    `packing` knows what lies in them. Picklable.
+    `packing` knows what lies in them. `activations` says in words how the config quantizes what the
+    weight multiplies, where it does. Picklable.
     """
 
     format: str
@@ -123,6 +124,7 @@ class LayerFormat:
     n: int
     k: int
     tensors: tuple[TensorLayout, ...]
+    activations: str = ""
 
     @property
     def ordered(self) -> bool:
@@ -144,7 +146,8 @@ class LayerFormat:
         name = f"{self.format} {self.packing.name}".rstrip()
         bits, resident = self.packing.bits, self.spec.weight_type.bits
         widened = f", resident as {resident}-bit" if bits != resident else ""
-        return f"{name} {bits}-bit {group}{zeros}{order}{widened}"
+        kept = f", activations in 16 bits, not {self.activations}" if self.activations else ""
+        return f"{name} {bits}-bit {group}{zeros}{order}{widened}{kept}"
 
     def tensor(self, name: str) -> TensorLayout | None:
         return next((layout for layout in self.tensors if layout.name == name), None)

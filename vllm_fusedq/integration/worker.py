@@ -55,6 +55,7 @@ def start_worker(
         vllm_config.model_config.dtype,
         settings.insisted,
         Policy(envs.VLLM_BATCH_INVARIANT, settings.sliced_prefill),
+        settings.keeps_activations,
     )
     install_worker_methods()
     model_config = model_config_of(vllm_config, quant_config)

@@ -80,11 +80,13 @@ def convert(
     out: Path,
     max_file_bytes: int = 2 << 30,
     progress: Progress = lambda what, done, total: None,
+    keeps_activations: bool = False,
 ) -> Converted:
     """Convert the checkpoint in `source` into the new folder `out`.
 
     Args:
         max_file_bytes: of the source, after which a new weight file begins; bounds the memory too.
+        keeps_activations: whether to take the weights of what quantizes activations too.
 
     Raises:
         CheckpointError: `out` exists, or an `out`.partial that no conversion made.
@@ -98,7 +100,7 @@ def convert(
         raise UnsupportedCheckpoint(f"{source}: is converted already; serve it as it is")
     if out.exists():
         raise CheckpointError(f"{out}: exists; remove it, or convert into another folder")
-    items = _items(checkpoint, fmt)
+    items = _items(checkpoint, fmt, replace(TARGET, keeps_activations=keeps_activations))
     with claimed(out.with_name(out.name + PARTIAL)) as (partial, began_again):
         hashes = _hash_files(checkpoint, progress)
         note = _write_weights(checkpoint, _batches(items, max_file_bytes), partial, progress)
@@ -114,7 +116,7 @@ def convert(
     )
 
 
-def _items(checkpoint: Checkpoint, fmt: CheckpointFormat) -> list[_Item]:
+def _items(checkpoint: Checkpoint, fmt: CheckpointFormat, target: Target) -> list[_Item]:
     """Everything to write, in the order of the source's files; refuses all bad layers at once."""
     layers = quantized_layers(checkpoint, fmt)
     problems, items = [], []
@@ -123,7 +125,7 @@ def _items(checkpoint: Checkpoint, fmt: CheckpointFormat) -> list[_Item]:
         if layer is not None:
             packed = tuple(f"{module}.{tensor.name}" for tensor in layer.tensors)
             try:
-                plan = _plan(layer)
+                plan = _plan(layer, target)
             except PreflightError as error:
                 problems += error.problems
                 continue
@@ -138,12 +140,12 @@ def _items(checkpoint: Checkpoint, fmt: CheckpointFormat) -> list[_Item]:
     return items
 
 
-def _plan(layer: LayerFormat) -> LayerPlan:
+def _plan(layer: LayerFormat, target: Target) -> LayerPlan:
     part = PartShard(layer.module, None, layer.whole)
     shard = LayerShard(layer.module, ParallelStyle.REPLICATED, 1, (part,))
     if is_input_embedding(layer.module):
         shard = replace(shard, ops=(Op.EMBEDDING,))
-    return plan_layer(shard, {layer.module: layer}, TARGET)
+    return plan_layer(shard, {layer.module: layer}, target)
 
 
 def _batches(items: list[_Item], max_file_bytes: int) -> list[list[_Item]]:

@@ -30,6 +30,7 @@ from fusedq_kernels.types import (
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.formats.shared.ordering import resident_rows, resident_spec
+from vllm_fusedq.plan.activations import check_activations
 from vllm_fusedq.plan.one_scheme import of_one_scheme
 from vllm_fusedq.plan.shards import LayerShard
 from vllm_fusedq.plan.uses import Use
@@ -42,13 +43,15 @@ class Target:
     """Where a plan is for: the device decides the kernels, the dtype what they multiply by.
 
     A layer that the kernel `insisted` on cannot run is refused; None lets the device decide for
-    each layer. A torch dtype may be given as `act_dtype` and is kept by name.
+    each layer. A torch dtype may be given as `act_dtype` and is kept by name. What quantizes
+    activations too is refused unless `keeps_activations`: then its weights alone are served.
     """
 
     device: DeviceSpec
     act_dtype: DType
     insisted: str | None = None
     policy: Policy = DEFAULT_POLICY
+    keeps_activations: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "act_dtype", DType.of(self.act_dtype))
@@ -171,6 +174,8 @@ def plan_layer(
     layer_formats = of_one_scheme(shard, formats)
     if problems := target_problems(target):
         raise PreflightError(problems)
+    if not target.keeps_activations:
+        check_activations(shard, layer_formats)
     first, region = layer_formats[0], shard.parts[0].region
     if first.ordered:
         rows, spec, phase = resident_rows(first, region), resident_spec(first, region), 0
