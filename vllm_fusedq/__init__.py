@@ -3,7 +3,7 @@
 Importing this package imports neither vLLM, torch nor Triton: vLLM imports it in every process.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["__version__", "register"]
 
