@@ -41,6 +41,11 @@ def test_the_support_table_is_up_to_date() -> None:
     assert text == script("support_table").with_table(text), "run python scripts/support_table.py"
 
 
+def test_the_device_table_is_up_to_date() -> None:
+    text = (ROOT / "docs" / "devices.md").read_text()
+    assert text == script("device_table").with_table(text), "run python scripts/device_table.py"
+
+
 @pytest.mark.parametrize(
     ("format_name", "variants"),
     [

@@ -7,6 +7,7 @@ caches other than L2 are left out.
 
 from dataclasses import dataclass
 
+from fusedq_kernels.choose.boards import BOARDS
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, group_geometry, round_up
 from fusedq_kernels.layouts.resident import resident_tensors, scale_words
@@ -46,18 +47,18 @@ class Rates:
     clock: float
 
 
-# Datasheets: HBM bytes/s, dense bf16 FLOP/s with fp32 accumulation, boost clock in Hz.
+# Datasheets: dense bf16 FLOP/s with fp32 accumulation, boost clock in Hz.
 _DATASHEETS = {
-    "a100": (2.039e12, 312e12, 1.41e9),
-    "a10": (0.600e12, 125e12, 1.695e9),
-    "rtx3090": (0.936e12, 71e12, 1.695e9),
-    "l40s": (0.864e12, 362e12, 2.52e9),
-    "l4": (0.300e12, 121e12, 2.04e9),
-    "rtx4090": (1.008e12, 165e12, 2.52e9),
-    "h100": (3.35e12, 989e12, 1.98e9),
-    "h200": (4.8e12, 989e12, 1.98e9),
-    "b200": (8.0e12, 2250e12, 1.965e9),
-    "rtx5090": (1.792e12, 209e12, 2.407e9),
+    "a100": (312e12, 1.41e9),
+    "a10": (125e12, 1.695e9),
+    "rtx3090": (71e12, 1.695e9),
+    "l40s": (362e12, 2.52e9),
+    "l4": (121e12, 2.04e9),
+    "rtx4090": (165e12, 2.52e9),
+    "h100": (989e12, 1.98e9),
+    "h200": (989e12, 1.98e9),
+    "b200": (2250e12, 1.965e9),
+    "rtx5090": (209e12, 2.407e9),
 }
 # SASS instructions of one thread in one K block: a fixed part, these per decoded weight, and for
 # the scales one FMA per accumulator and group, or one multiplication per pair of weights. Fitted to
@@ -117,9 +118,9 @@ def rates_for(device: DeviceSpec) -> Rates | None:
     """
     if device.name not in _DATASHEETS:
         return None
-    hbm, tensor, clock = _DATASHEETS[device.name]
+    tensor, clock = _DATASHEETS[device.name]
     return Rates(
-        hbm=_HBM_EFFICIENCY * hbm,
+        hbm=_HBM_EFFICIENCY * 1e9 * BOARDS[device.name].bandwidth,
         l2=_L2_BYTES_PER_CLOCK_PER_SM * device.num_sms * clock,
         tensor=_TENSOR_EFFICIENCY * tensor,
         clock=clock,

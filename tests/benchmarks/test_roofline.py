@@ -100,9 +100,11 @@ def test_scales_cost_by_group_by_weight_or_nothing() -> None:
     assert instructions_per_weight(grouped, scaled, 512) == pytest.approx(120 / 128 + 2.05)
 
 
-def test_rates_are_known_for_every_known_device_and_no_other() -> None:
-    assert all(rates_for(device) for device in KNOWN_DEVICES.values())
+def test_rates_are_known_where_a_sheet_says_them() -> None:
+    kinds = {device.capability[0] for device in KNOWN_DEVICES.values() if rates_for(device)}
+    assert kinds == {8, 9, 10, 12}
     assert rates_for(TOY) is None
+    assert rates_for(device_by_name("jetson-thor")) is None
     rates = rates_for(device_by_name("h200"))
     assert rates is not None
     assert rates.hbm == pytest.approx(4.32e12)

@@ -1,9 +1,11 @@
 """The library of cpu-fused: found, compiled once, whole or not at all."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +13,7 @@ from fusedq_kernels.cpu import fused
 from fusedq_kernels.native import build, isa
 from fusedq_kernels.native.isa import ISAS, this_isa
 
+AARCH64_COMPILER = "aarch64-linux-gnu-g++"
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
 
@@ -85,6 +88,29 @@ def test_the_environment_chooses_an_instruction_set(monkeypatch: pytest.MonkeyPa
         chosen()
     monkeypatch.undo()
     this_isa.cache_clear()
+
+
+def test_a_cpu_without_x86_flags_takes_plain_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Linux describes one of aarch64."""
+    cpuinfo = "processor\t: 0\nFeatures\t: fp asimd aes atomics fphp asimdhp sve i8mm bf16\n"
+    monkeypatch.setattr(isa, "Path", lambda _: SimpleNamespace(read_text=lambda: cpuinfo))
+    this_isa.cache_clear()
+    assert this_isa().name == "generic"
+    monkeypatch.undo()
+    this_isa.cache_clear()
+
+
+@pytest.mark.skipif(
+    shutil.which(AARCH64_COMPILER) is None, reason=f"this machine has no {AARCH64_COMPILER}"
+)
+def test_the_sources_are_of_aarch64_too() -> None:
+    include = build._torch_folder() / "include"
+    command = [AARCH64_COMPILER, *build._flags(ISAS["generic"]), "-fsyntax-only", f"-I{include}"]
+    isa_name = f'-DFUSEDQ_ISA="{ISAS["generic"].operator}"'
+    done = subprocess.run(
+        [*command, isa_name, str(build.SOURCES / "op.cpp")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_processes_that_want_it_at_once_share_one(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ _MAX_TMEM = 512
 # memory, beside the main loop.
 _MAX_STACK_BESIDE = 16
 
-_TENSOR_CORES = {9: "wgmma", 10: "tcgen05"}
+_TENSOR_CORES = {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}
 
 # SASS instructions per weight that one thread may spend in the main loop, with groups of whole 128
 # rows and 4-bit integers; steps of 64 or fewer add a scale and an accumulation each. HBM of an H200

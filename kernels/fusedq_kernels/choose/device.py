@@ -10,61 +10,22 @@ import functools
 import re
 from dataclasses import replace
 
+from fusedq_kernels.choose.boards import BOARDS
 from fusedq_kernels.lazy import torch
 from fusedq_kernels.native.build import available
 from fusedq_kernels.native.isa import this_isa
 from fusedq_kernels.types import DeviceSpec
 
-_KIB = 1024
-# Largest shared memory one block may opt in to (CUDA C programming guide, compute capabilities).
-_SMEM_PER_BLOCK = {
-    (8, 0): 163 * _KIB,
-    (8, 6): 99 * _KIB,
-    (8, 9): 99 * _KIB,
-    (9, 0): 227 * _KIB,
-    (10, 0): 227 * _KIB,
-    (12, 0): 99 * _KIB,
+MIN_CAPABILITY = (8, 0)
+KNOWN_DEVICES = {
+    name: board.device for name, board in BOARDS.items() if board.capability >= MIN_CAPABILITY
 }
+MEMORY_BYTES = {name: board.memory_bytes for name, board in BOARDS.items()}
+"""Memory of the boards, of those that are too old as well."""
 
-
-def _gpu(name: str, capability: tuple[int, int], num_sms: int) -> DeviceSpec:
-    return DeviceSpec(name, "cuda", capability, num_sms, _SMEM_PER_BLOCK[capability])
-
-
-# SXM variants where a name covers several boards; the first of a capability stands for "sm_XX".
-KNOWN_DEVICES: dict[str, DeviceSpec] = {
-    device.name: device
-    for device in (
-        _gpu("a100", (8, 0), 108),
-        _gpu("a10", (8, 6), 72),
-        _gpu("rtx3090", (8, 6), 82),
-        _gpu("l40s", (8, 9), 142),
-        _gpu("l4", (8, 9), 58),
-        _gpu("rtx4090", (8, 9), 128),
-        _gpu("h100", (9, 0), 132),
-        _gpu("h200", (9, 0), 132),
-        _gpu("b200", (10, 0), 148),
-        _gpu("rtx5090", (12, 0), 170),
-    )
-}
-
-
-_MIB = 1 << 20
-MEMORY_BYTES = {
-    "a100": 81920 * _MIB,
-    "a10": 23028 * _MIB,
-    "rtx3090": 24576 * _MIB,
-    "l40s": 46068 * _MIB,
-    "l4": 23034 * _MIB,
-    "rtx4090": 24564 * _MIB,
-    "h100": 81559 * _MIB,
-    "h200": 143771 * _MIB,
-    "b200": 183359 * _MIB,
-    "rtx5090": 32607 * _MIB,
-}
-"""Memory of the known devices as `nvidia-smi` reports it; of an A100 the 80 GB board's."""
-
-SUPPORTED_DEVICES = "NVIDIA GPUs of compute capability 8.0 and newer, and CPUs"
+SUPPORTED_DEVICES = "NVIDIA GPUs of compute capability {}.{} and newer, and CPUs".format(
+    *MIN_CAPABILITY
+)
 UNSUPPORTED_DEVICES = {
     "mi300x": ("AMD gfx942", SUPPORTED_DEVICES),
 }
@@ -74,10 +35,11 @@ UNSUPPORTED_DEVICES = {
 def device_by_name(name: str) -> DeviceSpec:
     """A known device by name ("h200") or architecture ("sm_90", sized as its first known device).
 
-    Raises ValueError naming the known devices.
+    One that is too old is known too, for the plan to refuse it. Raises ValueError naming those
+    that run.
     """
-    if name in KNOWN_DEVICES:
-        return KNOWN_DEVICES[name]
+    if name in BOARDS:
+        return BOARDS[name].device
     by_arch: dict[str, DeviceSpec] = {}
     for device in KNOWN_DEVICES.values():
         by_arch.setdefault("sm_{}{}".format(*device.capability), device)
@@ -108,7 +70,7 @@ def cpu_device() -> DeviceSpec:
 def current_device(device: torch.device) -> DeviceSpec:
     """The device behind a `torch.device`.
 
-    A GPU gets a name of `KNOWN_DEVICES` where it is that very board, else one derived from the
+    A GPU gets a name of `BOARDS` where it is that very board, else one derived from the
     name its driver reports. Raises ValueError for a device that is neither CPU nor CUDA.
     """
     if device.type == "cpu":
@@ -152,15 +114,15 @@ def current_gpu() -> tuple[DeviceSpec, int] | None:
     return current_device(gpu), torch.cuda.get_device_properties(gpu).total_memory
 
 
-def _driver_words(driver_name: str) -> list[str]:
-    """The words of the name that a driver reports; among them may be one of `KNOWN_DEVICES`."""
-    return re.sub(r"[^a-z0-9]+", " ", driver_name.lower()).replace("rtx ", "rtx").split()
+def _driver_words(driver_name: str) -> str:
+    """The words of the name that a driver reports, each between spaces."""
+    words = re.sub(r"[^a-z0-9]+", " ", driver_name.lower()).replace("rtx ", "rtx")
+    return f" {words.strip()} "
 
 
 def _device_name(driver_name: str, spec: DeviceSpec) -> str:
     words = _driver_words(driver_name)
-    for word in words:
-        known = KNOWN_DEVICES.get(word)
-        if known is not None and replace(known, name="") == spec:
-            return word
-    return "-".join(word for word in words if word not in ("nvidia", "geforce"))
+    for board in BOARDS.values():
+        if f" {board.driver or board.name} " in words and replace(board.device, name="") == spec:
+            return board.name
+    return "-".join(word for word in words.split() if word not in ("nvidia", "geforce"))

@@ -7,11 +7,11 @@ names those of its own.
 from __future__ import annotations
 
 from fusedq_kernels.call import ACT_DTYPES, SCALE_DTYPES
+from fusedq_kernels.choose.device import MIN_CAPABILITY
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import count_groups, group_geometry
 from fusedq_kernels.types import DeviceSpec, QuantSpec, Reason
 
-_MIN_CAPABILITY = (8, 0)
 _MIN_STEP = 8
 
 _RESHARD = "choose another tensor-parallel size, or leave this layer unquantized"
@@ -34,8 +34,8 @@ def of_device(device: DeviceSpec, act_dtype: DType) -> tuple[Reason, ...]:
     if act_dtype not in ACT_DTYPES:
         found, fix = f"activations in {act_dtype}", "run in one of these (--dtype)"
         reasons.append(Reason(found, ", ".join(ACT_DTYPES), fix))
-    if device.kind == "cuda" and device.capability < _MIN_CAPABILITY:
-        capability, needed = ("{}.{}".format(*c) for c in (device.capability, _MIN_CAPABILITY))
+    if device.kind == "cuda" and device.capability < MIN_CAPABILITY:
+        capability, needed = ("{}.{}".format(*c) for c in (device.capability, MIN_CAPABILITY))
         board = f"{device.name} of compute capability {capability}"
         reasons.append(Reason(board, f"{needed} and newer", "use a newer GPU, or a CPU"))
     return tuple(reasons)

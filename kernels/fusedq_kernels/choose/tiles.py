@@ -251,7 +251,7 @@ def rules_for(
 ) -> tuple[Rule, ...]:
     """The rules of a GPU for weights in a tiled layout with groups of `GroupGeometry.step`."""
     wgmma, tcgen05, mma_sync = _RULES[layout]
-    rules = {9: wgmma, 10: tcgen05}.get(device.capability[0], mma_sync)
+    rules = {9: wgmma, 10: tcgen05, 11: tcgen05}.get(device.capability[0], mma_sync)
     if step < 32:
         return rules.fine
     if step >= 64 and rules.coarse is not None:

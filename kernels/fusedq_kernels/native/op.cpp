@@ -93,6 +93,12 @@ void arrange(const Input& in, int64_t first, int64_t last, int64_t start, int64_
     }
 }
 
+#if defined(__x86_64__)
+using Half = _Float16;
+#else
+using Half = __fp16;  // GCC 12 has the other one in C alone
+#endif
+
 inline Words to_16(Floats value, bool half) {
   if (!half) {
     const Bits bits = (Bits)value;
@@ -101,7 +107,7 @@ inline Words to_16(Floats value, bool half) {
   }
   Words result;
   for (int lane = 0; lane < kLanes; lane++) {
-    const _Float16 each = (_Float16)value[lane];
+    const Half each = (Half)value[lane];
     uint16_t bits;
     std::memcpy(&bits, &each, 2);
     result[lane] = bits;

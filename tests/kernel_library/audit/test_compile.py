@@ -72,6 +72,10 @@ RUNS = {
         "--target sm_80 --act-dtype bf16 --weight-type uint8 --tile 16x128 --group-size 8"
     ),
     "sm_86": "--target sm_86 --act-dtype fp16 --weight-type uint4b8 --tile 16x128",
+    "sm_87": "--target sm_87 --act-dtype bf16 --weight-type uint8 --tile 64x128",
+    "sm_103": "--target sm_103 --act-dtype bf16 --weight-type uint4 --tile 64x256",
+    "sm_110": "--target sm_110 --act-dtype fp16 --weight-type nf4 --tile 16x128",
+    "sm_121": "--target sm_121 --act-dtype bf16 --weight-type uint4 --tile 64x256",
     "sm_89": "--target sm_89 --act-dtype bf16 --weight-type uint4 --tile 64x128",
     "sm_100": "--target sm_100 --act-dtype bf16 --weight-type uint4 --tile 16x128 32x128 64x256",
     "sm_100-symmetric": (
