@@ -71,6 +71,7 @@ _DECODE_INSTRUCTIONS = {
     WeightType.UINT8B128: 2.75,
     WeightType.NF4: 3.45,
     WeightType.FP4: 3.05,
+    WeightType.FLOAT8_E4M3FN: 3.50,
 }
 
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from fusedq_kernels import pack, weight_bytes
+from fusedq_kernels.encodings import Codebook
 from fusedq_kernels.layouts.packing import count_groups
+from fusedq_kernels.testing import without_nan
 from fusedq_kernels.types import TILED_LAYOUTS, LogicalWeight, PackedWeight, QuantSpec, WeightType
 
 
@@ -13,14 +15,16 @@ def default_spec(
     weight_type: WeightType, group_size: int | None, k: int, act_dtype: torch.dtype
 ) -> QuantSpec:
     """What checkpoints of this type use: groups of 128 and scales in the activation dtype, which
-    every contender keeps as they are; codebooks: 64 and fp32.
+    every contender keeps as they are; codebooks: 64 and fp32; floats: fp32.
 
     A `group_size` of -1 is one group per channel.
     """
-    codebook = weight_type.codebook is not None
+    codebook = isinstance(weight_type.encoding, Codebook)
     group = (64 if codebook else 128) if group_size is None else group_size
     return QuantSpec(
-        weight_type, k if group == -1 else group, torch.float32 if codebook else act_dtype
+        weight_type,
+        k if group == -1 else group,
+        torch.float32 if weight_type.codebook is not None else act_dtype,
     )
 
 
@@ -38,7 +42,7 @@ def random_weight(n: int, k: int, spec: QuantSpec, device: torch.device, seed=0)
     bound = 1 << spec.weight_type.bits
     grouped = (n, count_groups(k, spec.group_size, 0))
     options = {"generator": generator, "device": device, "dtype": torch.uint8}
-    codes = torch.randint(0, bound, (n, k), **options)
+    codes = without_nan(torch.randint(0, bound, (n, k), **options), spec.weight_type)
     scales = torch.rand(grouped, generator=generator, device=device).add_(0.5).mul_(0.01)
     zeros = None
     if spec.has_zero_points:

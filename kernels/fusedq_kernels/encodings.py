@@ -1,8 +1,10 @@
-"""What the codes of a weight mean: integers less a zero point, or the entries of a codebook.
+"""What the codes of a weight mean: integers less a zero point, entries of a codebook, or floats.
 
 `types.WeightType` names the encodings there are.
 """
 
+import functools
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -30,6 +32,41 @@ class Codebook:
 
     bits: int
     values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Floats:
+    """Floats of a sign, `exponent` and `mantissa` bits, subnormal ones below, without infinities.
+
+    With `nan` the two codes of nothing but ones (beside the sign) are no numbers: "fn" in the names
+    of OCP's 8-bit formats.
+    """
+
+    exponent: int
+    mantissa: int
+    nan: bool
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent + self.mantissa
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The number that each code is."""
+        return _values_of(self)
+
+
+@functools.cache
+def _values_of(floats: Floats) -> tuple[float, ...]:
+    lowest = 2 - (1 << (floats.exponent - 1)) - floats.mantissa
+    sizes = []
+    for code in range(1 << (floats.bits - 1)):
+        exponent, mantissa = divmod(code, 1 << floats.mantissa)
+        whole = mantissa + (1 << floats.mantissa if exponent else 0)
+        sizes.append(math.ldexp(whole, max(exponent, 1) - 1 + lowest))
+    if floats.nan:
+        sizes[-1] = math.nan
+    return (*sizes, *(-size for size in sizes))
 
 
 # bitsandbytes `functional.get_4bit_type`. It divides its fp4 table by 12; here the scale is to be

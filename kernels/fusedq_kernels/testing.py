@@ -7,7 +7,7 @@ import torch
 
 from fusedq_kernels import reference
 from fusedq_kernels.layouts.packing import count_groups
-from fusedq_kernels.types import LogicalWeight, QuantSpec
+from fusedq_kernels.types import LogicalWeight, QuantSpec, WeightType
 
 _WORST_SHOWN = 5
 
@@ -23,16 +23,24 @@ class Problem:
 
 
 def random_logical(n: int, k: int, spec: QuantSpec, phase: int = 0, seed: int = 0) -> LogicalWeight:
-    """Uniform codes and zero points, scales around 0.01 that differ in every group."""
+    """Uniform codes (but NaN) and zero points, scales around 0.01 that differ in every group."""
     generator = torch.Generator().manual_seed(seed)
     grouped = (n, count_groups(k, spec.group_size, phase))
     bound = 1 << spec.weight_type.bits
     codes = torch.randint(0, bound, (n, k), generator=generator, dtype=torch.uint8)
+    codes = without_nan(codes, spec.weight_type)
     scales = (torch.rand(grouped, generator=generator) + 0.5) * 0.01
     zeros = None
     if spec.has_zero_points:
         zeros = torch.randint(0, bound, grouped, generator=generator, dtype=torch.uint8)
     return LogicalWeight(codes, scales.to(spec.scale_dtype.torch), zeros, spec, phase)
+
+
+def without_nan(codes: torch.Tensor, weight_type: WeightType) -> torch.Tensor:
+    """`codes` with the largest number in place of a code that is none."""
+    for code in weight_type.nan_codes:
+        codes = torch.where(codes == code, code - 1, codes)
+    return codes
 
 
 def one_hot(

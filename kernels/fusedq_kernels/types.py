@@ -9,7 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from fusedq_kernels.dtype import DType
-from fusedq_kernels.encodings import FP4_VALUES, NF4_VALUES, STORED, Codebook, Codes
+from fusedq_kernels.encodings import FP4_VALUES, NF4_VALUES, STORED, Codebook, Codes, Floats
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,8 @@ class WeightType(Enum):
     `value` is the name, `encoding` what it means. `uint4` and `uint8` are unsigned codes with an
     explicit zero point per group, `uint4b8` and `uint8b128` unsigned codes with the constant zero
     points 8 and 128: a signed integer is stored as the code that lies its zero point higher. The
-    codes of `nf4` and `fp4` number the entries of a codebook and have no zero point.
+    codes of `nf4` and `fp4` number the entries of a codebook, those of `float8_e4m3fn` are numbers
+    themselves; neither have a zero point.
     """
 
     UINT4 = "uint4", Codes(4, zero=STORED)
@@ -30,10 +31,11 @@ class WeightType(Enum):
     UINT8B128 = "uint8b128", Codes(8, zero=128)
     NF4 = "nf4", Codebook(4, NF4_VALUES)
     FP4 = "fp4", Codebook(4, FP4_VALUES)
+    FLOAT8_E4M3FN = "float8_e4m3fn", Floats(4, 3, nan=True)
 
-    encoding: Codes | Codebook
+    encoding: Codes | Codebook | Floats
 
-    def __new__(cls, name: str, encoding: Codes | Codebook) -> "WeightType":
+    def __new__(cls, name: str, encoding: Codes | Codebook | Floats) -> "WeightType":
         member = object.__new__(cls)
         member._value_ = name
         member.encoding = encoding
@@ -53,11 +55,16 @@ class WeightType(Enum):
 
     @property
     def codebook(self) -> tuple[float, ...] | None:
-        """The value of each code before scaling, or None where no table says it."""
+        """The value of each code before scaling, NaN where it has none; None for integers."""
         match self.encoding:
-            case Codebook(values=values):
+            case Codebook(values=values) | Floats(values=values):
                 return values
         return None
+
+    @property
+    def nan_codes(self) -> tuple[int, ...]:
+        """The codes that are no numbers."""
+        return tuple(code for code, value in enumerate(self.codebook or ()) if value != value)
 
     @property
     def has_zero_points(self) -> bool:
@@ -81,6 +88,7 @@ TILED_LAYOUTS = {
     WeightType.UINT8B128: Layout.P8,
     WeightType.NF4: Layout.PL4,
     WeightType.FP4: Layout.PL4,
+    WeightType.FLOAT8_E4M3FN: Layout.P8,
 }
 """The tiled layout of each weight type, which the Triton and the striped CPU kernel read."""
 

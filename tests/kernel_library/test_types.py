@@ -4,8 +4,9 @@ import copy
 import pickle
 
 import pytest
+import torch
 
-from fusedq_kernels.encodings import STORED, Codebook, Codes
+from fusedq_kernels.encodings import STORED, Codebook, Codes, Floats
 from fusedq_kernels.types import WeightType
 
 FACTS = {
@@ -15,6 +16,7 @@ FACTS = {
     "uint8b128": (8, 128, False),
     "nf4": (4, None, False),
     "fp4": (4, None, False),
+    "float8_e4m3fn": (8, None, False),
 }
 
 
@@ -32,7 +34,10 @@ def test_every_type_is_listed():
     assert [each.value for each in WeightType] == list(FACTS)
 
 
-@pytest.mark.parametrize("encoding", [Codes(4, STORED), Codes(4, 8), Codebook(4, (0.0,))])
+ENCODINGS = [Codes(4, STORED), Codes(4, 8), Codebook(4, (0.0,)), Floats(4, 3, nan=True)]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_an_encoding_survives_a_copy(encoding):
     """The compiler's cache compares copies, and a copied marker is the marker."""
     for again in (copy.deepcopy(encoding), pickle.loads(pickle.dumps(encoding))):
@@ -44,3 +49,19 @@ def test_a_codebook_has_an_entry_for_every_code():
     books = [each.encoding for each in WeightType if isinstance(each.encoding, Codebook)]
     assert books
     assert all(len(each.values) == 1 << each.bits for each in books)
+
+
+def test_floats_are_those_of_torch():
+    """E5M2 as well, whose largest exponent is infinity and NaN with IEEE."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    for dtype, floats in (
+        (torch.float8_e4m3fn, WeightType.FLOAT8_E4M3FN.encoding),
+        (torch.float8_e5m2, Floats(5, 2, nan=False)),
+    ):
+        values = codes.view(dtype).double()
+        found = torch.tensor(floats.values, dtype=torch.float64)
+        numbers = values.isfinite()
+        assert torch.equal(found[numbers], values[numbers])
+        assert torch.equal(found[numbers].signbit(), values[numbers].signbit())
+    assert WeightType.FLOAT8_E4M3FN.nan_codes == (0x7F, 0xFF)
+    assert not WeightType.NF4.nan_codes

@@ -35,8 +35,11 @@ _INSTRUCTIONS = {
 _INSTRUCTIONS_GROUPS_OF_32 = {"8x128": 3.2, "16x128": 3.45}
 _ZERO_POINTS_GROUPS_OF_32 = 0.3
 # What another weight type may spend beyond that: the codes of 8 bits take more loads, an entry of a
-# codebook more permutes.
-_BEYOND = {"uint4": 0, "uint4b8": 0, "uint8": 0.3, "uint8b128": 0.2, "nf4": 1.3, "fp4": 1.1}
+# codebook more permutes, the sign of a float a path of its own.
+_BEYOND = {
+    **{"uint4": 0, "uint4b8": 0, "uint8": 0.3, "uint8b128": 0.2, "nf4": 1.3, "fp4": 1.1},
+    "float8_e4m3fn": 0.9,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """cpu-fused: our own kernel for CPUs, on the tiled layouts that a GPU reads.
 
 `../native/` is its code. The weight is decoded in registers for few tokens and into the first-level
-cache for many; whole weights never exist. Integers and codebooks are decoded exactly, products are
-summed in fp32 in one order whatever the number of tokens or threads, scales multiply fp32 sums.
+cache for many; whole weights never exist. Every weight type is decoded exactly, products are summed
+in fp32 in one order whatever the number of tokens or threads, scales multiply fp32 sums.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING
 
 from fusedq_kernels.choose import refusals
 from fusedq_kernels.dtype import DType
+from fusedq_kernels.encodings import Codebook
 from fusedq_kernels.geometry import BLOCK_K, group_geometry
 from fusedq_kernels.layouts.resident import scale_words
 from fusedq_kernels.lazy import torch
 from fusedq_kernels.native.build import BuildError, library
 from fusedq_kernels.native.isa import this_isa
-from fusedq_kernels.types import GemmShape, Launch, Layout, QuantSpec, Reason
+from fusedq_kernels.types import GemmShape, Launch, Layout, QuantSpec, Reason, WeightType
 
 if TYPE_CHECKING:
     from fusedq_kernels.call import Call
     from fusedq_kernels.types import PackedWeight
 
 # `Codes` and `ScaleKind` of ../native/.
-_INT4, _INT4_ZEROS, _CODEBOOK4, _INT8 = range(4)
+_INT4, _INT4_ZEROS, _CODEBOOK4, _INT8, _FLOAT_E4M3 = range(5)
+_FLOATS_OF = {WeightType.FLOAT8_E4M3FN: _FLOAT_E4M3}
 _FLOATS, _PAIRS, _BESIDE_ZEROS = range(3)
 
 # Of a thread: sums, a panel of decoded weights, the tokens beside it, scales of a block.
@@ -122,8 +124,11 @@ def _arguments(
     """What the operator asks beside tensors, in the order of its `numbers`, and the codebook."""
     geometry, weight_type = group_geometry(k, spec.group_size, phase), spec.weight_type
     words = scale_words(spec, geometry)
-    if weight_type.codebook is not None:
+    table = weight_type.codebook if isinstance(weight_type.encoding, Codebook) else ()
+    if table:
         codes = _CODEBOOK4
+    elif weight_type in _FLOATS_OF:
+        codes = _FLOATS_OF[weight_type]
     elif weight_type.bits == 8:
         codes = _INT8
     else:
@@ -136,5 +141,5 @@ def _arguments(
         *(geometry.offset, geometry.num_groups - 1, kind, int(half)),
     ]
     # Entries are what the activations' dtype makes of them, on every kernel
-    entries = torch.tensor(weight_type.codebook or (), dtype=torch.float64)
+    entries = torch.tensor(table, dtype=torch.float64)
     return numbers, entries.to(dtype.torch).tolist()

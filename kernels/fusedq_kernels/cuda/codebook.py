@@ -14,6 +14,7 @@ import triton.language as tl
 
 from fusedq_kernels.cuda.planes import columns_of_four, four_planes_by_asm, halves
 from fusedq_kernels.cuda.ptx import bit_pattern, lookup_ptx
+from fusedq_kernels.encodings import Codebook
 from fusedq_kernels.types import WeightType
 
 
@@ -27,7 +28,7 @@ _TABLES = tl.constexpr(
     {
         (weight_type.value, name): table_bits(weight_type, dtype)
         for weight_type in WeightType
-        if weight_type.codebook is not None
+        if isinstance(weight_type.encoding, Codebook)
         for name, dtype in ((tl.bfloat16.name, torch.bfloat16), (tl.float16.name, torch.float16))
     }
 )

@@ -11,9 +11,9 @@ A decoder has the signature
 32, 64 or 128. `weight` holds the unscaled values of columns `[SUB * STEP, SUB * STEP + STEP)` as
 DTYPE `[BLOCK_N, STEP]` in natural K order, exact for integers.
 
-`integers.py` and `codebook.py` have the decoders, `ptx.py` their assembly for NVIDIA GPUs, and
-`planes.py` puts values in order by renaming registers, so that the decoded weight never touches
-shared memory.
+`integers.py`, `codebook.py` and `floats.py` have the decoders, `ptx.py` their assembly for NVIDIA
+GPUs, and `planes.py` puts values in order by renaming registers, so that the decoded weight never
+touches shared memory.
 """
 
 # Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
@@ -24,6 +24,7 @@ import triton.language as tl
 
 from fusedq_kernels import geometry
 from fusedq_kernels.cuda.codebook import decode_fp4, decode_nf4
+from fusedq_kernels.cuda.floats import decode_float8_e4m3fn
 from fusedq_kernels.cuda.integers import (
     decode_uint4,
     decode_uint4b8,
@@ -58,4 +59,5 @@ DECODERS = {
     WeightType.UINT8B128: decode_uint8b128,
     WeightType.NF4: decode_nf4,
     WeightType.FP4: decode_fp4,
+    WeightType.FLOAT8_E4M3FN: decode_float8_e4m3fn,
 }

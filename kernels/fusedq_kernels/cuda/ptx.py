@@ -1,14 +1,17 @@
 """The decoders' assembly: PTX, as text, that turns a packed word into planes of 16-bit values.
 
-For NVIDIA GPUs from sm_80 on. Owns the instructions; `integers.py` and `codebook.py` run them and
-say the same in portable Triton. Logic, shifts and permutes share one pipe at half rate, 16-bit FMA
-has another one at full rate, so a bit that FMA can move is not shifted. No FMA here rounds.
+For NVIDIA GPUs from sm_80 on. Owns the instructions; `integers.py`, `floats.py` and `codebook.py`
+run them and say the same in portable Triton. Logic, shifts and permutes share one pipe at half
+rate, 16-bit FMA has another one at full rate, so a bit that FMA can move is not shifted. No FMA
+here rounds.
 
 - A code under the mantissa of a power of two whose last bit is worth one (bf16 128, fp16 1024) is a
   number already (the "magic number" of FasterTransformer and Marlin), and one `lop3` both cuts out
   a pair of codes and puts the magic number over it. fp16 has room for bits 4..7 of a halfword too.
 - bf16 has not. But 16 bits below 256 are that multiple of 2^-133, linear over the subnormal and the
   first normal binade, so FMA by 2^127 lifts bits 0..7 to numbers where they are.
+- A float of fewer bits, its exponent and mantissa moved to where a 16-bit float has them, is that
+  power of two too small by which the biases differ, subnormal ones too: FMA makes up for it.
 - PRMT picks bytes of an 8-byte table by 3-bit selectors, four at a time. Two lookups and a
   selection by the codes' top bits give the low bytes of four values, three more the high bytes, and
   two permutes interleave them.
@@ -20,11 +23,12 @@ from collections.abc import Sequence
 
 import torch
 
-from fusedq_kernels.encodings import STORED, Codes
+from fusedq_kernels.encodings import STORED, Codes, Floats
 
 _SUFFIX = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _MAGIC = {torch.bfloat16: 128.0, torch.float16: 1024.0}
 _LIFT = 2.0**127  # makes 4 to 64 steps of the lifted bits one: bf16 has no larger power of two
+_MANTISSA = {torch.bfloat16: 7, torch.float16: 10}
 _AND_OR = "0xEA"  # lop3: (a & b) | c
 
 
@@ -129,6 +133,24 @@ def _octets(block: _Block, codes: Codes) -> None:
             block.fma(f"p{plane}", f"p{plane}", lift, "offset")
     for plane in range(2):
         block.fma(f"${plane}", f"p{plane}", step, nothing)
+
+
+def float8_ptx(floats: Floats, dtype: torch.dtype) -> str:
+    """PTX of 8-bit floats: the planes `$0` and `$1` of a P8 word `$2`. NaN becomes a number."""
+    block, mantissa = _Block(dtype), _MANTISSA[dtype]
+    exponent = 15 - mantissa
+    shift = exponent - floats.exponent
+    biases = (1 << (exponent - 1)) - (1 << (floats.exponent - 1))
+    lift, nothing = block.pair("lift", 2.0**biases), block.pair("nothing", -0.0)
+    low = block.put("low", "shl.b32", "$2", "8")
+    block.put("p0", "shl.b32", "$2", str(8 - shift))
+    block.put("p1", "shr.u32", "$2", str(shift))
+    for plane, word in enumerate((low, "$2")):
+        p = block.put(f"p{plane}", "and.b32", f"p{plane}", (0x7F00 >> shift) * 0x00010001)
+        block.put(p, "lop3.b32", word, 0x80008000, p, _AND_OR)
+    for plane in range(2):
+        block.fma(f"${plane}", f"p{plane}", lift, nothing)
+    return block.text()
 
 
 def lookup_ptx(table: Sequence[int]) -> str:

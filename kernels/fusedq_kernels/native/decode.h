@@ -3,21 +3,23 @@
 // A run is 32 consecutive input features of a K block, kept by 16 words: run r of layouts P4 and
 // PL4 is plane r of words 0 to 15; of P8 it is plane r / 2 of words 16 (r % 2) and up. A word
 // yields the pair of features 2 w and 2 w + 1 of its run (../layouts/tiled.py draws the words).
-// Weights are decoded exactly: an integer less its zero point, or an entry of the codebook.
+// Weights are decoded exactly: an integer less its zero point, an entry of the codebook, or a float.
 #pragma once
 
 #include "lanes.h"
 
 namespace fusedq {
 
-enum class Codes { kInt4, kInt4Zeros, kCodebook4, kInt8 };
+enum class Codes { kInt4, kInt4Zeros, kCodebook4, kInt8, kFloatE4M3 };
 
 constexpr int kBlock = 128;
 constexpr int kRun = 32;
 constexpr int kRuns = kBlock / kRun;
 
 // Words of a row and K block; sets of 16 of them are transposed together.
-constexpr int words_of(Codes codes) { return codes == Codes::kInt8 ? 32 : 16; }
+constexpr int words_of(Codes codes) {
+  return codes == Codes::kInt8 || codes == Codes::kFloatE4M3 ? 32 : 16;
+}
 constexpr int sets_of(Codes codes) { return words_of(codes) / 16; }
 constexpr int runs_of_set(Codes codes) { return kRuns / sets_of(codes); }
 constexpr int run_at(Codes codes, int set, int plane) { return plane * sets_of(codes) + set; }
@@ -61,6 +63,8 @@ struct Fp32 {
               lookup(tables.entries, (Words)((Bits)word >> (8 * plane + 4)))};
     } else if constexpr (codes == Codes::kInt8) {
       return {integer<8>(word, 8 * plane) - zero, integer<8>(word, 8 * plane + 16) - zero};
+    } else if constexpr (codes == Codes::kFloatE4M3) {
+      return {e4m3((Bits)word << (24 - 8 * plane)), e4m3((Bits)word << (8 - 8 * plane))};
     } else if constexpr (codes == Codes::kInt4Zeros) {
       return {integer<4>(word, 4 * plane) - zero, integer<4>(word, 4 * plane + 16) - zero};
     } else {
@@ -78,6 +82,14 @@ struct Fp32 {
   }
 
  private:
+  // Of the uppermost byte. Below the smallest exponent the implied one of f is taken away again,
+  // and only there is the result the smaller one.
+  static FUSEDQ_INLINE Floats e4m3(Bits code) {
+    const Floats f = (Floats)((code >> 4 & 0x07F00000) + (120 << 23));
+    const Floats below = multiply_add(f, splat(2.0f), splat(-0x1p-6f));
+    return (Floats)((Bits)(f < below ? f : below) | (code & 0x80000000));
+  }
+
   template <int bits>
   static FUSEDQ_INLINE Floats integer(Words word, int shift) {
     return __builtin_convertvector((Words)((Bits)word >> shift) & ((1 << bits) - 1), Floats);
@@ -101,9 +113,10 @@ struct Bf16 {
     uint16_t entries[32];
     uint8_t windows[64];
     for (int i = 0; i < 32; i++) {
-      // Zero points: the index is code + 16 - zero, below 32.
+      // Zero points: the index is code + 16 - zero, below 32. E4M3: the subnormal numbers.
       const float value = codes == Codes::kCodebook4   ? codebook[i & 15]
                           : codes == Codes::kInt4Zeros ? i - 16.0f
+                          : codes == Codes::kFloatE4M3 ? i * 0x1p-9f
                                                        : (i & 15) - 8.0f;
       uint32_t bits;
       std::memcpy(&bits, &value, 4);
@@ -129,6 +142,9 @@ struct Bf16 {
     if constexpr (codes == Codes::kInt8) {
       return bytes((__m512i)((Bits)word >> 8 * plane), (__m512i)((Bits)word >> (8 * plane + 16)),
                    zeros);
+    } else if constexpr (codes == Codes::kFloatE4M3) {
+      return plane == 0 ? e4m3(_mm512_slli_epi16(t, 8), t, tables)
+                        : e4m3(t, _mm512_srli_epi16(t, 8), tables);
     } else if constexpr (codes == Codes::kCodebook4) {
       const __m512i index = _mm512_multishift_epi64_epi8(tables.windows[plane], t);
       return (Words)_mm512_permutexvar_epi16(index, tables.entries);
@@ -151,6 +167,17 @@ struct Bf16 {
 
  private:
   static constexpr float kMagic = 8388608.0f;
+
+  // Of the upper byte of each half, which is the lower one of `code`. The products take subnormal
+  // bf16 for zero: those are looked up by the mantissa.
+  static FUSEDQ_INLINE Pair e4m3(__m512i upper, __m512i code, const Tables& tables) {
+    const __m512i sign = _mm512_set1_epi16((int16_t)0x8000);
+    const __m512i size = _mm512_and_si512(_mm512_srli_epi16(upper, 4), _mm512_set1_epi16(0x07F0));
+    const __mmask32 below = _mm512_testn_epi16_mask(upper, _mm512_set1_epi16(0x7800));
+    const __m512i normal = _mm512_add_epi16(size, _mm512_set1_epi16(120 << 7));
+    const __m512i value = _mm512_mask_permutexvar_epi16(normal, below, code, tables.entries);
+    return (Words)_mm512_ternarylogic_epi32(upper, sign, value, 0xEA);
+  }
 
   // The lowest byte of each, less its zero point: at most 8 significant bits, a whole bf16.
   static FUSEDQ_INLINE Pair bytes(__m512i even, __m512i odd, Words zeros) {

@@ -246,6 +246,8 @@ void run_codes(Codes codes, const Weight& weight, const Input& in, int64_t token
       return run<Machine, Codes::kCodebook4>(weight, in, tokens, out, codebook);
     case Codes::kInt8:
       return run<Machine, Codes::kInt8>(weight, in, tokens, out, codebook);
+    case Codes::kFloatE4M3:
+      return run<Machine, Codes::kFloatE4M3>(weight, in, tokens, out, codebook);
   }
 }
 

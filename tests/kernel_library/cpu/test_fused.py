@@ -12,6 +12,7 @@ from fusedq_kernels import ops
 from fusedq_kernels.cpu.fused import bare_call
 from fusedq_kernels.layouts.packing import pack
 from fusedq_kernels.native.isa import FORCED, ISAS, this_isa
+from fusedq_kernels.testing import without_nan
 from fusedq_kernels.types import TILED_LAYOUTS, LogicalWeight, PackedWeight, QuantSpec, WeightType
 
 KERNEL = "cpu-fused"
@@ -36,6 +37,7 @@ def weight_of(
     group, k, phase = split
     groups = -(-(k + phase) // group)
     codes = torch.randint(0, 1 << weight_type.bits, (n, k), dtype=torch.uint8)
+    codes = without_nan(codes, weight_type)
     scales = (torch.rand(n, groups) * 0.01 + 0.001).to(scale_dtype)
     highest = 17 if weight_type.bits == 4 else 256
     zeros = torch.randint(0, highest, (n, groups), dtype=torch.uint8)
@@ -115,6 +117,21 @@ def test_one_hot_tokens_read_the_weight_itself(
     found = torch.cat([multiply(part, packed, None) for part in one_hot.split(tokens)])
     # fp32 has the product of 8 bits of a code and 11 of a scale
     assert torch.equal(found, exact(logical, dtype).T.float().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_8_bit_float_is_exact(dtype: torch.dtype) -> None:
+    """Output i holds code i throughout, so that every place of a word sees every code."""
+    spec = QuantSpec(WeightType.FLOAT8_E4M3FN, 128, torch.float32)
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 128).contiguous()
+    logical = LogicalWeight(codes, torch.ones(256, 1), None, spec)
+    packed = pack(logical, TILED_LAYOUTS[spec.weight_type], dtype)
+    numbers = codes[:, 0].view(torch.float8_e4m3fn).to(dtype)
+    known = numbers.isfinite()
+    for tokens in (1, 16):
+        parts = torch.eye(128, dtype=dtype).split(tokens)
+        found = torch.cat([multiply(part, packed, None) for part in parts])
+        assert torch.equal(found[:, known], numbers[known].expand(128, -1))
 
 
 def test_threads_change_no_bit() -> None:

@@ -36,6 +36,7 @@ SCALE_DTYPES = {
     WeightType.UINT8: (torch.float16, torch.bfloat16),
     WeightType.NF4: (torch.float32, torch.float16),
     WeightType.FP4: (torch.float32, torch.bfloat16),
+    WeightType.FLOAT8_E4M3FN: (torch.float32, torch.bfloat16),
 }
 # Each group geometry meets one shape, split and scale dtype; the strides are coprime to the cycles.
 EXACT_CASES = [
@@ -128,6 +129,21 @@ def test_every_codebook_entry_is_exact(weight_type, act_dtype, group_size):
     x = testing.one_hot(256, dtype=act_dtype)
     y = run(x, pack(logical, act_dtype), None, launch(256, 64))
     assert torch.equal(y, torch.tensor(weight_type.codebook).to(act_dtype).expand(256, 16))
+
+
+@pytest.mark.parametrize("act_dtype", gemm.ACT_DTYPES)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_every_8_bit_float_is_exact(act_dtype, group_size):
+    # Output i holds code i throughout: every place in a K block sees every code.
+    spec = QuantSpec(WeightType.FLOAT8_E4M3FN, group_size, torch.float32)
+    logical = testing.random_logical(256, 256, spec)
+    codes = torch.arange(256).to(torch.uint8)[:, None].expand(256, 256).contiguous()
+    logical = replace(logical, codes=codes, scales=torch.ones_like(logical.scales))
+    y = run(testing.one_hot(256, dtype=act_dtype), pack(logical, act_dtype), None, launch(256, 128))
+    numbers = codes.view(torch.float8_e4m3fn).float()
+    known = numbers[:, 0].isfinite()
+    assert known.sum() == 254
+    assert torch.equal(y[:, known], numbers[known].t().to(act_dtype))
 
 
 def test_no_tokens():

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from fusedq_kernels.cuda.codebook import table_bits
-from fusedq_kernels.cuda.ptx import integer_ptx, lookup_ptx
-from fusedq_kernels.encodings import STORED, Codebook, Codes
+from fusedq_kernels.cuda.ptx import float8_ptx, integer_ptx, lookup_ptx
+from fusedq_kernels.encodings import STORED, Codebook, Codes, Floats
 from fusedq_kernels.types import WeightType
 from ptx_emulation import Ptx, fma
 
 CODEBOOKS = [each for each in WeightType if isinstance(each.encoding, Codebook)]
+FLOATS = [each for each in WeightType if isinstance(each.encoding, Floats)]
 INTEGERS = [each for each in WeightType if isinstance(each.encoding, Codes)]
 STORING = [each for each in INTEGERS if each.encoding.zero is STORED]
 FIXED = [each for each in INTEGERS if each.encoding.zero is not STORED]
@@ -22,6 +23,7 @@ WORDS = torch.cat([HALVES | (HALVES * 40503 & 0xFFFF) << 16, HALVES << 16 | HALV
 TEXTS = [
     *(lookup_ptx(table_bits(each, dtype)) for each in CODEBOOKS for dtype in DTYPES),
     *(integer_ptx(each.encoding, dtype) for each in INTEGERS for dtype in DTYPES),
+    *(float8_ptx(each.encoding, dtype) for each in FLOATS for dtype in DTYPES),
 ]
 
 by_name = pytest.mark.parametrize("weight_type", INTEGERS, ids=lambda t: t.value)
@@ -104,6 +106,22 @@ def test_every_integer_less_every_zero_point_is_exact(weight_type, dtype):
     check_integers(weight_type, dtype, words, every)
     for zero in (8, len(zeros) - 1):
         check_integers(weight_type, dtype, WORDS, torch.full_like(WORDS, zero))
+
+
+@with_dtype
+@pytest.mark.parametrize("weight_type", FLOATS, ids=lambda t: t.value)
+def test_every_float_is_exact_at_every_place(weight_type, dtype):
+    """Down to the sign of zero, whatever else the word holds; NaN has no answer."""
+    ptx = Ptx(**{"$2": WORDS})
+    ptx.run(float8_ptx(weight_type.encoding, dtype))
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    table = bits_of(numbers.float(), dtype)
+    for plane in range(2):
+        for shift in (0, 16):
+            code = (WORDS >> (8 * plane + shift)) & 255
+            known = code & 127 != 127
+            found = (ptx.values[f"${plane}"] >> shift) & 0xFFFF
+            assert torch.equal(found[known], table[code[known]])
 
 
 @pytest.mark.parametrize("text", TEXTS)
