@@ -18,7 +18,14 @@ from vllm_fusedq.formats.gptq_zeros import ZERO_OFFSETS
 from vllm_fusedq.formats.shared.rows import bit_widths
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("serving_configs/*.md")])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("serving_configs/*.md"),
+        *ROOT.glob("deploy/*.md"),
+    ]
+)
 
 
 def script(name: str) -> ModuleType:

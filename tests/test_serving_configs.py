@@ -2,8 +2,6 @@
 
 import json
 import re
-from argparse import Namespace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ from typer.testing import CliRunner
 
 from published import MODELS, write_headers
 from vllm_fusedq.cli import app
+from vllm_parser import parse
 
 CONFIGS = Path(__file__).resolve().parent.parent / "serving_configs"
 FILES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -39,21 +38,6 @@ def listed() -> dict[str, Listed]:
 
 def read(name: str) -> dict[str, Any]:
     return yaml.safe_load((CONFIGS / name).read_text())
-
-
-@cache
-def parser() -> Any:
-    from vllm.entrypoints.cli.serve import make_arg_parser
-    from vllm.platforms import current_platform
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    if current_platform.is_unspecified():
-        pytest.skip("vLLM finds no device here, and builds no argument parser without")
-    return make_arg_parser(FlexibleArgumentParser())
-
-
-def parse(*arguments: str) -> Namespace:
-    return parser().parse_args(list(arguments))
 
 
 def test_every_file_is_listed() -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from deployed import environment, on_this_machine, service
 from engines import SMALL_CACHE
 from local_server import Server, compile_arguments, serving
 from tiny_models import CHECKPOINTS, asset
+
+DEPLOYED = "tiny-llama-gptq-g128"
 
 # Parallel test processes keep to a core each: by itself every engine would take the first one.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and (os.cpu_count() or 1) > 1:
@@ -18,14 +21,23 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and (os.cpu_count() or 1) >
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
 def served(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[tuple[str, Server]]:
-    """Every committed quantized checkpoint behind `vllm serve`, torch.compile on."""
+    """Every committed quantized checkpoint behind `vllm serve`, torch.compile on.
+
+    One is served as `deploy/` serves a model on a CPU: with that command's options and environment.
+    """
     name = request.param
     log = tmp_path_factory.mktemp(name) / "server.log"
-    arguments = ["--quantization", "fusedq", "--served-model-name", "tiny"]
-    arguments += ["--max-model-len", "512", *compile_arguments(), *SMALL_CACHE]
+    arguments = ["--quantization=fusedq"]
+    if name == DEPLOYED:
+        arguments = on_this_machine(service("cpu")["command"], "--host", "--port")
+    arguments += ["--served-model-name", "tiny", "--max-model-len", "512"]
+    arguments += [*compile_arguments(), *SMALL_CACHE]
     settings = {"fusedq": {"report": str(log.with_name("plan.json"))}}
     arguments += ["--additional-config", json.dumps(settings)]
-    with serving(asset(name), log, arguments, VLLM_PLUGINS="fusedq") as server:
+    env = {"VLLM_PLUGINS": "fusedq"}
+    if name == DEPLOYED:
+        env = environment("cpu") | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    with serving(asset(name), log, arguments, **env) as server:
         yield name, server
 
 

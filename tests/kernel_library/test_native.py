@@ -51,6 +51,18 @@ def test_that_of_the_package_comes_first(sources: Path, monkeypatch: pytest.Monk
     assert build.library(this_isa()) == made
 
 
+@pytest.mark.parametrize(("machine", "names"), [("x86_64", {*ISAS}), ("aarch64", {"generic"})])
+def test_an_image_gets_one_for_every_cpu(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, machine: str, names: set[str]
+) -> None:
+    monkeypatch.setattr(isa.platform, "machine", lambda: machine)
+    build.main(["--all"])
+    made = [path.name for path in (sources / "built").iterdir()]
+    assert {name.partition(f"-{machine}-")[0] for name in made} == names
+    assert len(made) == len(names)
+    assert all(build.library(ISAS[name]).parent == sources / "built" for name in names)
+
+
 def test_a_read_only_cache_is_done_without(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert build.library(this_isa()).is_file()

@@ -1,6 +1,7 @@
 """cpu-fused's library: compiled once for an instruction set, found again by what it was made of.
 
     python -m fusedq_kernels.native.build          compile for this machine into the package
+    python -m fusedq_kernels.native.build --all    for every CPU like it: images travel
 
 A library is named after its sources and flags, those of $CXXFLAGS too. It is looked for in the
 package, then in the cache of the user (`$XDG_CACHE_HOME` or `~/.cache`, folder `vllm-fusedq`), and
@@ -19,9 +20,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from fusedq_kernels.native.isa import Isa, this_isa
+from fusedq_kernels.native.isa import Isa, of_this_architecture, this_isa
 
 SOURCES = Path(__file__).parent
 _IN_PACKAGE = SOURCES / "built"
@@ -134,15 +136,15 @@ def _torch_folder() -> Path:
     return Path(torch.__file__).parent
 
 
-def main() -> None:
-    isa = this_isa()
+def main(arguments: Sequence[str] = ()) -> None:
     _IN_PACKAGE.mkdir(exist_ok=True)
-    path = _found(isa) or compile_into(_IN_PACKAGE, isa)
-    print(f"kernel cpu-fused for {isa.name}: {path.name}")
+    for isa in of_this_architecture() if "--all" in arguments else (this_isa(),):
+        path = _found(isa) or compile_into(_IN_PACKAGE, isa)
+        print(f"kernel cpu-fused for {isa.name}: {path.name}")
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except BuildError as error:
         sys.exit(str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,12 @@ ISAS = {
     )
 }
 """The best first."""
+
+
+def of_this_architecture() -> tuple[Isa, ...]:
+    """Those that its compiler knows; all but the last are of x86-64."""
+    every = tuple(ISAS.values())
+    return every if platform.machine() == "x86_64" else every[-1:]
 
 
 @functools.cache
