@@ -5,14 +5,14 @@ of decoders. Entries are rounded to the dtype of the activations, which is what 
 multiply.
 
 `ptx.py` has the lookup, by byte permutes: a table in memory or a tree of selects takes twice to
-five times as many instructions. The interpreter runs no assembly and compares instead.
+five times as many instructions. The interpreter and AMD GPUs know no PTX and compare instead.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from fusedq_kernels.cuda.planes import columns_of_four, four_planes_by_asm, halves
+from fusedq_kernels.cuda.planes import columns_of_four, four_planes_by_asm, halves, has_ptx
 from fusedq_kernels.cuda.ptx import bit_pattern, lookup_ptx
 from fusedq_kernels.encodings import Codebook
 from fusedq_kernels.types import WeightType
@@ -49,10 +49,10 @@ def _ptx_of(codebook, dtype):
 def _compare(
     words, PLANE: tl.constexpr, SUB: tl.constexpr, STEP: tl.constexpr, TABLE: tl.constexpr
 ):
-    """Plane PLANE by comparing each code with all 16, for the interpreter.
+    """Plane PLANE by comparing each code with all 16, without PTX.
 
-    That takes long, so a plane of which columns `[SUB * STEP, SUB * STEP + STEP)` see nothing stays
-    zero.
+    In the interpreter that takes long, so a plane of which columns `[SUB * STEP, SUB * STEP +
+    STEP)` see nothing stays zero.
     """
     codes = words >> (8 * PLANE)
     low = tl.zeros_like(words)
@@ -74,7 +74,7 @@ def _lookup(
     CODEBOOK: tl.constexpr,
 ):
     """Values of columns `[SUB * STEP, SUB * STEP + STEP)` as DTYPE `[BLOCK_N, STEP]`."""
-    if INTERPRET:
+    if INTERPRET or not has_ptx():
         TABLE: tl.constexpr = _table_of(CODEBOOK, DTYPE)
         first = _compare(words, 0, SUB, STEP, TABLE)
         second = _compare(words, 1, SUB, STEP, TABLE)

@@ -162,17 +162,27 @@ assert compiled[0].asm["cubin"] == audited.asm["cubin"]
 """
 
 
+# One of each decoder, with groups of every kind and tiles of few tokens and of many.
+AMD = {
+    "gfx942-uint4": ("gfx942", "uint4", 128, 16),
+    "gfx942-nf4": ("gfx942", "nf4", 64, 32),
+    "gfx950-uint8b128": ("gfx950", "uint8b128", 1 << 16, 16),
+    "gfx950-float8": ("gfx950", "float8_e4m3fn", 1 << 16, 64),
+}
 AMD_SCRIPT = """
 import json, sys, torch
 from triton.backends.compiler import GPUTarget
 from fusedq_kernels.audit import fused
 from fusedq_kernels.types import QuantSpec, TileConfig, WeightType
 
-spec = QuantSpec(WeightType(sys.argv[1]), 128, torch.float16)
-kernel = fused.compile_gemm(
-    GPUTarget("hip", "gfx942", 64), TileConfig(16, 128, 1, 4, 2), spec, torch.bfloat16
-)
-print(json.dumps(kernel.asm["amdgcn"]))
+def compiled(arch, weight_type, group_size, block_m):
+    spec = QuantSpec(WeightType(weight_type), group_size, torch.float16)
+    tile = TileConfig(block_m, 128, 1, 4, 2)
+    kernel = fused.compile_gemm(GPUTarget("hip", arch, 64), tile, spec, torch.bfloat16)
+    kept = {name: kernel.asm[name] for name in ("ttir", "amdgcn")}
+    return kept | {"lds": kernel.metadata.shared}
+
+print(json.dumps({name: compiled(*each) for name, each in json.loads(sys.argv[1]).items()}))
 """
 
 
@@ -356,11 +366,25 @@ def test_one_audited_binary_serves_every_size(compiling):
     compiling(LAUNCH_SCRIPT, driver=True)
 
 
-@pytest.mark.parametrize("weight_type", ["uint4", "uint8b128"])
-def test_integer_weights_reach_the_matrix_cores_of_an_amd_gpu(weight_type, compiling):
-    assembly = json.loads(compiling(AMD_SCRIPT, weight_type))
-    assert "v_mfma_f32_16x16x16_bf16" in assembly
+@pytest.fixture(scope="module")
+def amd():
+    """What is compiled for AMD GPUs, with waves of 64 threads."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", AMD_SCRIPT, json.dumps(AMD)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", AMD)
+def test_decoded_weights_reach_the_matrix_cores_of_an_amd_gpu(amd, name):
+    assert "inline_asm" not in amd[name]["ttir"]
+    assembly = amd[name]["amdgcn"]
+    assert re.search(r"v_mfma_f32_\d+x\d+x\d+_bf16", assembly)
+    assert f'-{AMD[name][0]}"' in assembly
+    assert set(re.findall(r"\.wavefront_size:\s*(\d+)", assembly)) == {"64"}
     # Scalar registers may spill to lanes of vector registers: no memory is touched.
     for count in ("vgpr_spill_count", "private_segment_fixed_size"):
         assert set(re.findall(rf"\.{count}:\s*(\d+)", assembly)) == {"0"}
     assert "scratch_" not in assembly
+    assert amd[name]["lds"] <= 64 * 1024
