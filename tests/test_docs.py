@@ -18,6 +18,7 @@ from vllm_fusedq.formats.gptq_zeros import ZERO_OFFSETS
 from vllm_fusedq.formats.shared.rows import bit_widths
 
 ROOT = Path(__file__).resolve().parent.parent
+FIRST_MINUTES = ROOT / "docs" / "first-minutes.md"
 PAGES = sorted(
     [
         *ROOT.glob("*.md"),
@@ -48,9 +49,33 @@ def test_the_support_table_is_up_to_date() -> None:
     assert text == script("support_table").with_table(text), "run python scripts/support_table.py"
 
 
-def test_the_device_table_is_up_to_date() -> None:
-    text = (ROOT / "docs" / "devices.md").read_text()
-    assert text == script("device_table").with_table(text), "run python scripts/device_table.py"
+@pytest.mark.parametrize(
+    ("page", "name"), [("devices", "device_table"), ("which-format", "format_sizes")]
+)
+def test_a_table_is_what_the_registries_say(page: str, name: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    assert text == script(name).with_table(text), f"run python scripts/{name}.py"
+
+
+def test_the_outputs_of_the_first_minutes_are_those_of_the_commands() -> None:
+    text = FIRST_MINUTES.read_text()
+    assert text == script("first_minutes").rewritten(text), "run python scripts/first_minutes.py"
+
+
+def test_the_words_to_search_for_are_in_the_messages() -> None:
+    """In ours, or in those of the installed vLLM."""
+    root = Path(importlib.util.find_spec("vllm").origin).parent
+    paths = ("config/model.py", "config/device.py", "config/vllm.py", "v1/worker/utils.py")
+    theirs = "".join((root / path).read_text() for path in (*paths, "v1/core/kv_cache_utils.py"))
+    # Literals that follow one another are one; what is filled in is a model's or a machine's.
+    theirs = re.sub(r'"\s+f?"', "", theirs).replace("{model_config.quantization}", "fusedq")
+    ours = (ROOT / "docs" / "errors.md").read_text()
+    ours += (ROOT / "vllm_fusedq" / "integration" / "register.py").read_text()
+    table = FIRST_MINUTES.read_text().partition("| the log says")[2]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    words = [each for cell in cells for each in re.findall("`([^`]+)`", cell)]
+    assert len(words) > 10
+    assert [each for each in words if each not in theirs + ours] == ["CUDA out of memory"]
 
 
 @pytest.mark.parametrize(
