@@ -41,10 +41,13 @@ def test_a_published_model_adds_up(tmp_path: Path, tp: int) -> None:
     # Embeddings and lm_head are cut; 65 norms are not
     assert found.unquantized == 2 * (2 * 128256 * 4096 // tp + 65 * 4096)
     assert found.kv_bytes_per_token == 32 * 2 * (8 // tp) * 128 * 2
-    assert found.kv_cache == 3000 * found.kv_bytes_per_token
+    # 1000 tokens lie in 63 blocks of 16
+    assert found.kv_bytes_per_sequence == 63 * 16 * found.kv_bytes_per_token
+    assert found.kv_cache == 3 * found.kv_bytes_per_sequence
     assert found.budget == int(0.92 * 143771 * 2**20)
     assert found.remains == found.budget - found.fixed - found.kv_cache
-    assert found.kv_tokens == (found.budget - found.fixed) // found.kv_bytes_per_token
+    held = (found.budget - found.fixed) * 1000
+    assert found.kv_tokens == held // found.kv_bytes_per_sequence
 
 
 def test_key_value_heads_are_replicated_where_ranks_outnumber_them(tmp_path: Path) -> None:

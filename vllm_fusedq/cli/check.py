@@ -84,6 +84,13 @@ def check(
         KvCacheDtype,
         typer.Option(help="auto: fp8 by a kv_cache_scheme, else the activations' dtype"),
     ] = KvCacheDtype.AUTO,
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="tokens of one step; vllm serve takes 2048 by itself on GPUs under 70 GiB",
+        ),
+    ] = 8192,
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="part of the device that vLLM may use")
     ] = 0.92,
@@ -102,6 +109,7 @@ def check(
     from vllm_fusedq.plan.capacity import Demand
     from vllm_fusedq.plan.experts import ExpertSplit
     from vllm_fusedq.plan.kv_cache import served_kv_dtype
+    from vllm_fusedq.plan.kv_pool import CPU_POOL, GPU_POOL
     from vllm_fusedq.plan.layer import Target
     from vllm_fusedq.report.document import device_json, document, error_json
 
@@ -115,6 +123,8 @@ def check(
         kv_cache_dtype.value,
         gpu_memory_utilization,
         pipeline_parallel_size,
+        max_num_batched_tokens,
+        CPU_POOL if spec.kind == "cpu" else GPU_POOL,
     )
     content: dict[str, Any] = {"model": model, "device": device_json(spec, memory)}
     try:

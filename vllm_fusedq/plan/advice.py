@@ -10,7 +10,6 @@ from vllm_fusedq.errors import Problem
 from vllm_fusedq.formats import format_for
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.names import fold, unnumbered
-from vllm_fusedq.plan.attention import partial_attention
 from vllm_fusedq.plan.capacity import Capacity
 from vllm_fusedq.plan.folding import fold_problems
 from vllm_fusedq.plan.kv_cache import kv_cache_summary
@@ -51,9 +50,9 @@ def notes_for(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
     found = unread_files(checkpoint)
     if cache := kv_cache_summary(format_for(checkpoint)):
         found.append(Warned(checkpoint.path, cache))
-    if partial := partial_attention(checkpoint, capacity.max_model_len):
-        missing = f"not modelled, so no reason to refuse: {', '.join(partial)}"
-        message = f"the KV cache counts every token in every layer; {missing}"
+    if capacity.unmodelled:
+        missing = f"not modelled, so no reason to refuse: {', '.join(capacity.unmodelled)}"
+        message = f"the KV cache counts every token where no rule is known; {missing}"
         found.append(Warned(checkpoint.path, message))
     return found
 
@@ -120,7 +119,7 @@ def _folded(found: Mapping[str, Sequence[str]]) -> list[Warned]:
 def _of_memory(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
     if capacity.remains is None or capacity.remains >= 0 or memory_problem(checkpoint, capacity):
         return []
-    if partial_attention(checkpoint, capacity.max_model_len):
+    if capacity.unmodelled:
         return []  # What is counted too much is no reason to refuse
     fits = f"the KV cache holds {capacity.kv_tokens} tokens"
     asked = f"{capacity.sequences} x {capacity.max_model_len}"

@@ -1,11 +1,11 @@
 """What one rank's memory holds: packed weights, what stays unquantized, workspace, KV cache.
 
-Packed weights, metadata, unquantized tensors, workspace and KV cache are computed from sizes;
-activations are an estimate. CUDA's context and graphs and the buffers of the communication library
-are not counted.
+Packed weights, metadata, unquantized tensors and workspace are computed from sizes, the KV cache as
+vLLM's own specs and pool do it; activations are an estimate. `NOT_COUNTED` says what is left out.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -15,16 +15,20 @@ from fusedq_kernels.geometry import round_up
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.formats.shared.vocabulary import INPUT_EMBEDDINGS, LM_HEADS, is_head, is_tied
-from vllm_fusedq.plan.attention import kv_heads
+from vllm_fusedq.plan.kv_pool import CPU_POOL, GPU_POOL, Pool, PoolSettings, pool_of
 from vllm_fusedq.plan.layer import LayerPlan
+from vllm_fusedq.plan.layer_caches import Cache, LayerCaches, layer_caches
 from vllm_fusedq.plan.model import ModelPlan
 from vllm_fusedq.plan.shards import VOCAB_PADDING, ParallelStyle, style_of
+from vllm_fusedq.plan.states import State
 
 KV_DTYPE_BYTES = {"auto": None, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 """Of vLLM's `--kv-cache-dtype` those whose size is plain; "auto" is the activations' dtype."""
 
-# What vLLM runs in one step at most by default, for the estimate of the activations.
-MAX_BATCHED_TOKENS = 8192
+NOT_COUNTED = (
+    "CUDA context and graphs, communication buffers, the blocks of draft models and of multi-token "
+    "prediction, LoRA adapters, an image encoder's cache"
+)
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 _FINAL_NORMS = frozenset({"norm", "ln_f", "final_layernorm", "final_layer_norm"})
@@ -39,15 +43,26 @@ class Demand:
     kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float = 0.92
     pipeline_parallel_size: int = 1
+    max_num_batched_tokens: int = 8192
+    pool: PoolSettings = GPU_POOL
+
+    @property
+    def in_flight(self) -> int:
+        """Tokens that are scheduled and not yet settled, at most: every stage has a batch."""
+        batches = self.pool.batches + self.pipeline_parallel_size - 1
+        return batches * self.max_num_batched_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """Bytes on the fullest rank, that of pipeline stage `stage`.
 
-    `kv_cache` is what `sequences` of `max_model_len` tokens take; None where the model's config
-    does not give the sizes. `budget` is the part of `memory` that the server may use; None on a
-    device whose memory is not known.
+    `kv_bytes_per_token` is what another token of a long sequence takes, `kv_bytes_per_sequence`
+    what vLLM keeps ready for one of `max_model_len` tokens, windows and states included, and
+    `kv_cache` that of `sequences`; None where the model's config does not give the sizes.
+    `kv_layers` counts the layers of all stages by what they keep, `unmodelled` names what no rule
+    is known for. `budget` is the part of `memory` that the server may use; None on a device whose
+    memory is not known.
     """
 
     stage: int
@@ -59,7 +74,9 @@ class Capacity:
     max_model_len: int | None
     sequences: int
     kv_bytes_per_token: int | None
-    kv_cache: int | None
+    kv_bytes_per_sequence: int | None
+    kv_layers: dict[str, int]
+    unmodelled: tuple[str, ...]
     memory: int | None
     budget: int | None
 
@@ -73,11 +90,17 @@ class Capacity:
         return None if self.budget is None else self.budget - self.fixed
 
     @property
+    def kv_cache(self) -> int | None:
+        """What the sequences asked for take."""
+        per_sequence = self.kv_bytes_per_sequence
+        return None if per_sequence is None else per_sequence * self.sequences
+
+    @property
     def kv_tokens(self) -> int | None:
-        """How many tokens the KV cache can hold."""
-        if self.for_kv_cache is None or not self.kv_bytes_per_token:
+        """How many tokens of such sequences the KV cache can hold, vLLM's "KV cache size"."""
+        if self.for_kv_cache is None or not self.kv_bytes_per_sequence or not self.max_model_len:
             return None
-        return max(0, self.for_kv_cache) // self.kv_bytes_per_token
+        return max(0, self.for_kv_cache) * self.max_model_len // self.kv_bytes_per_sequence
 
     @property
     def remains(self) -> int | None:
@@ -105,7 +128,8 @@ def capacity_of(
     """
     ranges = stage_ranges(block_count(checkpoint), demand.pipeline_parallel_size)
     length = demand.max_model_len or checkpoint.number("max_position_embeddings")
-    per_layer = kv_bytes_per_layer(checkpoint, plan.tp_size, demand.kv_cache_dtype, act_dtype)
+    caches = caches_of(checkpoint, plan.tp_size, act_dtype, demand)
+    pool = None if caches is None else pool_of(caches, demand.pool.tokens)
     layers: list[list[LayerPlan]] = [[] for _ in ranges]
     unquantized = [0] * len(ranges)
     for layer in plan.layers:
@@ -116,10 +140,6 @@ def capacity_of(
             unquantized[stage] += _rank_bytes(info, plan.tp_size, act_dtype)
     found = []
     for stage, (start, stop) in enumerate(ranges):
-        per_token = None if per_layer is None else per_layer * (stop - start)
-        needed = None
-        if per_token is not None and length is not None:
-            needed = per_token * length * demand.max_num_seqs
         found.append(
             Capacity(
                 stage=stage,
@@ -132,8 +152,10 @@ def capacity_of(
                 ),
                 max_model_len=length,
                 sequences=demand.max_num_seqs,
-                kv_bytes_per_token=per_token,
-                kv_cache=needed,
+                kv_bytes_per_token=None if pool is None else pool.token_bytes(start, stop),
+                kv_bytes_per_sequence=_per_sequence(pool, length, demand, start, stop),
+                kv_layers={} if caches is None else _counts(caches),
+                unmodelled=() if caches is None else caches.unmodelled,
                 memory=memory,
                 budget=None if memory is None else int(memory * demand.gpu_memory_utilization),
             )
@@ -159,23 +181,36 @@ def block_count(checkpoint: Checkpoint) -> int:
     return checkpoint.number("num_hidden_layers") or 1 + max(numbers, default=0)
 
 
-def kv_bytes_per_layer(
-    checkpoint: Checkpoint, tp_size: int, kv_cache_dtype: str, act_dtype: DType
-) -> int | None:
-    """Bytes that one token takes in one layer's KV cache on one rank; None if not to be known.
+def caches_of(
+    checkpoint: Checkpoint, tp_size: int, act_dtype: DType, demand: Demand
+) -> LayerCaches | None:
+    """What the decoder's blocks keep of a sequence on one rank; None if not to be known."""
+    act_bytes = act_dtype.itemsize
+    kv_bytes = KV_DTYPE_BYTES[demand.kv_cache_dtype] or act_bytes
+    on_cpu = demand.pool is CPU_POOL
+    return layer_caches(checkpoint, block_count(checkpoint), tp_size, kv_bytes, act_bytes, on_cpu)
 
-    Every kind of attention counts like full attention here (see `attention.partial_attention`).
-    """
-    size = KV_DTYPE_BYTES[kv_cache_dtype] or act_dtype.itemsize
-    if rank := checkpoint.number("kv_lora_rank"):
-        # Multi-head latent attention: one latent for all heads, on every rank
-        return (rank + (checkpoint.number("qk_rope_head_dim") or 0)) * size
-    heads, hidden = checkpoint.number("num_attention_heads"), checkpoint.number("hidden_size")
-    head_dim = checkpoint.number("head_dim") or (heads and hidden and hidden // heads)
-    stored = kv_heads(checkpoint)
-    if not stored or not head_dim:
+
+def _per_sequence(
+    pool: Pool | None, length: int | None, demand: Demand, start: int, stop: int
+) -> int | None:
+    if pool is None or length is None:
         return None
-    return 2 * max(1, stored // tp_size) * head_dim * size
+    return pool.sequence_bytes(length, demand.in_flight, start, stop)
+
+
+def _counts(caches: LayerCaches) -> dict[str, int]:
+    def name(cache: Cache) -> str:
+        if isinstance(cache, State):
+            return f"state of {cache.size} bytes"
+        if cache.window is not None:
+            return f"last {cache.window} tokens"
+        return "every token" if cache.chunk is None else f"chunks of {cache.chunk} tokens"
+
+    found = Counter(name(cache) for _, cache in caches)
+    if without := sum(not each for each in caches.blocks):
+        found["nothing of their own"] = without
+    return dict(found)
 
 
 def workspace_bytes(plan: LayerPlan) -> int:
@@ -236,4 +271,4 @@ def _activations(
     inner = (layer for layer in layers if not is_head(layer.prefix))
     widest = max((layer.n for layer in inner), default=0)
     logits = 2 * 4 * demand.max_num_seqs * (checkpoint.number("vocab_size") or 0) if last else 0
-    return 2 * MAX_BATCHED_TOKENS * (2 * hidden + widest + widest // 2) + logits
+    return 2 * demand.max_num_batched_tokens * (2 * hidden + widest + widest // 2) + logits

@@ -3,7 +3,7 @@
 from rich import box
 from rich.table import Table
 
-from vllm_fusedq.plan.capacity import MAX_BATCHED_TOKENS, Capacity, Demand
+from vllm_fusedq.plan.capacity import NOT_COUNTED, Capacity, Demand
 
 
 def capacity_table(capacity: Capacity, demand: Demand) -> Table:
@@ -13,7 +13,7 @@ def capacity_table(capacity: Capacity, demand: Demand) -> Table:
         stage = f" of pipeline stage {capacity.stage} of {demand.pipeline_parallel_size}"
     table = Table("GB", f"fullest rank{stage}", box=box.SIMPLE_HEAD, padding=(0, 1))
     table.columns[0].justify = "right"
-    estimate = f"activations: an estimate, for {MAX_BATCHED_TOKENS} tokens at once"
+    estimate = f"activations: an estimate, for {demand.max_num_batched_tokens} tokens at once"
     for size, what in (
         (capacity.weights, "packed weights"),
         (capacity.metadata, "scales, zero points, activation order"),
@@ -24,14 +24,25 @@ def capacity_table(capacity: Capacity, demand: Demand) -> Table:
         (capacity.remains, _rest_label(capacity, demand)),
     ):
         table.add_row("unknown" if size is None else f"{size / 1e9:.3f}", what)
+    table.add_row("", f"not counted: {NOT_COUNTED}")
     return table
+
+
+def kept_per_layer(capacity: Capacity) -> str:
+    """What the layers keep of a sequence: "10 layers every token, 52 the last 1024 tokens"."""
+    parts = [f"{count} {what}" for what, count in capacity.kv_layers.items()]
+    return "layers by what they keep: " + ", ".join(parts)
 
 
 def _kv_label(capacity: Capacity, demand: Demand) -> str:
     length = "unknown" if capacity.max_model_len is None else capacity.max_model_len
     dtype = demand.kv_cache_dtype.replace("auto", "the activations' dtype")
-    size = capacity.kv_bytes_per_token
+    size, whole = capacity.kv_bytes_per_token, capacity.kv_bytes_per_sequence
     kind = f"{dtype}, {'unknown' if size is None else size} bytes per token"
+    if whole is not None:
+        kind += f", {whole} per sequence"
+    if len(capacity.kv_layers) > 1:
+        kind += f"; {kept_per_layer(capacity)}"
     return f"KV cache for {capacity.sequences} x {length} tokens ({kind})"
 
 
@@ -40,4 +51,4 @@ def _rest_label(capacity: Capacity, demand: Demand) -> str:
         return "remains: the device's memory is not known"
     share = f"{demand.gpu_memory_utilization:g} of {capacity.memory / 1e9:.1f} GB"
     tokens = "" if capacity.kv_tokens is None else f"; room for {capacity.kv_tokens} tokens in all"
-    return f"remains of {share}{tokens}; CUDA context and graphs, communication not counted"
+    return f"remains of {share}{tokens}"

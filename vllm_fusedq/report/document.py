@@ -15,7 +15,7 @@ from typing import Any
 from fusedq_kernels.types import DeviceSpec, Launch
 from vllm_fusedq import __version__
 from vllm_fusedq.errors import FusedQError, PreflightError, Problem
-from vllm_fusedq.plan.capacity import Capacity
+from vllm_fusedq.plan.capacity import NOT_COUNTED, Capacity
 from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.plan.uses import SHOWN_TOKENS, Use
 from vllm_fusedq.report.table import plan_rows
@@ -66,8 +66,9 @@ def counts_json(plans: Sequence[LayerPlan], unquantized: Sequence[str]) -> dict[
 
 
 def capacity_json(capacity: Capacity) -> dict[str, Any]:
-    derived = ("fixed", "for_kv_cache", "kv_tokens", "remains")
-    return asdict(capacity) | {name: getattr(capacity, name) for name in derived}
+    derived = ("fixed", "for_kv_cache", "kv_cache", "kv_tokens", "remains")
+    found = asdict(capacity) | {name: getattr(capacity, name) for name in derived}
+    return found | {"unmodelled": list(capacity.unmodelled), "not_counted": NOT_COUNTED}
 
 
 def device_json(device: DeviceSpec, memory: int | None) -> dict[str, Any]:
