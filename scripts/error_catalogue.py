@@ -29,6 +29,9 @@ RAISED = {
     "WeightLoadError",
     "KernelError",
     "OutputError",
+    "ComparisonError",
+    "EngineError",
+    "MissingExtra",
     "SettingsError",
 }
 PROBLEM = ("found", "supported", "fix")
@@ -62,6 +65,9 @@ The types, all `RuntimeError`s of `vllm_fusedq.errors`:
 | `WeightLoadError` | a tensor that does not fit, is missing or holds bad values |
 | `KernelError` | a kernel that does not run on this machine, or is wrong on it |
 | `OutputError` | a result that cannot be written |
+| `ComparisonError` | models or texts that allow no comparison |
+| `EngineError` | vLLM's engine ended without an answer |
+| `MissingExtra` | an optional dependency that is not installed |
 | `SettingsError` | a wrong `--additional-config` |
 """
 

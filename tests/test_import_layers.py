@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     "cli",
     "integration",
+    "measure",
     "worker",
     "prove",
     "load",

@@ -8,6 +8,9 @@ FusedQError
 ├── WeightLoadError          a tensor does not fit its layer, is missing, or holds bad values
 ├── KernelError              a kernel does not run here, or does not compute what PyTorch does
 ├── OutputError              what was asked for cannot be written: no room, no permission
+├── ComparisonError          two models, or the texts they are given, allow no comparison
+├── EngineError              vLLM's engine ended without an answer
+├── MissingExtra             an optional dependency that a command needs is not installed
 └── SettingsError            a wrong `--additional-config '{"fusedq": ...}'`
 
 All derive from RuntimeError: pydantic would wrap a ValueError raised while vLLM builds its
@@ -44,6 +47,18 @@ class KernelError(FusedQError):
 
 class OutputError(FusedQError):
     """A result cannot be written; says nothing about the checkpoint."""
+
+
+class ComparisonError(FusedQError):
+    """Two models, or the texts that they are given, allow no comparison."""
+
+
+class EngineError(FusedQError):
+    """vLLM's engine ended without an answer: no memory, or a model that it does not take."""
+
+
+class MissingExtra(FusedQError):
+    """An optional dependency that a command needs is not installed."""
 
 
 class SettingsError(FusedQError):

@@ -97,12 +97,15 @@ def read_checkpoint(
         UnsupportedCheckpoint: the checkpoint says nothing about quantization.
     """
     files = open_files(model, revision, progress)
-    names = files.names()
-    if CONFIG_FILE not in names:
-        raise CheckpointError(f"{files.name}: {_no_config(names)}")
-    config = _read_json(files, CONFIG_FILE)
-    _check_architectures(files, config)
-    source, quant_config = _quant_config(files, names, config)
+    names, config = _model_config(files)
+    found = _quant_config(files, names, config)
+    if found is None:
+        raise UnsupportedCheckpoint(
+            f"{files.name}: no quantization_config in {CONFIG_FILE} and no "
+            f"{' or '.join(QUANT_CONFIG_FILES)}: this checkpoint is not quantized; serve it "
+            "without `--quantization fusedq`"
+        )
+    source, quant_config = found
     weight_map = _weight_map(files, names) if INDEX_FILE in names else {}
     tensors: dict[str, TensorInfo] = {}
     stored = _safetensors_files(names)
@@ -121,6 +124,26 @@ def read_checkpoint(
     return Checkpoint(files.name, config, quant_config, source, tensors, metadata, unread)
 
 
+def read_config(model: str | Path, revision: str | None = None) -> tuple[dict[str, Any], bool]:
+    """A model's config.json alone, quantized or not, and whether it is quantized.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`.
+    """
+    files = open_files(model, revision)
+    names, config = _model_config(files)
+    return config, _quant_config(files, names, config) is not None
+
+
+def _model_config(files: CheckpointFiles) -> tuple[list[str], dict[str, Any]]:
+    names = files.names()
+    if CONFIG_FILE not in names:
+        raise CheckpointError(f"{files.name}: {_no_config(names)}")
+    config = _read_json(files, CONFIG_FILE)
+    _check_architectures(files, config)
+    return names, config
+
+
 _ADAPTER_ALONE = (
     f"a LoRA adapter ({ADAPTER_FILE}) and no weights of a model; name the model that it was made "
     "for, and the adapter with `--enable-lora --lora-modules`"
@@ -137,7 +160,7 @@ def _no_config(names: Sequence[str]) -> str:
 
 def _quant_config(
     files: CheckpointFiles, names: Sequence[str], config: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, dict[str, Any]] | None:
     for key in QUANT_SECTIONS:
         for section in config_sections(config):
             found = section.get(key)
@@ -152,11 +175,7 @@ def _quant_config(
     for name in QUANT_CONFIG_FILES:
         if name in names:
             return name, _read_json(files, name)
-    raise UnsupportedCheckpoint(
-        f"{files.name}: no quantization_config in {CONFIG_FILE} and no "
-        f"{' or '.join(QUANT_CONFIG_FILES)}: this checkpoint is not quantized; serve it without "
-        "`--quantization fusedq`"
-    )
+    return None
 
 
 def _safetensors_files(names: Sequence[str]) -> list[str]:

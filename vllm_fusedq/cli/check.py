@@ -9,7 +9,15 @@ import typer
 from rich.markup import escape
 
 from vllm_fusedq.cli.options import Activations, ActivationsOption
-from vllm_fusedq.cli.output import ExitCode, console, print_json, progress_bar, refusing, writing
+from vllm_fusedq.cli.output import (
+    ExitCode,
+    console,
+    positive_sizes,
+    print_json,
+    progress_bar,
+    refusing,
+    writing,
+)
 from vllm_fusedq.errors import FusedQError, Problem
 
 if TYPE_CHECKING:
@@ -113,7 +121,7 @@ def check(
     from vllm_fusedq.plan.layer import Target
     from vllm_fusedq.report.document import device_json, document, error_json
 
-    sizes = _sizes(tensor_parallel_size)
+    sizes = positive_sizes(tensor_parallel_size, "tensor-parallel sizes")
     device = device.lower()
     with refusing(console(stderr=True)):
         spec, memory = _device(device)
@@ -150,16 +158,6 @@ def check(
             _print_results(results, spec, demand)
     refused = any(result.refused for result in results)
     raise typer.Exit(ExitCode.REFUSED if refused else ExitCode.FUSED)
-
-
-def _sizes(text: str) -> list[int]:
-    try:
-        sizes = [int(size) for size in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers") from None
-    if min(sizes) < 1:
-        raise typer.BadParameter("tensor-parallel sizes start at 1")
-    return list(dict.fromkeys(sizes))
 
 
 def _device(name: str) -> tuple["DeviceSpec", int | None]:

@@ -11,6 +11,7 @@ from vllm_fusedq import __version__
 from vllm_fusedq.cli.check import check
 from vllm_fusedq.cli.convert import convert
 from vllm_fusedq.cli.output import writing
+from vllm_fusedq.cli.quality import quality
 from vllm_fusedq.cli.selfcheck import selfcheck
 from vllm_fusedq.cli.verify import verify
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(check)
 app.command()(convert)
+app.command()(quality)
 app.command()(selfcheck)
 app.command()(verify)
 

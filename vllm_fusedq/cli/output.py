@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 from typing import IO, Any
 
 import typer
@@ -68,6 +69,35 @@ def refusing(err: Console) -> Iterator[None]:
         message = str(error) if unwritten else f"refused: {error}"
         err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(ExitCode.NOT_WRITTEN if unwritten else ExitCode.REFUSED) from None
+
+
+def check_writable(path: Path) -> None:
+    """Before long work begins: raise OutputError where no file of this name can be written."""
+    folder = path.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)) or path.is_dir():
+        raise OutputError(
+            f"{path} cannot be written: name a file in a directory that you may write"
+        )
+
+
+@contextmanager
+def writing_file(path: Path) -> Iterator[None]:
+    """A file that cannot be written after all is an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def positive_sizes(text: str, what: str, least: int = 1) -> list[int]:
+    """Numbers like "1,2,4", each once; wrong usage where one is none or below `least`."""
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers") from None
+    if min(sizes) < least:
+        raise typer.BadParameter(f"{what} start at {least}")
+    return list(dict.fromkeys(sizes))
 
 
 def _discard(file: IO[str]) -> None:

@@ -1,0 +1,1 @@
+"""What `fusedq quality` measures: models beside each other in vLLM's engine."""
