@@ -27,6 +27,7 @@ ORDER = [
 # Rooms of the kernel library by floor: each imports those of lower floors, and itself.
 FLOORS = [
     {"audit"},
+    {"guard_experts"},
     {"guard", "testing"},
     {"warmup"},
     {"ops", "experts"},

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fusedq_kernels.activation import SILU, Activation
 from fusedq_kernels.dtype import DType
@@ -132,6 +132,17 @@ class Call:
         """The weight that these tensors are, which have been checked."""
         size = (self.n, self.k, self.phase, perm, self.in_features)
         return PackedWeight(qweight, scales, zeros, self.layout, self.spec, *size)
+
+
+class Stacks(NamedTuple):
+    """The two weights of the `count` experts of a rank, whatever activation is between them.
+
+    That is enough to choose tiles and to count bytes; see `ExpertsCall`.
+    """
+
+    count: int
+    up: Call
+    down: Call
 
 
 @dataclass(frozen=True, slots=True)

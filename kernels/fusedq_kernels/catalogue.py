@@ -56,8 +56,8 @@ TRITON_GEMM = Kernel(
     beside=heuristics.declared_launch,
     batch_invariant=True,
     experts_by="fusedq_kernels.cuda.experts:prepare",
-    plans_experts=False,
     experts_pass_by="fusedq_kernels.cuda.experts:prepare_pass",
+    experts_launch=experts.select,
     experts_launches=experts.reachable,
     experts_scratch=expert_memory.most_scratch,
 )

@@ -8,15 +8,16 @@ operator.
 """
 
 import functools
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from fusedq_kernels.call import Call, ExpertsCall
-from fusedq_kernels.catalogue import KERNELS
+from fusedq_kernels.catalogue import KERNELS, Kernel
 from fusedq_kernels.layouts.packing import TensorSpec
 from fusedq_kernels.prepared import Prepared, check_tensor, prepared
-from fusedq_kernels.types import StackedWeight
+from fusedq_kernels.types import PackedWeight, StackedWeight
 
 TENSORS = ("qweight", "scales", "zeros", "bias", "perm")
 """The stacked tensors of w13 and of w2, in the operator's order; zeros, bias and perm optional."""
@@ -45,6 +46,53 @@ class Stack(NamedTuple):
     @classmethod
     def of(cls, weight: StackedWeight, bias: torch.Tensor | None = None) -> "Stack":
         return cls(weight.qweight, weight.scales, weight.zeros, bias, weight.perm)
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentExperts:
+    """The experts of a layer as they serve: weights, and what differs from model to model.
+
+    Attributes:
+        call: what is done with them.
+        w13, w2: their weights.
+        top_k: how many experts a token asks.
+        places: the length of the expert map that calls pass, None where they pass none.
+    """
+
+    call: ExpertsCall
+    w13: Stack
+    w2: Stack
+    top_k: int
+    places: int | None = None
+
+    @property
+    def kernel(self) -> Kernel:
+        return KERNELS[self.call.up.kernel]
+
+    @property
+    def all_experts(self) -> int:
+        """Those of the layer on all ranks together."""
+        return self.call.count if self.places is None else self.places
+
+    def first(self) -> PackedWeight:
+        """The first expert's w13, by which schemes and devices are known."""
+        return self.expert(0)[0]
+
+    def expert(self, place: int) -> tuple[PackedWeight, PackedWeight]:
+        """w13 and w2 of one expert, views."""
+        up, down = (
+            of.packed(*(None if each is None else each[place] for each in (*stack[:3], stack.perm)))
+            for of, stack in ((self.call.up, self.w13), (self.call.down, self.w2))
+        )
+        return up, down
+
+    def as_meta(self) -> "ResidentExperts":
+        """The same without bytes, to compile for."""
+        w13, w2 = (
+            Stack(*(None if each is None else each.to("meta") for each in stack))
+            for stack in (self.w13, self.w2)
+        )
+        return replace(self, w13=w13, w2=w2)
 
 
 def experts(

@@ -7,7 +7,7 @@ behind the last token may be written.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from fusedq_kernels import ops, reference
 from fusedq_kernels.catalogue import Kernel, Op
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import Launch, PackedWeight
-from fusedq_kernels.warmup import Reached
+from fusedq_kernels.warmup import Reached, ReachedExperts
 
 # Distinct tokens; a batch repeats them. A prime: tokens of another tile are other ones.
 TOKENS = 61
@@ -59,14 +59,7 @@ class Truth:
             )
             for shape in ((TOKENS, packed.k), (packed.n,))
         )
-        weights = (
-            reference.dequantize(
-                replace(packing.unpack_rows(packed, start, stop), perm=None, in_features=0),
-                act_dtype,
-            ).double()
-            for start, stop in packing.stripes(packed.n, packed.k * _NARROWER, device)
-        )
-        return cls.of_tokens(x, bias, weights)
+        return cls.of_tokens(x, bias, weights_of(packed, act_dtype))
 
     @classmethod
     def of_tokens(
@@ -86,6 +79,14 @@ class Truth:
         return cls(x, bias, *(torch.cat(each, dim=1) for each in found))
 
 
+def weights_of(packed: PackedWeight, act_dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The weight's rows in the order in which it is stored, some at a time: float64 `[rows, K]`."""
+    device = packed.qweight.device
+    for start, stop in packing.stripes(packed.n, packed.k * _NARROWER, device):
+        logical = replace(packing.unpack_rows(packed, start, stop), perm=None, in_features=0)
+        yield reference.dequantize(logical, act_dtype).double()
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """How a launch is wrong: how many of its outputs, and the worst of them.
@@ -94,7 +95,7 @@ class Difference:
     in a second run, `behind` values were written behind the last token.
     """
 
-    reached: Reached
+    reached: Reached | ReachedExperts
     outputs: int
     wrong: int
     unlike: int
@@ -131,12 +132,35 @@ def _check_tokens(reached: Reached, packed: PackedWeight, truth: Truth) -> Diffe
     m, n = reached.tokens, packed.n
     x = truth.x[torch.arange(m, device=truth.x.device) % TOKENS]
     bias = truth.bias if reached.has_bias else None
-    memory = [x.new_full((m + _BEHIND, n), _UNTOUCHED) for _ in range(2)]
+    memory = untouched(x, n)
     for each in memory:
         ops.run(x, packed, bias, reached.launch, out=each[:m])
     expected = truth.sums if bias is None else truth.sums + bias.double()
     allowed = tolerance(reached.launch, truth, expected, m * n, packed.k)
-    parts, wrong = memory[0][:m].split(TOKENS), 0
+    return difference(reached, memory, m, expected, allowed)
+
+
+def untouched(x: torch.Tensor, n: int) -> list[torch.Tensor]:
+    """What two runs of tokens `x` write their `n` outputs into, with rows behind the last token."""
+    return [x.new_full((len(x) + _BEHIND, n), _UNTOUCHED) for _ in range(2)]
+
+
+def difference(
+    reached: Reached | ReachedExperts,
+    memory: Sequence[torch.Tensor],
+    m: int,
+    expected: torch.Tensor,
+    allowed: torch.Tensor,
+) -> Difference | None:
+    """How two runs differ from what was expected; None where they do not.
+
+    Args:
+        memory: of each run, as `untouched` gave it.
+        m: the number of tokens.
+        expected, allowed: `[tokens, N]`, which the batch repeats.
+    """
+    n = expected.shape[1]
+    parts, wrong = memory[0][:m].split(len(expected)), 0
     for part in parts:
         wrong += (_excess(part, expected, allowed) > 0).sum()
     unlike = (_bits(memory[0][:m]) != _bits(memory[1][:m])).sum()
@@ -150,7 +174,7 @@ def _check_tokens(reached: Reached, packed: PackedWeight, truth: Truth) -> Diffe
 
 
 def _excess(part: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """By how much each output of up to TOKENS tokens is further from the truth than allowed."""
+    """By how much each output of some tokens is further from the truth than allowed."""
     limit = allowed[: len(part)]
     # What is not a number is infinitely wrong
     over = (part.double() - expected[: len(part)]).abs_().sub_(limit).nan_to_num_(torch.inf)
@@ -162,7 +186,7 @@ def _worst(parts: tuple[torch.Tensor, ...], expected: torch.Tensor, allowed: tor
     number = max(range(len(parts)), key=lambda index: excess[index].max().item())
     at = divmod(int(excess[number].argmax()), expected.shape[1])
     return (
-        f"token {number * TOKENS + at[0]}, output {at[1]}: {parts[number][at].item():.6g}, "
+        f"token {number * len(expected) + at[0]}, output {at[1]}: {parts[number][at].item():.6g}, "
         f"expected {expected[at].item():.6g} give or take {allowed[at].item():.1g}"
     )
 
@@ -172,6 +196,11 @@ def spreads(outputs: int) -> float:
     return math.sqrt(2 * math.log(2 * outputs / FALSE_ALARM))
 
 
+def adding(k: int) -> float:
+    """How many of its spreads an fp32 sum of `k` products may be off, cut off after every eight."""
+    return (k / 8 + 64) * torch.finfo(torch.float32).eps
+
+
 def tolerance(
     launch: Launch, truth: Truth, expected: torch.Tensor, outputs: int, k: int
 ) -> torch.Tensor:
@@ -179,13 +208,12 @@ def tolerance(
 
     An output is rounded once to its dtype. A weight that is scaled before it is multiplied is
     rounded too, and the errors of K weights add up at random, to as many `spreads` as the largest
-    of `outputs` sums may have. fp32 sums may be cut off instead of rounded, after every eight
-    products. cuBLAS may add parts of K, and then the bias, in 16 bits.
+    of `outputs` sums may have. fp32 sums may be cut off instead of rounded
+    (`adding`). cuBLAS may add parts of K, and then the bias, in 16 bits.
     """
     limits = torch.finfo(truth.x.dtype)
     half_unit, most = limits.eps / 2, spreads(outputs)
-    adding = (k / 8 + 64) * torch.finfo(torch.float32).eps
-    allowed = expected.abs() * half_unit + truth.spread * adding
+    allowed = expected.abs() * half_unit + truth.spread * adding(k)
     if launch.tile is None or launch.tile.scale_weights:
         allowed += truth.rounding * most
     if launch.tile is None:

@@ -26,8 +26,8 @@ from fusedq_kernels.types import (
 if TYPE_CHECKING:
     import torch
 
-    from fusedq_kernels.call import Call, ExpertsCall
-    from fusedq_kernels.choose.experts import ExpertsLaunch
+    from fusedq_kernels.call import Call, ExpertsCall, Stacks
+    from fusedq_kernels.choose.experts import ExpertsLaunch, Load, Served
     from fusedq_kernels.types import PackedWeight
 
 
@@ -91,11 +91,9 @@ class Kernel:
         readied_by: "module:function" of what must have run before the first layer is packed.
         bare: "module:function" of what a traced graph may call in place of the operator.
         experts_by: "module:function" of `prepare_experts`, where it runs a stack of experts too.
-        plans_experts: whether a plan may name it for experts: not before what it launches for them
-            is compared on the machine that serves, as every other launch is.
         experts_pass_by: "module:function" of `prepare_expert_pass`, where there are launches.
-        experts_launches, experts_scratch: of such a kernel, what `expert_launches` and
-            `expert_scratch` give.
+        experts_launch, experts_launches, experts_scratch: of such a kernel, what `expert_launch`,
+            `expert_launches` and `expert_scratch` give.
     """
 
     name: str
@@ -118,9 +116,9 @@ class Kernel:
     readied_by: str | None = None
     bare: str | None = None
     experts_by: str | None = None
-    plans_experts: bool = True
     experts_pass_by: str | None = None
-    experts_launches: Callable[..., tuple[tuple[int, ExpertsLaunch], ...]] | None = None
+    experts_launch: Callable[..., ExpertsLaunch] | None = None
+    experts_launches: Callable[..., tuple[Served, ...]] | None = None
     experts_scratch: Callable[..., int] | None = None
 
     def layout(self, weight_type: WeightType) -> Layout:
@@ -131,8 +129,7 @@ class Kernel:
         return self.layouts[weight_type][0]
 
     def implements(self, op: Op) -> bool:
-        runs_experts = self.experts_by is not None and self.plans_experts
-        return self.op is op or (op is Op.EXPERTS and runs_experts)
+        return self.op is op or (op is Op.EXPERTS and self.experts_by is not None)
 
     def is_for(self, device: DeviceSpec) -> bool:
         """Whether it runs on a device, by rule or because it is asked for."""
@@ -186,10 +183,21 @@ class Kernel:
         if self.readied_by is not None:
             _imported(self.readied_by)()
 
+    def expert_launch(
+        self, call: ExpertsCall | Stacks, load: Load, device: DeviceSpec
+    ) -> ExpertsLaunch | None:
+        """The launch of a layer's experts for a load, None where there are none to choose of."""
+        return None if self.experts_launch is None else self.experts_launch(call, load, device)
+
     def expert_launches(
-        self, call: ExpertsCall, top_k: int, all_experts: int, device: DeviceSpec, max_tokens: int
-    ) -> tuple[tuple[int, ExpertsLaunch], ...]:
-        """Every launch of a layer's experts for 1 to `max_tokens` tokens, with the fewest each.
+        self,
+        call: ExpertsCall | Stacks,
+        top_k: int,
+        all_experts: int,
+        device: DeviceSpec,
+        max_tokens: int,
+    ) -> tuple[Served, ...]:
+        """Every launch of a layer's experts for 1 to `max_tokens` tokens.
 
         Args:
             top_k: how many experts a token asks.
@@ -201,7 +209,7 @@ class Kernel:
 
     def expert_scratch(
         self,
-        call: ExpertsCall,
+        call: ExpertsCall | Stacks,
         top_k: int,
         all_experts: int,
         device: DeviceSpec,

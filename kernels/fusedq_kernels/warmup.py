@@ -11,12 +11,19 @@ from typing import NamedTuple
 import torch
 
 from fusedq_kernels import ops
-from fusedq_kernels.call import Call, ExpertsCall
+from fusedq_kernels.call import Call
 from fusedq_kernels.catalogue import Kernel, Op
-from fusedq_kernels.choose.experts import ExpertsLaunch, Load
-from fusedq_kernels.experts import Stack
+from fusedq_kernels.choose.experts import ExpertsLaunch
+from fusedq_kernels.experts import ResidentExperts
 from fusedq_kernels.prepared import prepared
-from fusedq_kernels.types import DEFAULT_POLICY, DeviceSpec, Launch, PackedWeight, Policy
+from fusedq_kernels.types import (
+    DEFAULT_POLICY,
+    DeviceSpec,
+    Launch,
+    PackedWeight,
+    Policy,
+    TileConfig,
+)
 
 
 class Reached(NamedTuple):
@@ -30,14 +37,36 @@ class Reached(NamedTuple):
         """ "triton-gemm 16x64, 2 splits, 4 warps, 3 stages (rule: ..) with 9 tokens and a bias"."""
         words = f"{self.launch.kernel} ({self.launch.source})"
         if (tile := self.launch.tile) is not None:
-            parts = tile.split_k * tile.segments
-            words = (
-                f"{self.launch.kernel} {tile.block_m}x{tile.block_n}, "
-                f"{parts} split{'s' * (parts != 1)}, "
-                f"{tile.num_warps} warps, {tile.num_stages} stages ({self.launch.source})"
-            )
+            words = f"{self.launch.kernel} {_told(tile)} ({self.launch.source})"
         bias = "a bias" if self.has_bias else "no bias"
-        return f"{words} with {self.tokens} token{'s' * (self.tokens != 1)} and {bias}"
+        return f"{words} with {_counted(self.tokens)} and {bias}"
+
+
+class ReachedExperts(NamedTuple):
+    """A launch of a layer's experts, and the fewest and the most tokens that reach it."""
+
+    kernel: str
+    tokens: int
+    most: int
+    launch: ExpertsLaunch
+
+    def __str__(self) -> str:
+        """ "triton-gemm 8x128, .. up and 8x64, .. down (rule: ..) with 9 tokens"."""
+        launch = self.launch
+        tiles = f"{_told(launch.up)} up and {_told(launch.down)} down"
+        return f"{self.kernel} {tiles} ({launch.source}) with {_counted(self.tokens)}"
+
+
+def _told(tile: TileConfig) -> str:
+    parts = tile.split_k * tile.segments
+    return (
+        f"{tile.block_m}x{tile.block_n}, {parts} split{'s' * (parts != 1)}, "
+        f"{tile.num_warps} warps, {tile.num_stages} stages"
+    )
+
+
+def _counted(tokens: int) -> str:
+    return f"{tokens} token{'s' * (tokens != 1)}"
 
 
 def reachable(
@@ -83,29 +112,25 @@ def run_once(
     ops.run(torch.zeros((reached.tokens, packed.k), **like), packed, bias, reached.launch)
 
 
-def run_experts_once(
-    kernel: Kernel,
-    call: ExpertsCall,
-    w13: Stack,
-    w2: Stack,
-    load: Load,
-    launch: ExpertsLaunch,
-    is_mapped: bool,
-) -> None:
-    """Run one of `Kernel.expert_launches` on zeros, or only compile it for stacks of device meta.
+def reachable_experts(
+    resident: ResidentExperts, device: DeviceSpec, max_tokens: int
+) -> Iterator[ReachedExperts]:
+    """Every launch of a layer's experts for 1 to `max_tokens` tokens."""
+    sizes = (resident.call, resident.top_k, resident.all_experts)
+    for served in resident.kernel.expert_launches(*sizes, device, max_tokens):
+        yield ReachedExperts(resident.kernel.name, *served)
 
-    Args:
-        kernel: what runs the experts.
-        call: theirs.
-        w13, w2: their weights, with whatever bias and perm will be there.
-        load: the fewest tokens that reach the launch.
-        launch: tiles of both products.
-        is_mapped: whether calls pass an expert map.
-    """
-    like, shape = {"device": w13.qweight.device}, (load.tokens, load.top_k)
-    x = torch.zeros((load.tokens, call.up.in_features), dtype=call.up.dtype.torch, **like)
-    weights, ids = torch.zeros(shape, **like), torch.zeros(shape, dtype=torch.int32, **like)
-    places = torch.zeros(load.all_experts, dtype=torch.int32, **like) if is_mapped else None
-    out = torch.zeros((load.tokens, call.down.n), dtype=x.dtype, **like)
-    run = kernel.prepare_expert_pass(call, launch, load.top_k)
-    run(x, weights, ids, places, w13, w2, out)
+
+def run_experts_once(reached: ReachedExperts, resident: ResidentExperts) -> None:
+    """Run one launch on its fewest tokens, zeros, or only compile it for stacks of device meta."""
+    call, tokens = resident.call, reached.tokens
+    like, shape = {"device": resident.w13.qweight.device}, (tokens, resident.top_k)
+    x = torch.zeros((tokens, call.up.in_features), dtype=call.up.dtype.torch, **like)
+    weights = torch.zeros(shape, dtype=torch.float32, **like)
+    ids = torch.zeros(shape, dtype=torch.int32, **like)
+    places = None
+    if resident.places is not None:
+        places = torch.zeros(resident.places, dtype=torch.int32, **like)
+    out = torch.zeros((tokens, call.down.n), dtype=x.dtype, **like)
+    run = resident.kernel.prepare_expert_pass(call, reached.launch, resident.top_k)
+    run(x, weights, ids, places, resident.w13, resident.w2, out)

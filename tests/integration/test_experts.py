@@ -1,6 +1,7 @@
 """vLLM's layer of experts with our method: one verdict, its loaders, its answers, its refusals."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,8 @@ from safetensors import safe_open
 
 from fusedq_kernels import reference, testing
 from fusedq_kernels.activation import SILU
-from fusedq_kernels.choose.device import cpu_device
+from fusedq_kernels.choose.device import cpu_device, device_by_name
+from fusedq_kernels.choose.experts import Load, select
 from fusedq_kernels.cpu.activations import activated
 from fusedq_kernels.layouts import stacked
 from fusedq_kernels.types import LogicalWeight, QuantSpec, WeightType
@@ -23,6 +25,7 @@ from vllm_fusedq.formats import format_for
 from vllm_fusedq.plan.experts import ExpertSplit
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
+from vllm_fusedq.prove.launches import LoadedExperts
 from vllm_fusedq.settings import Settings
 
 STACK = "model.layers.0.mlp.experts"
@@ -49,6 +52,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Make:
         spread: bool = False,
         parallel: dict[str, Any] | None = None,
         lora: object = None,
+        target: Target = TARGET,
         **layer: Any,
     ) -> torch.nn.Module:
         group = SimpleNamespace(rank_in_group=rank, world_size=ranks)
@@ -57,7 +61,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Make:
             monkeypatch.setattr(parallel_state, name, each)
         config = FusedQConfig()
         config.format = format_for(checkpoint)
-        config.worker = WorkerState(TARGET, Settings())
+        config.worker = WorkerState(target, Settings(), max_tokens=100)
         sizes = {"num_experts": COUNT, "hidden_size": HIDDEN, "intermediate_size": INNER}
         with current_config():
             vllm_config = get_current_vllm_config()
@@ -128,6 +132,66 @@ def test_ranks_plan_as_the_headers_say_and_add_up_to_the_experts(
     truths = {number: truth(mixture, number) for number in range(COUNT)}
     expected = reference.experts(x, weights, ids, truths)
     testing.assert_close(total, expected, 8e-3, 2e-3)
+
+
+@pytest.mark.parametrize(("ranks", "spread"), [(1, False), (2, False), (2, True)])
+def test_on_a_gpu_what_will_be_launched_is_warmed_up_and_compared(
+    tmp_path: Path,
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
+    spread: bool,
+) -> None:
+    """Tensors of a CPU stand for those of a GPU: what would run there is listed, nothing runs."""
+    from vllm_fusedq.worker import warmup
+
+    write_mixture(tmp_path)
+    checkpoint, target = read_checkpoint(tmp_path), replace(TARGET, device=device_by_name("h200"))
+    layer = make(checkpoint, ranks - 1, ranks, spread, target=target, top_k=3)
+    assert {loader.plan.main.kernel.name for loader in layer.fusedq_loaders} == {"triton-gemm"}
+    state = layer.quant_method.state
+    loaded = state.experts[STACK]
+    places = COUNT if spread else None
+    assert (loaded.resident.top_k, loaded.resident.places, loaded.max_tokens) == (3, places, 100)
+    assert loaded.resident.call.text == layer.quant_method.call
+    # Launches are those of the three that vLLM asks, whatever the config says
+    assert layer.fusedq_loaders[0].plan.main.together.top_k == 3
+    compared = []
+
+    def run(layer: object, target: Target, max_tokens: int, truth: object) -> int:
+        compared.append((layer, [reached for _, reached in layer.launches(target, max_tokens)]))
+        assert truth is layer
+        return len(compared[-1][1])
+
+    monkeypatch.setattr(warmup, "run_launches", run)
+    monkeypatch.setattr(warmup, "on_gpu", lambda packed: True)
+    monkeypatch.setattr(LoadedExperts, "truth", lambda self, target: self)
+    here = property(lambda self: (SimpleNamespace(device="cpu"),))
+    monkeypatch.setattr(LoadedExperts, "kernels", here)
+    load(layer, tmp_path)
+    layer.quant_method.process_weights_after_loading(layer)
+    ((known, launches),) = compared
+    assert known is loaded
+    assert state.warmed.checked == state.warmed.launches == len(launches) > 1
+    # Every number of tokens is served by a launch that was compared
+    for tokens in range(1, 101):
+        load_of = Load(tokens, 3, COUNT)
+        chosen = select(loaded.resident.call, load_of, target.device)
+        assert any(
+            (each.launch.up, each.launch.down) == (chosen.up, chosen.down)
+            and each.tokens <= tokens <= each.most
+            for each in launches
+        ), tokens
+    assert loaded.resident.w13.qweight is layer.fusedq_w13_qweight
+    assert loaded.resident.w2.scales is layer.fusedq_w2_scales
+
+
+def test_experts_get_the_tokens_of_all_copies() -> None:
+    from vllm_fusedq.integration.experts import gathered_tokens
+
+    sizes = {"dp_size": 2, "pcp_size": 1, "sp_size": 4}
+    assert gathered_tokens(SimpleNamespace(**sizes), 101) == 2 * 104
+    assert gathered_tokens(SimpleNamespace(dp_size=1), 101) == 101
 
 
 def test_loaders_take_what_hand_written_loops_give(tmp_path: Path, make: Make) -> None:

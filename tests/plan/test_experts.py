@@ -1,5 +1,6 @@
 """Experts by their headers: what a rank holds of them, and each that is not like the others."""
 
+import json
 from dataclasses import replace as with_fields
 from pathlib import Path
 
@@ -7,9 +8,12 @@ import pytest
 import torch
 
 from checkpoints import BITSANDBYTES_BUILDS, BUILDS, add, drop, make_plain, rename, replace
+from fusedq_kernels.activation import SILU
+from fusedq_kernels.call import ExpertsCall
 from fusedq_kernels.catalogue import Op
-from fusedq_kernels.choose.device import cpu_device
-from fusedq_kernels.types import DeviceSpec, Layout
+from fusedq_kernels.choose import expert_memory, experts
+from fusedq_kernels.choose.device import cpu_device, device_by_name
+from fusedq_kernels.types import DeviceSpec, Launch, Layout
 from mixtures import COUNT, HIDDEN, INNER, write_mixture
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import PreflightError, Problem
@@ -23,6 +27,7 @@ from vllm_fusedq.report.table import plan_rows
 CPU = Target(cpu_device(), torch.float16)
 STACK = "model.layers.0.mlp.experts"
 SPREAD = ExpertSplit(parallel=True)
+H200 = Target(device_by_name("h200"), torch.float16)
 
 
 def stacks(
@@ -267,6 +272,50 @@ def test_sizes_that_ranks_cannot_share(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, 4, ExpertSplit(parallel=True, data_size=2))
     assert found.layer == STACK
     assert found.found == "4 experts cannot be spread over 8 ranks"
+
+
+@pytest.mark.parametrize("device", ["h200", "a100", "b200", "rtx4090"])
+@pytest.mark.parametrize(("tp_size", "split"), [(1, CUT), (2, CUT), (2, SPREAD)], ids=str)
+def test_on_a_gpu_both_weights_have_the_launch_of_the_layer(
+    tmp_path: Path, device: str, tp_size: int, split: ExpertSplit
+) -> None:
+    """What runs is chosen for both products at once, by how many of all experts a token asks."""
+    write_mixture(tmp_path)
+    target = Target(device_by_name(device), torch.float16)
+    w13, w2 = stacks(tmp_path, tp_size, tp_size - 1, split, target)
+    count = COUNT // tp_size if split.parallel else COUNT
+    call = ExpertsCall(count, SILU, w13.main.call, w2.main.call)
+    for tokens in (1, 17, 300):
+        launch = experts.select(call, experts.Load(tokens, 2, COUNT), target.device)
+        for plan, tile in ((w13, launch.up), (w2, launch.down)):
+            assert plan.launch(tokens) == Launch("triton-gemm", tile, launch.source)
+    assert [tokens for tokens, _ in w13.main.launches] == [1, 2048]
+    most = expert_memory.most_scratch(call, 2, COUNT, target.device, 1 << 20)
+    assert w13.main.workspace_bytes == w2.main.workspace_bytes == most
+    assert w13.main.scratch_bytes(8) < most
+    plan = plan_model(read_checkpoint(tmp_path), target, tp_size, split=split)
+    found = capacity_of(read_checkpoint(tmp_path), plan, target.act_dtype, Demand(), None)
+    assert found.workspace == most
+    (row,) = (row for row in plan_rows(plan.layers) if row.plan.shard.weight == "w13")
+    assert row.name.startswith(f"{STACK}.w13 (")
+
+
+def test_a_config_must_say_how_many_experts_a_token_asks(tmp_path: Path) -> None:
+    """Of a kernel whose launches depend on it."""
+    write_mixture(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["num_experts_per_tok"]
+    path.write_text(json.dumps(config))
+    assert len(stacks(tmp_path)) == 2
+    with pytest.raises(PreflightError) as error:
+        stacks(tmp_path, target=H200)
+    (found,) = error.value.problems
+    assert (found.layer, found.found) == (
+        STACK,
+        "experts of which nothing says how many a token asks",
+    )
+    assert "num_experts_per_tok, moe_top_k" in found.supported
 
 
 def test_devices_and_kernels_without_experts(tmp_path: Path) -> None:

@@ -7,16 +7,19 @@ import pytest
 import torch
 import triton
 
+from expert_layers import Layer
 from fusedq_kernels import ops, prepared, testing
 from fusedq_kernels.call import Call
 from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.cuda.decode import DECODERS
+from fusedq_kernels.cuda.routing import Router
+from fusedq_kernels.experts import ResidentExperts, Stack
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import TILED_LAYOUTS, Policy, QuantSpec, WeightType
 from vllm_fusedq.errors import KernelError
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.uses import Use
-from vllm_fusedq.prove.launches import LoadedLayer, run_launches
+from vllm_fusedq.prove.launches import LoadedExperts, LoadedLayer, run_launches
 
 N, K = 160, 256
 TARGET = Target(device_by_name("h200"), torch.float16)
@@ -128,3 +131,52 @@ def test_a_models_default_dtype_does_not_blur_the_truth(
         assert compared(layer(WeightType.NF4), 17)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def experts(max_tokens: int | None = None) -> LoadedExperts:
+    made = Layer(QuantSpec(WeightType.UINT4B8, 32, torch.float16), kernel="triton-gemm")
+    resident = ResidentExperts(made.call, Stack.of(made.w13), Stack.of(made.w2), 2)
+    return LoadedExperts("layers.3.mlp.experts", resident, max_tokens)
+
+
+def test_launches_of_experts_are_those_of_all_ranks_tokens_under_the_targets_policy() -> None:
+    few, many = (list(experts(most).launches(TARGET, 8)) for most in (None, 3000))
+    assert max(reached.most for _, reached in few) == 8
+    assert max(reached.most for _, reached in many) == 3000
+    assert len(many) > len(few)
+    invariant = replace(TARGET, policy=Policy(batch_invariant=True))
+    assert all(
+        "batch-invariant" in reached.launch.source
+        for _, reached in experts().launches(invariant, 100)
+    )
+
+
+def test_a_wrong_launch_of_experts_names_both_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = experts()
+    truth = layer.truth(TARGET)
+    count = run_launches(layer, TARGET, 8, truth)
+    assert count == len(list(layer.launches(TARGET, 8))) > 1
+    assert run_launches(layer, TARGET, 8) == count
+    real = Router.sum
+
+    def adding(self, y, topk_weights, topk_ids, expert_map, out) -> None:
+        real(self, y, topk_weights, topk_ids, expert_map, out)
+        out[-1, -1] += 1
+
+    monkeypatch.setattr(Router, "sum", adding)
+    with pytest.raises(KernelError) as error:
+        run_launches(layer, TARGET, 8, truth)
+    message = str(error.value)
+    assert message.startswith(
+        "layers.3.mlp.experts (5 experts, w13 uint4b8, groups of 32, [96, 64] out_features x "
+        "in_features per rank, w2 uint4b8, groups of 32, [64, 48] out_features x in_features per "
+        "rank): found that triton-gemm 8x"
+    )
+    assert "with 1 token is wrong on h200 with Triton " in message
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("ptxas went away")
+
+    monkeypatch.setattr(Router, "sum", failing)
+    with pytest.raises(KernelError, match=r"1 token does not run on h200 .*ptxas went away"):
+        run_launches(layer, TARGET, 8)

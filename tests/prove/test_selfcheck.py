@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from checkpoints import ALL_BUILDS, write_checkpoint
+from checkpoints import ALL_BUILDS, add, write_checkpoint
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import LogicalWeight, PackedWeight
@@ -154,6 +154,42 @@ def test_on_a_gpu_every_launch_is_compared_in_both_modes(
     assert not check.passed
     assert "qkv_proj (uint4, groups of " in check.wrong_launch
     assert "with 17 tokens and no bias is wrong on h200" in check.wrong_launch
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs where no GPU is")
+def test_on_a_gpu_the_launches_of_both_weights_of_experts_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedq_kernels.cuda.routing import Router
+    from vllm_fusedq.prove import selfcheck
+
+    monkeypatch.setattr(selfcheck, "on_gpu", lambda packed: True)
+    monkeypatch.setattr(selfcheck, "MAX_TOKENS", 2)
+    monkeypatch.setattr(selfcheck, "TOKENS", (1,))
+    bias = torch.full((96,), 0.5, dtype=torch.float16)
+    names = [f"{number}.{name}" for number in range(2) for name in ("gate_proj", "up_proj")]
+    edits = [add(f"model.layers.0.mlp.experts.{name}.bias", bias.clone()) for name in names]
+    write_mixture(tmp_path, count=2, edits=edits)
+    checkpoint = read_checkpoint(tmp_path)
+    target = Target(device_by_name("h200"), torch.float16)
+    w13, w2 = (p for p in plan_model(checkpoint, target).layers if p.experts is not None)
+    device = torch.device("cpu")
+    assert check_layer(checkpoint, w2, target, device).launches == 0
+    check = check_layer(checkpoint, w13, target, device, w2)
+    assert check.passed
+    # One token and two, and again in batch-invariant mode
+    assert check.launches == 4
+    real = Router.sum
+
+    def wrong(self, y, topk_weights, topk_ids, expert_map, out) -> None:
+        real(self, y, topk_weights, topk_ids, expert_map, out)
+        out[0, 0] += 1
+
+    monkeypatch.setattr(Router, "sum", wrong)
+    check = check_layer(checkpoint, w13, target, device, w2)
+    assert not check.passed
+    assert "model.layers.0.mlp.experts (2 experts, w13 uint4, groups of 32, " in check.wrong_launch
+    assert "with 1 token is wrong on h200" in check.wrong_launch
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -14,17 +14,20 @@ import torch
 from safetensors import safe_open
 
 from checkpoints import write_checkpoint
+from expert_layers import Layer
 from fusedq_kernels import warmup
 from fusedq_kernels.call import Call
 from fusedq_kernels.choose.device import cpu_device, device_by_name
+from fusedq_kernels.experts import ResidentExperts, Stack
 from fusedq_kernels.layouts.packing import empty_packed
 from fusedq_kernels.types import TILED_LAYOUTS, QuantSpec, WeightType
+from mixtures import HIDDEN, write_mixture
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.plan.uses import Use
-from vllm_fusedq.prove.launches import LoadedLayer
+from vllm_fusedq.prove.launches import LoadedExperts, LoadedLayer
 from vllm_fusedq.report.document import write_document
 from vllm_fusedq.settings import Settings
 from vllm_fusedq.worker.state import WorkerRank, WorkerState
@@ -195,10 +198,44 @@ def test_the_first_weight_compiles_each_kind_of_layer_once(
     assert len(Compiler.made) == 2
 
 
+def test_the_first_weight_compiles_experts_by_both_their_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedq_kernels.cuda import ahead
+
+    monkeypatch.setattr(ahead, "AheadCompiler", Compiler)
+    monkeypatch.setattr(Compiler, "made", [])
+    write_mixture(tmp_path, layers=2)
+    target = Target(device_by_name("h200"), torch.float16)
+    state = WorkerState(target, Settings(), max_tokens=20)
+    for plan in plan_model(read_checkpoint(tmp_path), target).layers:
+        state.layer_created(plan, lambda: False)
+    made = Layer(QuantSpec(WeightType.UINT4B8, 32, torch.float16), kernel="triton-gemm")
+    stacks = Stack.of(made.w13), Stack.of(made.w2)
+    for layer, tokens in ((0, 20), (1, 20), (2, 900)):
+        resident = ResidentExperts(made.call, *stacks, 2)
+        state.experts_created(LoadedExperts(f"layers.{layer}.mlp.experts", resident, tokens))
+    compiled, dense = [], []
+    monkeypatch.setattr(
+        warmup, "run_experts_once", lambda reached, resident: compiled.append((reached, resident))
+    )
+    monkeypatch.setattr(
+        warmup, "run_once", lambda reached, kernel, packed, dtype: dense.append(packed.n)
+    )
+    state.weight_arrives(torch.device("cuda", 1))
+    Compiler.made[0].work()
+    assert {resident.w2.scales.device.type for _, resident in compiled} == {"meta"}
+    # Two kinds: of 20 tokens and of 900
+    assert len({id(resident.w13.qweight) for _, resident in compiled}) == 2
+    assert max(reached.most for reached, _ in compiled) == 900
+    # Of the other layers o_proj alone
+    assert set(dense) == {HIDDEN}
+
+
 def test_on_a_cpu_nothing_is_compiled(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "awq")
     plans = [(plan, False) for plan in plan_model(read_checkpoint(tmp_path), STRIPED).layers]
-    assert compile_ahead(plans, STRIPED, 64, torch.device("cpu")) is None
+    assert compile_ahead(plans, (), STRIPED, 64, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("check", [True, False])

@@ -63,6 +63,7 @@ def _run(
     from fusedq_kernels.choose.device import current_device
     from vllm_fusedq.checkpoint.read import read_checkpoint
     from vllm_fusedq.integration.operators import register_cpu_operators
+    from vllm_fusedq.plan.experts import W2, W13
     from vllm_fusedq.plan.layer import Target
     from vllm_fusedq.plan.model import plan_model
     from vllm_fusedq.prove.selfcheck import check_layer
@@ -76,7 +77,9 @@ def _run(
     device_spec, kept = settings.device(found), settings.keeps_activations
     target = Target(device_spec, dtype, settings.insisted, keeps_activations=kept)
     checkpoint = read_checkpoint(model)
-    plans = [plan for plan in plan_model(checkpoint, target).layers if only in plan.name]
+    layers = plan_model(checkpoint, target).layers
+    plans = [plan for plan in layers if only in plan.name]
+    second = {plan.prefix: plan for plan in layers if plan.shard.weight == W2}
     if not plans:
         raise typer.BadParameter(f"no quantized layer's name holds {only!r}")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
@@ -86,7 +89,13 @@ def _run(
         table.add_column(column, justify="right")
     checks = []
     for plan in track(plans, "checking", console=err, transient=True):
-        check = check_layer(checkpoint, plan, target, device)
+        check = check_layer(
+            checkpoint,
+            plan,
+            target,
+            device,
+            second.get(plan.prefix) if plan.shard.weight == W13 else None,
+        )
         checks.append(check)
         table.add_row(
             *(plan.name, plan.formats[0].description, plan.kernel_names, str(check.wrong_values)),

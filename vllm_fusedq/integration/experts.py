@@ -1,6 +1,7 @@
 """The method of vLLM's layer of experts: plans a rank's two stacks, runs both as one operator."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.platforms import current_platform
 
-import fusedq_kernels.experts  # noqa: F401  (registers torch.ops.fusedq.experts)
 from fusedq_kernels.call import ExpertsCall
+from fusedq_kernels.experts import ResidentExperts, Stack
+from fusedq_kernels.geometry import round_up
 from vllm_fusedq.errors import PreflightError, Problem
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.formats.layer import LayerFormat
@@ -19,6 +21,8 @@ from vllm_fusedq.integration.resident import attach, finish
 from vllm_fusedq.plan.experts import WEIGHTS, ExpertStack, expert_stack, stack_shards
 from vllm_fusedq.plan.layer import plan_layer
 from vllm_fusedq.plan.model_code import installed_vllm
+from vllm_fusedq.plan.together import join_experts
+from vllm_fusedq.prove.launches import LoadedExperts
 from vllm_fusedq.worker.state import WorkerState
 
 WITHOUT = "serve this model without --quantization fusedq"
@@ -49,18 +53,24 @@ class FusedQExpertsMethod(FusedMoEMethodBase):
         with self.state.guard():
             check_layer(layer, self.prefix, self.stack)
             config = layer.moe_config
+            stack = replace(self.stack, top_k=config.experts_per_token)
             first = config.tp_rank * intermediate_size_per_partition
             inner = (first, first + intermediate_size_per_partition)
-            shards = stack_shards(
-                self.stack, held_experts(layer), inner, config.tp_size, self.prefix
-            )
-            plans = [plan_layer(each, self.stack.formats, self.state.target) for each in shards]
+            shards = stack_shards(stack, held_experts(layer), inner, config.tp_size, self.prefix)
+            target = self.state.target
+            plans = join_experts(plan_layer(each, self.stack.formats, target) for each in shards)
             up, down = (plan.main.call for plan in plans)
             activation = activation_of(config)
             assert activation is not None
-            self.call = ExpertsCall(num_experts, activation, up, down).text
+            call = ExpertsCall(num_experts, activation, up, down)
+            self.call = call.text
         for plan in plans:
             attach(layer, plan, self.state, params_dtype)
+        w13, w2 = (Stack(**loader.resident) for loader in layer.fusedq_loaders)
+        places = None if layer._expert_map is None else len(layer._expert_map)
+        resident = ResidentExperts(call, w13, w2, config.experts_per_token, places)
+        tokens = gathered_tokens(config, self.state.max_tokens)
+        self.state.experts_created(LoadedExperts(self.prefix, resident, tokens))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         finish(layer, self.state)
@@ -124,6 +134,15 @@ def held_experts(layer: RoutedExperts) -> tuple[int, ...]:
         return tuple(range(layer.moe_config.num_local_experts))
     numbers = {place: number for number, place in enumerate(places.tolist()) if place >= 0}
     return tuple(numbers[place] for place in sorted(numbers))
+
+
+def gathered_tokens(config: Any, tokens: int) -> int:
+    """How many tokens experts get at most where each copy of the rest of the model has so many.
+
+    Those of all copies are gathered; where ranks each bring a part, parts are of one size.
+    """
+    copies = config.dp_size * getattr(config, "pcp_size", 1)
+    return copies * round_up(tokens, getattr(config, "sp_size", 1))
 
 
 def check_parallel(vllm_config: Any, layer: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from fusedq_kernels.call import ALTERNATION
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.layouts.stacked import empty_stacked
-from fusedq_kernels.types import PackedWeight, StackedWeight
+from fusedq_kernels.types import StackedWeight
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats import Finding
 from vllm_fusedq.formats.layer import check_finite
@@ -69,11 +69,6 @@ class ExpertsLoader:
     def resident(self) -> dict[str, torch.Tensor | None]:
         """What the operator reads, by the names of its arguments."""
         return resident_tensors(self.packed) | {BIAS: self.bias}
-
-    @property
-    def sample(self) -> PackedWeight:
-        """One expert's weight, by which all launches are known."""
-        return self.packed.expert(0)
 
     @property
     def stored_bytes(self) -> int:

@@ -72,11 +72,6 @@ class LayerLoader:
         return resident_tensors(self.packed)
 
     @property
-    def sample(self) -> PackedWeight:
-        """The weight, by which all launches are known."""
-        return self.packed
-
-    @property
     def tensor_dtypes(self) -> dict[str, torch.dtype]:
         """Every tensor suffix that any part of this layer reads, with its stored dtype."""
         return {t.name: t.dtype.torch for fmt in self.plan.formats for t in fmt.tensors}

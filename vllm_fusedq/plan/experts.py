@@ -23,6 +23,11 @@ _COUNTS = (
     *("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
     "num_routed_experts",
 )
+TOP_K = (
+    *("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts"),
+    "num_experts_per_token",
+)
+"""Names under which models' configs say how many experts a token asks."""
 GATE, UP, DOWN = "w1", "w3", "w2"
 PARTS = (GATE, UP, DOWN)
 W13, W2 = "w13", "w2"
@@ -55,6 +60,8 @@ class ExpertStack:
     experts: tuple[Mapping[str, LayerFormat], ...]
     biased: frozenset[str] = frozenset()
     """The weights, w13 or w2, to which the checkpoint has biases."""
+    top_k: int = 0
+    """How many of them a token asks, 0 where the config does not say."""
 
     @property
     def formats(self) -> dict[str, LayerFormat]:
@@ -134,7 +141,9 @@ def expert_stack(
         biased += [weight] * bool(with_bias)
     if problems:
         raise PreflightError(problems)
-    return ExpertStack(name, tuple(found[index] for index in range(count)), frozenset(biased))
+    top_k = checkpoint.number(*TOP_K) or 0
+    experts = tuple(found[index] for index in range(count))
+    return ExpertStack(name, experts, frozenset(biased), top_k)
 
 
 def _missing(checkpoint: Checkpoint, module: str, others: int) -> Problem:
@@ -244,6 +253,8 @@ def stack_shards(
             experts=tuple(held),
             alternating=len(parts) > 1,
             biased=weight in stack.biased,
+            top_k=stack.top_k,
+            all_experts=len(stack.experts),
         )
         shards.append(shard)
     return shards[0], shards[1]

@@ -19,6 +19,7 @@ from vllm_fusedq.plan.folding import fold_problems
 from vllm_fusedq.plan.kv_cache import kv_cache_problems
 from vllm_fusedq.plan.layer import LayerPlan, Target, plan_layer, target_problems
 from vllm_fusedq.plan.model_code import rearranged
+from vllm_fusedq.plan.together import join_experts
 from vllm_fusedq.plan.vllm_layers import shards_of_rank
 
 TP_CANDIDATES = (1, 2, 4, 8, 16)
@@ -184,6 +185,10 @@ def _plan_rank(
             plans.append(plan_layer(shard, found.layers, target))
         except PreflightError as error:
             problems += error.problems
+    try:
+        plans = join_experts(plans)
+    except PreflightError as error:
+        problems += error.problems
     return plans, problems
 
 

@@ -45,6 +45,7 @@ class LayerShard:
     Of `experts`, those that the rank holds by their number in the model, each has its own parts,
     one after the other in `parts`; n and k are of one of them. Where `alternating` its two parts'
     rows come in turn (`layouts/stacked.py`); where `biased` each adds a bias, which lies beside it.
+    A token asks `top_k` of the layer's `all_experts`.
     """
 
     prefix: str
@@ -57,6 +58,8 @@ class LayerShard:
     experts: tuple[int, ...] | None = None
     alternating: bool = False
     biased: bool = False
+    top_k: int = 0
+    all_experts: int = 0
 
     @property
     def name(self) -> str:

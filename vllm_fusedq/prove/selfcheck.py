@@ -14,8 +14,10 @@ import torch
 from safetensors import safe_open
 
 from fusedq_kernels import ops, reference
-from fusedq_kernels.call import ALTERNATION
+from fusedq_kernels.activation import SILU
+from fusedq_kernels.call import ALTERNATION, ExpertsCall
 from fusedq_kernels.catalogue import Op
+from fusedq_kernels.experts import ResidentExperts, Stack
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import Layout, LogicalWeight, PackedWeight, Policy
 from vllm_fusedq.checkpoint.read import Checkpoint
@@ -24,9 +26,10 @@ from vllm_fusedq.formats import stored_slices
 from vllm_fusedq.formats.layer import LayerFormat, Region
 from vllm_fusedq.load.experts import ExpertsLoader
 from vllm_fusedq.load.loader import LayerLoader, rows_of
+from vllm_fusedq.plan.experts import BIAS
 from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.plan.shards import PartShard
-from vllm_fusedq.prove.launches import LoadedLayer, on_gpu, run_launches
+from vllm_fusedq.prove.launches import Loaded, LoadedExperts, LoadedLayer, on_gpu, run_launches
 
 # Few, some and many tokens: decode and prefill run other tiles.
 TOKENS = (1, 17, 96)
@@ -62,34 +65,51 @@ class LayerCheck:
 
 
 def check_layer(
-    checkpoint: Checkpoint, plan: LayerPlan, target: Target, device: torch.device
+    checkpoint: Checkpoint,
+    plan: LayerPlan,
+    target: Target,
+    device: torch.device,
+    w2: LayerPlan | None = None,
 ) -> LayerCheck:
     """Load one layer of `plan` (a single rank's) onto `device` and check it.
 
-    Of experts each is checked as a layer of its own, in the stack that they share.
+    Of experts each is checked as a weight of its own, in the stack that they share. With
+    `w2`, whose layer's w13 is `plan`, what both launch together is compared too, for SiLU.
 
     Raises:
         WeightLoadError: a tensor holds values that cannot be right.
     """
     stored = dict(_stored(checkpoint, plan))
-    if plan.experts is None:
-        loader = LayerLoader.create(plan, target.act_dtype, device)
-        # A shard may lie in several ranges of rows, and takes its tensors once
-        for (shard_id, name), tensor in {
-            (p.shard_id, n): t for (p, n), t in stored.items()
-        }.items():
-            loader.add(name, tensor, shard_id)
-        loader.check_complete()
-        return _check_weight(checkpoint, plan, loader.packed, stored, target)
-    experts = ExpertsLoader.create(plan, target.act_dtype, device)
-    numbers = [number for number in plan.experts for _ in plan.of_expert(0).shard.parts]
-    of_part = dict(zip(plan.shard.parts, numbers, strict=True))
-    for (part, name), tensor in stored.items():
-        experts.add(name, tensor, part.shard_id, of_part[part])
-    experts.check_complete()
+    if plan.experts is not None:
+        return _check_experts(checkpoint, plan, stored, target, device, w2)
+    loader = LayerLoader.create(plan, target.act_dtype, device)
+    # A shard may lie in several ranges of rows, and takes its tensors once
+    for (shard_id, name), tensor in {(p.shard_id, n): t for (p, n), t in stored.items()}.items():
+        loader.add(name, tensor, shard_id)
+    loader.check_complete()
+    has_bias = any(f"{part.module}.bias" in checkpoint.tensors for part in plan.shard.parts)
+    layer = LoadedLayer(plan.name, loader.packed, plan.uses, has_bias)
+    return _check_weight(plan, loader.packed, stored, target, _launches(layer, target))
+
+
+def _check_experts(
+    checkpoint: Checkpoint,
+    plan: LayerPlan,
+    stored: dict[tuple[PartShard, str], torch.Tensor],
+    target: Target,
+    device: torch.device,
+    w2: LayerPlan | None,
+) -> LayerCheck:
+    experts = _load_experts(checkpoint, plan, stored, target, device)
+    launches = (0, "")
+    if w2 is not None and on_gpu(experts.packed.expert(0)):
+        other = _load_experts(checkpoint, w2, dict(_stored(checkpoint, w2)), target, device)
+        call = ExpertsCall(experts.packed.count, SILU, plan.main.call, w2.main.call)
+        stacks = (Stack(**each.resident) for each in (experts, other))
+        resident = ResidentExperts(call, *stacks, plan.shard.top_k)
+        launches = _launches(LoadedExperts(plan.prefix, resident), target)
     checks = [
-        _check_weight(checkpoint, each.plan, each.packed, stored, target)
-        for each in experts.loaders
+        _check_weight(each.plan, each.packed, stored, target, (0, "")) for each in experts.loaders
     ]
     return LayerCheck(
         plan,
@@ -97,19 +117,37 @@ def check_layer(
         max(check.max_error for check in checks),
         max(check.rms_error for check in checks),
         checks[0].limit,
-        sum(check.launches for check in checks),
-        next((check.wrong_launch for check in checks if check.wrong_launch), ""),
+        *launches,
     )
 
 
-def _check_weight(
+def _load_experts(
     checkpoint: Checkpoint,
+    plan: LayerPlan,
+    stored: dict[tuple[PartShard, str], torch.Tensor],
+    target: Target,
+    device: torch.device,
+) -> ExpertsLoader:
+    experts = ExpertsLoader.create(plan, target.act_dtype, device)
+    numbers = [number for number in plan.experts for _ in plan.of_expert(0).shard.parts]
+    of_part = dict(zip(plan.shard.parts, numbers, strict=True))
+    for (part, name), tensor in stored.items():
+        experts.add(name, tensor, part.shard_id, of_part[part])
+    for part in plan.shard.parts if plan.shard.biased else ():
+        experts.add(
+            BIAS, _tensor(checkpoint, f"{part.module}.{BIAS}"), part.shard_id, of_part[part]
+        )
+    experts.check_complete()
+    return experts
+
+
+def _check_weight(
     plan: LayerPlan,
     packed: PackedWeight,
     stored: dict[tuple[PartShard, str], torch.Tensor],
     target: Target,
+    launches: tuple[int, str],
 ) -> LayerCheck:
-    launches = _launches(checkpoint, plan, target, packed)
     if launches[1]:
         return LayerCheck(plan, 0, 0.0, 0.0, _limit(target.act_dtype.torch), *launches)
     device, resident = packed.qweight.device, packing.unpack(packed)
@@ -143,14 +181,10 @@ def _check_weight(
     )
 
 
-def _launches(
-    checkpoint: Checkpoint, plan: LayerPlan, target: Target, packed: PackedWeight
-) -> tuple[int, str]:
+def _launches(layer: Loaded, target: Target) -> tuple[int, str]:
     """The number of launches in modes that are right, and what is said of the first wrong one."""
-    if not on_gpu(packed):
+    if not on_gpu(layer.packed):
         return 0, ""
-    has_bias = any(f"{part.module}.bias" in checkpoint.tensors for part in plan.shard.parts)
-    layer = LoadedLayer(plan.name, packed, plan.uses, has_bias)
     count, truth = 0, layer.truth(target)
     for batch_invariant in (False, True):
         mode = replace(target, policy=Policy(batch_invariant))
@@ -166,9 +200,12 @@ def _stored(
 ) -> Iterator[tuple[tuple[PartShard, str], torch.Tensor]]:
     for part, fmt in zip(plan.shard.parts, plan.formats, strict=True):
         for stored in fmt.tensors:
-            name = f"{part.module}.{stored.name}"
-            with safe_open(Path(checkpoint.path) / checkpoint.tensors[name].file, "pt") as file:
-                yield (part, stored.name), file.get_tensor(name)
+            yield (part, stored.name), _tensor(checkpoint, f"{part.module}.{stored.name}")
+
+
+def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    with safe_open(Path(checkpoint.path) / checkpoint.tensors[name].file, "pt") as file:
+        return file.get_tensor(name)
 
 
 def _decoded(

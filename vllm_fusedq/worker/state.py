@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,9 +12,10 @@ from vllm_fusedq.formats import CheckpointFormat, settle
 from vllm_fusedq.load.experts import ExpertsLoader
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.load.provenance import StoredTensors
+from vllm_fusedq.plan.experts import W13
 from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.plan.model import check_all_created
-from vllm_fusedq.prove.launches import LoadedLayer
+from vllm_fusedq.prove.launches import Loaded, LoadedExperts, LoadedLayer
 from vllm_fusedq.settings import Settings
 from vllm_fusedq.worker.last_words import speaking_last
 from vllm_fusedq.worker.warmup import WarmUp, compile_ahead, warm_up
@@ -56,7 +57,8 @@ class WorkerState:
 
     `message_file` is where a refusal is left for the API process, `source` what loaded tensors are
     compared with. `plans` are those of the layers that were created, `loaders` those of the layers
-    that are loaded; `before_loading` is called in between. `load_seconds` is the time from
+    that are loaded, `experts` what serves of those of experts, by their prefix; `before_loading` is
+    called in between. `load_seconds` is the time from
     `started` to the last loaded layer without the time spent on repacking and warming up; it covers
     reading the files and building the model. Bytes are this rank's.
     """
@@ -73,12 +75,14 @@ class WorkerState:
     source: StoredTensors | None = None
     plans: list[LayerPlan] = field(default_factory=list)
     loaders: list[LayerLoader | ExpertsLoader] = field(default_factory=list)
+    experts: dict[str, LoadedExperts] = field(default_factory=dict)
     before_loading: list[Callable[[], None]] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     load_seconds: float = 0.0
     warmed: WarmUp = field(default_factory=lambda: WarmUp(0.0, 0))
     _with_bias: list[bool] = field(default_factory=list)
     _created: list[tuple[LayerPlan, Callable[[], bool]]] = field(default_factory=list)
+    _new_experts: list[LoadedExperts] = field(default_factory=list)
     _ahead: list["AheadCompiler"] = field(default_factory=list)
     _warm: set[object] = field(default_factory=set)
 
@@ -86,6 +90,14 @@ class WorkerState:
         """Take note of a layer that is to be loaded; `has_bias` is asked once all are there."""
         self.plans.append(plan)
         self._created.append((plan, has_bias))
+
+    def experts_created(self, layer: LoadedExperts) -> None:
+        """Take note of how the two weights of a layer of experts will serve, once they are loaded.
+
+        `layer` is called by the prefix of both plans.
+        """
+        self.experts[layer.name] = layer
+        self._new_experts.append(layer)
 
     def weight_arrives(self, device: "torch.device") -> None:
         """Before each weight: with the first after layers were created, start to compile theirs."""
@@ -95,7 +107,8 @@ class WorkerState:
         self._begin_loading()
         layers = [(plan, has_bias()) for plan, has_bias in self._created]
         self._created.clear()
-        compiler = compile_ahead(layers, self.target, self.max_tokens, device)
+        experts, self._new_experts = self._new_experts, []
+        compiler = compile_ahead(layers, experts, self.target, self.max_tokens, device)
         if compiler is not None:
             self._ahead.append(compiler)
 
@@ -123,12 +136,8 @@ class WorkerState:
         note = settle({name: one for each in self.loaders for name, one in each.findings.items()})
         spent = self.pack_seconds + self.warmed.seconds
         self.load_seconds = time.perf_counter() - self.started - spent
-        layers = (
-            LoadedLayer(each.plan.name, each.sample, each.plan.uses, bias)
-            for each, bias in zip(self.loaders, self._with_bias, strict=True)
-        )
         self.warmed += warm_up(
-            layers,
+            self._loaded(),
             self.target,
             self.max_tokens,
             check=self.settings.check_kernels,
@@ -138,6 +147,15 @@ class WorkerState:
         self._ahead.clear()
         if self.rank.reports:
             self._report(note)
+
+    def _loaded(self) -> Iterator[Loaded]:
+        """Every layer as it serves, one of experts once for its two weights."""
+        for loader, has_bias in zip(self.loaders, self._with_bias, strict=True):
+            plan = loader.plan
+            if isinstance(loader, LayerLoader):
+                yield LoadedLayer(plan.name, loader.packed, plan.uses, has_bias)
+            elif plan.shard.weight == W13:
+                yield self.experts[plan.prefix]
 
     def all_created(self, fmt: CheckpointFormat) -> None:
         """Before weights are loaded: `plan.model.check_all_created`, and what layers asked for."""

@@ -6,15 +6,14 @@ weights are read. `warm_up` then runs each launch, and compares it with plain Py
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from fusedq_kernels import warmup
 from fusedq_kernels.layouts import packing
 from vllm_fusedq.plan.layer import LayerPlan, Target
-from vllm_fusedq.prove.launches import LoadedLayer, on_gpu, run_launches
+from vllm_fusedq.prove.launches import Loaded, LoadedExperts, LoadedLayer, on_gpu, run_launches
 
 if TYPE_CHECKING:
     from fusedq_kernels.cuda.ahead import AheadCompiler
@@ -43,11 +42,13 @@ class WarmUp:
 
 def compile_ahead(
     plans: Iterable[tuple[LayerPlan, bool]],
+    experts: Iterable[LoadedExperts],
     target: Target,
     max_tokens: int,
     device: torch.device,
 ) -> "AheadCompiler | None":
-    """Start to compile each distinct launch of layers, each with whether it has a bias.
+    """Start to compile each distinct launch of layers, each with whether it has a bias, and of
+    experts, whose plans are left out.
 
     None where nothing is compiled: on a CPU, also in Triton's interpreter.
     """
@@ -55,8 +56,12 @@ def compile_ahead(
         return None
     from fusedq_kernels.cuda.ahead import AheadCompiler
 
-    layers = {}
+    layers: dict[object, Loaded] = {
+        each.kind: replace(each, resident=each.resident.as_meta()) for each in experts
+    }
     for plan, has_bias in plans:
+        if plan.experts is not None:
+            continue
         packed = packing.empty_packed(
             plan.layout,
             plan.n,
@@ -74,13 +79,13 @@ def compile_ahead(
     def work() -> None:
         for layer in layers.values():
             for kernel, reached in layer.launches(target, max_tokens):
-                warmup.run_once(reached, kernel, layer.packed, target.act_dtype.torch)
+                layer.run_once(kernel, reached, target)
 
     return AheadCompiler(work, device)
 
 
 def warm_up(
-    layers: Iterable[LoadedLayer],
+    layers: Iterable[Loaded],
     target: Target,
     max_tokens: int,
     *,

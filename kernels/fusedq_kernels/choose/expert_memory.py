@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusedq_kernels.call import Call, ExpertsCall
+from fusedq_kernels.call import Call, ExpertsCall, Stacks
 from fusedq_kernels.choose.experts import (
     CHUNK_SLOTS,
     ExpertsLaunch,
@@ -20,7 +20,7 @@ _MIN_BINS = 32
 
 
 def scratch_bytes(
-    call: ExpertsCall,
+    call: ExpertsCall | Stacks,
     launch: ExpertsLaunch,
     load: Load,
     ordered: tuple[bool, bool] = (False, False),
@@ -45,7 +45,7 @@ def scratch_bytes(
 
 
 def most_scratch(
-    call: ExpertsCall,
+    call: ExpertsCall | Stacks,
     top_k: int,
     all_experts: int,
     device: DeviceSpec,

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
+from typing import NamedTuple
 
-from fusedq_kernels.call import Call, ExpertsCall
+from fusedq_kernels.call import Call, ExpertsCall, Stacks
 from fusedq_kernels.choose import tuning, waves
 from fusedq_kernels.choose.heuristics import invariant_split
 from fusedq_kernels.choose.tiles import Choice, rules_for
@@ -78,6 +79,14 @@ class ExpertsLaunch:
         return self.up.block_m
 
 
+class Served(NamedTuple):
+    """A launch, and the fewest and the most tokens that it serves."""
+
+    tokens: int
+    most: int
+    launch: ExpertsLaunch
+
+
 def pass_tokens(count: int, top_k: int) -> int:
     """The most tokens that one pass over the `count` experts of a rank takes.
 
@@ -87,7 +96,7 @@ def pass_tokens(count: int, top_k: int) -> int:
     return max(1, max(_PASS_SLOTS, _PASS_ROWS * count) // top_k)
 
 
-def select(call: ExpertsCall, load: Load, device: DeviceSpec) -> ExpertsLaunch:
+def select(call: ExpertsCall | Stacks, load: Load, device: DeviceSpec) -> ExpertsLaunch:
     """The tiles of one pass over a layer's experts, for problems that `catalogue.refusals` passed.
 
     Numbers of tokens between two of `_rung` get the tiles of the upper one, so that few launches
@@ -107,21 +116,22 @@ def select(call: ExpertsCall, load: Load, device: DeviceSpec) -> ExpertsLaunch:
 
 
 def reachable(
-    call: ExpertsCall, top_k: int, all_experts: int, device: DeviceSpec, max_tokens: int
-) -> tuple[tuple[int, ExpertsLaunch], ...]:
-    """Every launch of `select` for 1 to `max_tokens` tokens, with the fewest tokens each.
+    call: ExpertsCall | Stacks, top_k: int, all_experts: int, device: DeviceSpec, max_tokens: int
+) -> tuple[Served, ...]:
+    """Every launch of `select` for 1 to `max_tokens` tokens.
 
     Launches that differ in `source` alone count once, but again with more tokens where their slots
     are sorted by other kernels.
     """
-    found: dict[object, tuple[int, ExpertsLaunch]] = {}
+    found: dict[object, Served] = {}
     most = min(max_tokens, pass_tokens(call.count, top_k))
     sorting = (1, FEW_SLOTS // top_k, CHUNK_SLOTS // top_k)
     first = 1
     for last in sorted({*rungs(most), *(each for each in sorting if 0 < each < most)}):
         launch = select(call, Load(last, top_k, all_experts), device)
         kind = sum(first > border for border in sorting)
-        found.setdefault((launch.up, launch.down, kind), (first, launch))
+        key = (launch.up, launch.down, kind)
+        found[key] = found.get(key, Served(first, last, launch))._replace(most=last)
         first = last + 1
     return tuple(found.values())
 
@@ -192,7 +202,7 @@ def _block_m(load: Load, known: list[int]) -> int:
 
 
 def _pick(
-    of: Call, choices: list[Choice], call: ExpertsCall, load: Load, device: DeviceSpec
+    of: Call, choices: list[Choice], call: ExpertsCall | Stacks, load: Load, device: DeviceSpec
 ) -> TileConfig:
     """One weight's tile and splits, for as many blocks as are expected."""
     block_m = choices[0].tile.block_m
@@ -202,14 +212,14 @@ def _pick(
     return tile if _can_count(tile, of, call, load) else replace(tile, split_k=1)
 
 
-def _can_count(tile: TileConfig, of: Call, call: ExpertsCall, load: Load) -> bool:
+def _can_count(tile: TileConfig, of: Call, call: ExpertsCall | Stacks, load: Load) -> bool:
     """Whether there are arrival counters for all tiles that there can be."""
     blocks = most_blocks(load.tokens * load.top_k, call.count, tile.block_m)
     return blocks * (round_up(of.n, BLOCK_N) // tile.block_n) <= MAX_TILES
 
 
 def _invariant(
-    call: ExpertsCall, known: list[dict[int, list[Choice]]], load: Load, device: DeviceSpec
+    call: ExpertsCall | Stacks, known: list[dict[int, list[Choice]]], load: Load, device: DeviceSpec
 ) -> ExpertsLaunch:
     sides = (call.up, call.down)
     parts = [_invariant_parts(of, call, load, device) for of in sides]
@@ -239,7 +249,7 @@ def _that_split(known: dict[int, list[Choice]]) -> dict[int, list[Choice]]:
     return {block_m: choices for block_m, choices in splitting.items() if choices}
 
 
-def _invariant_parts(of: Call, call: ExpertsCall, load: Load, device: DeviceSpec) -> int:
+def _invariant_parts(of: Call, call: ExpertsCall | Stacks, load: Load, device: DeviceSpec) -> int:
     """How often K is cut for any number of tokens: as if one token's experts were one weight."""
     chosen = max(1, load.top_k * call.count // load.all_experts)
     outputs = round_up(of.n, BLOCK_N)

@@ -116,7 +116,7 @@ def test_every_launch_is_reachable_and_scratch_is_declared(case, device, tokens)
     tokens = min(tokens, pass_tokens(made.count, top_k))
     load = Load(tokens, top_k, all_experts)
     launch = select(made, load, device)
-    known = {(one.up, one.down) for _, one in reachable(made, top_k, all_experts, device, 9000)}
+    known = {(one.up, one.down) for *_, one in reachable(made, top_k, all_experts, device, 9000)}
     assert (launch.up, launch.down) in known
     for ordered in ((False, False), (True, False), (True, True)):
         most = expert_memory.most_scratch(made, top_k, all_experts, device, 9000, ordered)
@@ -148,15 +148,17 @@ def test_segments_take_the_place_of_splits():
 @pytest.mark.parametrize("tokens", [1, 8, 9, 64, 65, 500])
 def test_reachable_launches_name_the_fewest_tokens(tokens):
     launches = reachable(call(), 8, 128, H200, 4096)
-    fewest, launch = max(
+    fewest, most, launch = max(
         (entry for entry in launches if entry[0] <= tokens), key=lambda entry: entry[0]
     )
     chosen = select(call(), Load(tokens, 8, 128), H200)
-    again = [one for _, one in launches if (one.up, one.down) == (chosen.up, chosen.down)]
+    again = [one for *_, one in launches if (one.up, one.down) == (chosen.up, chosen.down)]
     assert again
     assert select(call(), Load(fewest, 8, 128), H200).block_m == launch.block_m
     # One token, 64 slots, 512 slots: other kernels sort them.
-    assert {1, 9, 65} <= {first for first, _ in launches}
+    assert {1, 9, 65} <= {each.tokens for each in launches}
+    assert fewest <= most
+    assert max(each.most for each in launches) == 4096
 
 
 def test_few_launches_serve_any_number_of_tokens():

@@ -15,13 +15,12 @@ from fusedq_kernels.activation import SILU
 from fusedq_kernels.call import Call, ExpertsCall
 from fusedq_kernels.catalogue import TRITON_GEMM
 from fusedq_kernels.choose.device import device_by_name
-from fusedq_kernels.choose.experts import Load
 from fusedq_kernels.cuda.experts import prepare
 from fusedq_kernels.dtype import DType
-from fusedq_kernels.experts import Stack
+from fusedq_kernels.experts import ResidentExperts, Stack
 from fusedq_kernels.layouts.stacked import empty_stacked
 from fusedq_kernels.types import Layout, QuantSpec, WeightType
-from fusedq_kernels.warmup import run_experts_once
+from fusedq_kernels.warmup import reachable_experts, run_experts_once
 
 is_mapped, ordered = sys.argv[1] == "mapped", sys.argv[2] == "ordered"
 compiled = set()
@@ -50,10 +49,11 @@ def stacks(device):
 all_experts = 16 if is_mapped else count
 gpu = device_by_name("sm_90")
 for device in ("meta", "cpu"):
-    launches = TRITON_GEMM.expert_launches(call, top_k, all_experts, gpu, most)
-    for tokens, launch in launches:
-        load = Load(tokens, top_k, all_experts)
-        run_experts_once(TRITON_GEMM, call, *stacks(device), load, launch, is_mapped)
+    places = all_experts if is_mapped else None
+    resident = ResidentExperts(call, *stacks(device), top_k, places)
+    launches = list(reachable_experts(resident, gpu, most))
+    for reached in launches:
+        run_experts_once(reached, resident)
     if device == "meta":
         before = set(compiled)
 assert len(launches) > 4
