@@ -13,7 +13,7 @@ from vllm_fusedq.settings import Settings, parse_settings, this_cpu
 
 def test_default_is_the_rule() -> None:
     assert parse_settings({}) == Settings(kernel="auto")
-    assert parse_settings({}).device(cpu_device()) == cpu_device()
+    assert parse_settings({}).planned_device(cpu_device()) == cpu_device()
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,11 @@ def test_default_is_the_rule() -> None:
         ({"kernel": "sliced-cublas"}, "kernel 'sliced-cublas' does not exist; supported: auto, t"),
         ({"prefill": "sliced"}, "prefill is 'sliced'; supported: auto, fused"),
         ({"activations": "int8"}, "activations is 'int8'; supported: auto, 16-bit"),
+        ({"device": "cuda:1"}, "device is 'cuda:1'; supported: auto, experimental"),
+        (
+            {"device": "experimental", "check_kernels": False},
+            "check_kernels is false on an experimental device; supported: true",
+        ),
         ({"check_kernels": "no"}, "check_kernels is 'no'; supported: true, false"),
         ({"prefill": None}, "prefill is None; supported: auto, fused"),
     ],
@@ -39,6 +44,11 @@ def test_sliced_prefill_can_be_forbidden() -> None:
     assert parse_settings({}).sliced_prefill
     assert not parse_settings({"prefill": "fused"}).sliced_prefill
     assert not parse_settings({"kernel": "triton-gemm"}).sliced_prefill
+
+
+def test_an_experimental_device_takes_consent() -> None:
+    assert not parse_settings({}).experimental
+    assert parse_settings({"device": "experimental"}).experimental
 
 
 def test_a_report_goes_where_it_can_be_written(tmp_path: Path) -> None:
@@ -62,7 +72,7 @@ def test_wrong_reports_are_refused(report: object, message: str) -> None:
 
 
 def test_striped_kernel_can_be_asked_for_on_a_cpu() -> None:
-    assert Settings("cpu-striped").device(cpu_device()) == cpu_device()
+    assert Settings("cpu-striped").planned_device(cpu_device()) == cpu_device()
 
 
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,13 +85,13 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.Mon
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    device = Settings("triton-gemm").device(cpu_device())
+    device = Settings("triton-gemm").planned_device(cpu_device())
     assert [each.name for each in kernels_for(device)] == ["triton-gemm"]
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(SettingsError, match="interpreter only; set TRITON_INTERPRET=1"):
-        Settings("triton-gemm").device(cpu_device())
+        Settings("triton-gemm").planned_device(cpu_device())
 
 
 def test_a_gpu_runs_no_cpu_kernel() -> None:
     with pytest.raises(SettingsError, match="'cpu-wna16' does not run on h200; supported there"):
-        Settings("cpu-wna16").device(device_by_name("h200"))
+        Settings("cpu-wna16").planned_device(device_by_name("h200"))

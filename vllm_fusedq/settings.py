@@ -15,6 +15,8 @@ from vllm_fusedq.errors import SettingsError
 PREFILL = ("auto", "fused")
 KEEP_ACTIVATIONS = "16-bit"
 ACTIVATIONS = ("auto", KEEP_ACTIVATIONS)
+EXPERIMENTAL = "experimental"
+DEVICES = ("auto", EXPERIMENTAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +25,20 @@ class Settings:
     "fused" to forbid sliced-cublas where measured rows name it. `report`: the file that the live
     report is written to, None for none. `check_kernels`: whether a GPU's launches are compared with
     plain PyTorch before they serve. `activations`: "auto", or "16-bit" to serve the weights of a
-    checkpoint that quantizes activations too, which is refused otherwise."""
+    checkpoint that quantizes activations too, which is refused otherwise. `device`: "auto", or
+    "experimental" to serve on a GPU for which kernels were compiled and never run."""
 
     kernel: str = "auto"
     prefill: str = "auto"
     report: str | None = None
     check_kernels: bool = True
     activations: str = "auto"
+    device: str = "auto"
+
+    @property
+    def experimental(self) -> bool:
+        """Whether a GPU may serve on which nothing was run."""
+        return self.device == EXPERIMENTAL
 
     @property
     def insisted(self) -> str | None:
@@ -45,7 +54,7 @@ class Settings:
         """Whether activations stay in 16 bits where the checkpoint quantizes them."""
         return self.activations == KEEP_ACTIVATIONS
 
-    def device(self, found: DeviceSpec) -> DeviceSpec:
+    def planned_device(self, found: DeviceSpec) -> DeviceSpec:
         """`found`, or what stands for it when planning for a GPU's kernel in the interpreter.
 
         Raises:
@@ -113,6 +122,16 @@ def parse_settings(section: Any) -> Settings:
         raise SettingsError(
             f'additional-config "fusedq": check_kernels is {settings.check_kernels!r:.80}; '
             "supported: true, false"
+        )
+    if settings.device not in DEVICES:
+        raise SettingsError(
+            f'additional-config "fusedq": device is {settings.device!r:.80}; '
+            f"supported: {', '.join(DEVICES)}"
+        )
+    if settings.experimental and not settings.check_kernels:
+        raise SettingsError(
+            'additional-config "fusedq": check_kernels is false on an experimental device; '
+            "supported: true, where nothing else has compared its kernels"
         )
     _check_report(settings.report)
     return settings

@@ -55,6 +55,7 @@ TRITON_GEMM = Kernel(
     most_scratch=heuristics.partial_sum_bytes,
     beside=heuristics.declared_launch,
     batch_invariant=True,
+    on_hip=(Op.MATMUL,),
     experts_by="fusedq_kernels.cuda.experts:prepare",
     experts_pass_by="fusedq_kernels.cuda.experts:prepare_pass",
     experts_launch=experts.select,
@@ -152,7 +153,9 @@ def kernel_named(name: str) -> Kernel:
 
 def kernels_for(device: DeviceSpec, op: Op = Op.MATMUL) -> tuple[Kernel, ...]:
     """Every kernel that runs on this device, the preferred one first, then those by name."""
-    return tuple(each for each in KERNELS.values() if each.implements(op) and each.is_for(device))
+    return tuple(
+        each for each in KERNELS.values() if each.implements(op) and each.is_for(device, op)
+    )
 
 
 def kernel_for(device: DeviceSpec, weight_type: WeightType, op: Op = Op.MATMUL) -> Kernel:

@@ -73,6 +73,7 @@ class Kernel:
         name: what plans, settings and JSON documents say.
         op: the operator that it implements.
         device: `DeviceSpec.kind` of what it runs on.
+        on_hip: what it does on AMD's GPUs, too.
         layouts: by weight type, the layouts that it reads; a weight that only it reads is kept in
             the first.
         refuses: reasons against K, scheme and phase of a rank's weight, beside `refusals`' common
@@ -115,6 +116,7 @@ class Kernel:
     has_isa: bool = False
     readied_by: str | None = None
     bare: str | None = None
+    on_hip: tuple[Op, ...] = ()
     experts_by: str | None = None
     experts_pass_by: str | None = None
     experts_launch: Callable[..., ExpertsLaunch] | None = None
@@ -131,8 +133,10 @@ class Kernel:
     def implements(self, op: Op) -> bool:
         return self.op is op or (op is Op.EXPERTS and self.experts_by is not None)
 
-    def is_for(self, device: DeviceSpec) -> bool:
-        """Whether it runs on a device, by rule or because it is asked for."""
+    def is_for(self, device: DeviceSpec, op: Op) -> bool:
+        """Whether it does that on a device, by rule or because it is asked for."""
+        if device.kind == "hip":
+            return op in self.on_hip
         compiled = bool(device.cpu_isa) or not self.has_isa
         return device.kind == self.device and compiled and self.chosen_by is not ChosenBy.ROWS
 

@@ -135,9 +135,9 @@ class GemmShape:
 class DeviceSpec:
     """What kernel selection needs to know of a device; no live handle.
 
-    `kind` is "cuda" or "cpu". `capability`, `num_sms` and `smem_per_block` (bytes) are GPU facts
-    and zero on a CPU; `cpu_isa` is what cpu-fused is compiled for, empty where it cannot be and on
-    a GPU.
+    `kind` is "cuda", "hip" for AMD's GPUs, or "cpu". `capability` is NVIDIA's, `arch` AMD's name
+    ("gfx942"); `num_sms` and `smem_per_block` (bytes) are zero on a CPU. `cpu_isa` is what
+    cpu-fused is compiled for, empty where it cannot be and on a GPU.
     """
 
     name: str
@@ -146,6 +146,7 @@ class DeviceSpec:
     num_sms: int = 0
     smem_per_block: int = 0
     cpu_isa: str = ""
+    arch: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,13 +119,20 @@ def test_a_missing_directory_is_refused() -> None:
     assert error["problems"] == []
 
 
-def test_amd_is_refused_by_name(tmp_path: Path) -> None:
+def test_amd_is_refused_by_name_but_for_consent(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     result = fusedq("check", str(tmp_path), "--device", "mi300x")
     assert result.exit_code == 1
-    assert "device mi300x: found AMD gfx942; supported: NVIDIA GPUs" in result.output
-    (problem,) = document(str(tmp_path), "--device", "mi300x")["error"]["problems"]
-    assert problem["layer"] == "device mi300x"
+    found = "device mi300x: found AMD gfx942, for which kernels were compiled and never run; "
+    assert f"{found}supported: NVIDIA GPUs" in result.stderr
+    assert '"device": "experimental"' in result.stderr
+    (refused,) = document(str(tmp_path), "--device", "mi300x")["results"]
+    assert [problem["layer"] for problem in refused["problems"]] == ["device mi300x"]
+    arguments = (str(tmp_path), "--device", "mi300x", "--experimental-device")
+    (consented,) = document(*arguments)["results"]
+    assert consented["counts"]["fused"] > 0
+    launches = [row[tokens] for row in consented["layers"] for tokens in ("decode", "prefill")]
+    assert {each["source"].partition(", compiled")[2] for each in launches} == {", never run"}
 
 
 def test_devices_by_architecture_get_the_engines_verdict(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from vllm_fusedq.cli.options import Activations, ActivationsOption
+from vllm_fusedq.cli.options import Activations, ActivationsOption, ExperimentalOption
 from vllm_fusedq.cli.output import (
     ExitCode,
     console,
@@ -106,6 +106,7 @@ def check(
         str | None, typer.Option(help="branch, tag or commit of a repository")
     ] = None,
     activations: ActivationsOption = Activations.AUTO,
+    experimental_device: ExperimentalOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="refuse what would only be warned of")
@@ -136,11 +137,15 @@ def check(
     )
     content: dict[str, Any] = {"model": model, "device": device_json(spec, memory)}
     try:
-        _refuse_unsupported(device)
         with progress_bar("reading headers") as progress:
             checkpoint = read_checkpoint(model, revision, progress)
         act_dtype = _act_dtype(dtype, checkpoint)
-        target = Target(spec, act_dtype, keeps_activations=activations.kept)
+        target = Target(
+            spec,
+            act_dtype,
+            keeps_activations=activations.kept,
+            experimental=experimental_device,
+        )
         kv_cache = served_kv_dtype(format_for(checkpoint), demand.kv_cache_dtype)
         demand = replace(demand, kv_cache_dtype=kv_cache)
         split = ExpertSplit(expert_parallel)
@@ -161,19 +166,15 @@ def check(
 
 
 def _device(name: str) -> tuple["DeviceSpec", int | None]:
-    """A device and its memory in bytes; what is refused by name stands as a device of no kind."""
+    """A device and its memory in bytes."""
     from fusedq_kernels.choose.device import (
         MEMORY_BYTES,
-        UNSUPPORTED_DEVICES,
         current_gpu,
         device_by_name,
         device_of_capability,
     )
-    from fusedq_kernels.types import DeviceSpec
     from vllm_fusedq.settings import this_cpu
 
-    if name in UNSUPPORTED_DEVICES:
-        return DeviceSpec(name, "unsupported"), None
     if name == "auto" and (found := current_gpu()) is not None:
         return found
     if name in ("auto", "cpu"):
@@ -183,18 +184,7 @@ def _device(name: str) -> tuple["DeviceSpec", int | None]:
     try:
         return device_by_name(name), MEMORY_BYTES.get(name)
     except ValueError as error:
-        known = f"{error}, auto, cpu, {', '.join(UNSUPPORTED_DEVICES)} (refused)"
-        raise typer.BadParameter(known) from None
-
-
-def _refuse_unsupported(name: str) -> None:
-    from fusedq_kernels.choose.device import UNSUPPORTED_DEVICES
-    from vllm_fusedq.errors import PreflightError
-
-    if name in UNSUPPORTED_DEVICES:
-        found, supported = UNSUPPORTED_DEVICES[name]
-        fix = "use another device, or vLLM's own support without --quantization fusedq"
-        raise PreflightError.single(f"device {name}", found, supported, fix)
+        raise typer.BadParameter(f"{error}, auto, cpu") from None
 
 
 def _act_dtype(dtype: Dtype, checkpoint: "Checkpoint") -> "DType":

@@ -5,6 +5,13 @@ from typing import Annotated
 
 import typer
 
+ExperimentalOption = Annotated[
+    bool,
+    typer.Option(
+        "--experimental-device", help="also on AMD's GPUs, where nothing of this was ever run"
+    ),
+]
+
 
 class Activations(StrEnum):
     """As the setting of this name."""
@@ -24,3 +31,8 @@ ActivationsOption = Annotated[
         help="16-bit: only the weights of a checkpoint that quantizes activations too",
     ),
 ]
+
+
+def device_setting(experimental: bool) -> dict[str, str]:
+    """What the option says, as settings have it."""
+    return {"device": "experimental"} if experimental else {}

@@ -9,7 +9,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vllm_fusedq.cli.options import Activations, ActivationsOption
+from vllm_fusedq.cli.options import (
+    Activations,
+    ActivationsOption,
+    ExperimentalOption,
+    device_setting,
+)
 from vllm_fusedq.cli.output import ExitCode, console, refusing, writing
 
 if TYPE_CHECKING:
@@ -27,6 +32,7 @@ def selfcheck(
     ] = "auto",
     only: Annotated[str, typer.Option(help="check layers whose name holds this")] = "",
     activations: ActivationsOption = Activations.AUTO,
+    experimental_device: ExperimentalOption = False,
 ) -> None:
     """Check each layer of MODEL: resident bits against the file, fused kernel against PyTorch.
 
@@ -46,6 +52,7 @@ def selfcheck(
     out, err = console(), console(stderr=True)
     with refusing(err):
         settings = {"kernel": kernel, "activations": activations.value}
+        settings |= device_setting(experimental_device)
         failed = _run(model, torch.device(device), getattr(torch, dtype), settings, only, out, err)
     raise typer.Exit(ExitCode.REFUSED if failed else ExitCode.FUSED)
 
@@ -74,8 +81,14 @@ def _run(
     if on_cpu:
         register_cpu_operators()
     found = this_cpu() if on_cpu else current_device(device)
-    device_spec, kept = settings.device(found), settings.keeps_activations
-    target = Target(device_spec, dtype, settings.insisted, keeps_activations=kept)
+    device_spec, kept = settings.planned_device(found), settings.keeps_activations
+    target = Target(
+        device_spec,
+        dtype,
+        settings.insisted,
+        keeps_activations=kept,
+        experimental=settings.experimental,
+    )
     checkpoint = read_checkpoint(model)
     layers = plan_model(checkpoint, target).layers
     plans = [plan for plan in layers if only in plan.name]

@@ -8,7 +8,12 @@ import typer
 from rich import box
 from rich.table import Table
 
-from vllm_fusedq.cli.options import Activations, ActivationsOption
+from vllm_fusedq.cli.options import (
+    Activations,
+    ActivationsOption,
+    ExperimentalOption,
+    device_setting,
+)
 from vllm_fusedq.cli.output import ExitCode, console, refusing, writing
 
 
@@ -20,6 +25,7 @@ def verify(
     ] = "auto",
     max_model_len: Annotated[int, typer.Option(min=128, help="as in vllm serve")] = 256,
     activations: ActivationsOption = Activations.AUTO,
+    experimental_device: ExperimentalOption = False,
 ) -> None:
     """Load MODEL in vLLM's engine, run prefill and decode, and prove from the trace what ran.
 
@@ -36,6 +42,7 @@ def verify(
     out, err = console(), console(stderr=True)
     with refusing(err):
         settings = {"kernel": kernel, "activations": activations.value}
+        settings |= device_setting(experimental_device)
         traces = run(str(model), dtype, settings, max_model_len)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in ("layer", "kernel", "seen as", "calls"):

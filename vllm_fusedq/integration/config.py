@@ -124,8 +124,9 @@ class FusedQConfig(QuantizationConfig):
                 "loading; supported: layers as the checkpoint stores them; leave it out"
             )
         self.format = format_for(read_checkpoint(model_name, revision))
-        # Settings are not known here: whether activations may stay in 16 bits, workers decide
-        target = Target(announced_device(), torch.bfloat16, keeps_activations=True)
+        # Settings are not known here: what takes the user's consent, workers decide
+        consent = {"keeps_activations": True, "experimental": True}
+        target = Target(announced_device(), torch.bfloat16, **consent)
         plan = plan_model(self.format.checkpoint, target)
         for said in (
             *listed_otherwise(self.format, plan.unquantized),

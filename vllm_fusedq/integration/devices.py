@@ -4,6 +4,7 @@ import torch
 import vllm._custom_ops  # noqa: F401  (registers the CPU operators that planning looks for)
 from vllm.platforms import current_platform
 
+from fusedq_kernels.choose.boards import HIP_ARCHES, hip_device
 from fusedq_kernels.choose.device import (
     SUPPORTED_DEVICES,
     current_device,
@@ -18,7 +19,8 @@ def announced_device() -> DeviceSpec:
     """The device as the API process may know it: CUDA must not be initialised there.
 
     Raises:
-        PreflightError: it is neither a CPU nor an NVIDIA GPU, or vLLM finds none that it runs on.
+        PreflightError: it is neither a CPU nor a GPU of NVIDIA or AMD, or vLLM finds none that it
+            runs on.
     """
     if current_platform.is_unspecified():
         raise PreflightError.single(
@@ -29,6 +31,9 @@ def announced_device() -> DeviceSpec:
         )
     if current_platform.is_cpu():
         return this_cpu()
+    if current_platform.is_rocm():
+        # Which one it is, the workers see
+        return hip_device("rocm", HIP_ARCHES[0])
     if not current_platform.is_cuda():
         raise PreflightError.single(
             layer="every quantized layer",

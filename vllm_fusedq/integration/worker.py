@@ -49,13 +49,14 @@ def start_worker(
     check_draft(vllm_config.speculative_config)
     _check_load_format(checkpoint, vllm_config.load_config.load_format)
     settings = parse_settings(vllm_config.additional_config.get("fusedq", {}))
-    device = settings.device(worker_device())
+    device = settings.planned_device(worker_device())
     target = Target(
         device,
         vllm_config.model_config.dtype,
         settings.insisted,
         Policy(envs.VLLM_BATCH_INVARIANT, settings.sliced_prefill),
         settings.keeps_activations,
+        settings.experimental,
     )
     install_worker_methods()
     model_config = model_config_of(vllm_config, quant_config)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from fusedq_kernels import catalogue
 from fusedq_kernels.call import Call
 from fusedq_kernels.catalogue import KERNELS, Op
+from fusedq_kernels.choose.device import SUPPORTED_DEVICES
 from fusedq_kernels.choose.refusals import of_device
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.layouts.resident import PERM_DTYPE, ResidentTensor, resident_tensors
@@ -44,7 +45,8 @@ class Target:
 
     A layer that the kernel `insisted` on cannot run is refused; None lets the device decide for
     each layer. A torch dtype may be given as `act_dtype` and is kept by name. What quantizes
-    activations too is refused unless `keeps_activations`: then its weights alone are served.
+    activations too is refused unless `keeps_activations`: then its weights alone are served. A
+    device on which nothing was run is refused unless `experimental`.
     """
 
     device: DeviceSpec
@@ -52,6 +54,7 @@ class Target:
     insisted: str | None = None
     policy: Policy = DEFAULT_POLICY
     keeps_activations: bool = False
+    experimental: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "act_dtype", DType.of(self.act_dtype))
@@ -214,6 +217,16 @@ def target_problems(target: Target) -> tuple[Problem, ...]:
     device = f"device {target.device.name}"
     reasons = of_device(target.device, target.act_dtype)
     problems = [Problem(device, *reason) for reason in reasons]
+    if target.device.kind == "hip" and not reasons and not target.experimental:
+        problem = Problem(
+            layer=device,
+            found=f"AMD {target.device.arch}, for which kernels were compiled and never run",
+            supported=SUPPORTED_DEVICES,
+            fix='set "device": "experimental" in additional-config "fusedq" '
+            "(--experimental-device of the fusedq commands), or serve without "
+            "--quantization fusedq",
+        )
+        return (*problems, problem)
     kernels = catalogue.kernels_for(target.device)
     if target.insisted is not None:
         kernels = (KERNELS[target.insisted],)

@@ -27,6 +27,10 @@ _SMEM_PER_BLOCK = {
     (12, 0): 99 * _KIB,
     (12, 1): 99 * _KIB,
 }
+# AMD's name for it is local data share (LDS).
+_LDS = {"gfx942": 64 * _KIB, "gfx950": 160 * _KIB}
+HIP_ARCHES = tuple(_LDS)
+"""AMD's architectures for which kernels are compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,8 @@ class Board:
 
     `memory` is MiB as `nvidia-smi` prints them; of a GPU that shares its memory with a CPU, which
     has none to print, the sheet's gigabytes. `bandwidth` is GB/s. `driver` is words of the driver's
-    name for it, `name` where that is among them.
+    name for it, `name` where that is among them. Of an AMD GPU `arch` is the architecture, and SMs
+    are compute units.
     """
 
     name: str
@@ -45,9 +50,12 @@ class Board:
     bandwidth: float
     source: str
     driver: str = ""
+    arch: str = ""
 
     @property
     def device(self) -> DeviceSpec:
+        if self.arch:
+            return hip_device(self.name, self.arch, self.num_sms)
         return DeviceSpec(
             self.name, "cuda", self.capability, self.num_sms, _SMEM_PER_BLOCK[self.capability]
         )
@@ -55,6 +63,12 @@ class Board:
     @property
     def memory_bytes(self) -> int:
         return self.memory * _MIB
+
+
+def hip_device(name: str, arch: str, num_sms: int = 0) -> DeviceSpec:
+    """An AMD GPU; of an architecture that is not one of `HIP_ARCHES` too."""
+    lds = _LDS.get(arch, 0)
+    return DeviceSpec(name, "hip", num_sms=num_sms, smem_per_block=lds, arch=arch)
 
 
 _SHARED_64_GB, _SHARED_128_GB = (gigabytes * 10**9 // _MIB for gigabytes in (64, 128))
@@ -89,5 +103,7 @@ BOARDS = {
         Board("rtx5090", (12, 0), 170, 32607, 1792, "RTX Blackwell whitepaper"),
         Board("rtxpro6000", (12, 0), 188, 97887, 1597, "RTX PRO 6000 Server", "rtxpro 6000"),
         Board("dgx-spark", (12, 1), 48, _SHARED_128_GB, 273, "DGX Spark datasheet", "gb10"),
+        Board("mi300x", (0, 0), 304, 196592, 5300, "Instinct MI300X data sheet", arch="gfx942"),
+        Board("mi355x", (0, 0), 256, 288 * 10**9 // _MIB, 8000, "Instinct MI355X", arch="gfx950"),
     )
 }

@@ -10,7 +10,7 @@ import functools
 import re
 from dataclasses import replace
 
-from fusedq_kernels.choose.boards import BOARDS
+from fusedq_kernels.choose.boards import BOARDS, hip_device
 from fusedq_kernels.lazy import torch
 from fusedq_kernels.native.build import available
 from fusedq_kernels.native.isa import this_isa
@@ -26,17 +26,13 @@ MEMORY_BYTES = {name: board.memory_bytes for name, board in BOARDS.items()}
 SUPPORTED_DEVICES = "NVIDIA GPUs of compute capability {}.{} and newer, and CPUs".format(
     *MIN_CAPABILITY
 )
-UNSUPPORTED_DEVICES = {
-    "mi300x": ("AMD gfx942", SUPPORTED_DEVICES),
-}
-"""Devices that are refused by name: what they are, what is supported."""
 
 
 def device_by_name(name: str) -> DeviceSpec:
     """A known device by name ("h200") or architecture ("sm_90", sized as its first known device).
 
-    One that is too old is known too, for the plan to refuse it. Raises ValueError naming those
-    that run.
+    What is too old, or runs by consent only, is known too, for the plan to refuse it. Raises
+    ValueError naming those that run.
     """
     if name in BOARDS:
         return BOARDS[name].device
@@ -78,6 +74,9 @@ def current_device(device: torch.device) -> DeviceSpec:
     if device.type != "cuda":
         raise ValueError(f"device must be cpu or cuda, got {device}")
     properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.partition(":")[0]
+        return hip_device(arch, arch, properties.multi_processor_count)
     spec = DeviceSpec(
         name="",
         kind="cuda",
@@ -102,16 +101,22 @@ def device_behind(device: torch.device, on_cpu: bool) -> DeviceSpec:
 def current_gpu() -> tuple[DeviceSpec, int] | None:
     """The first GPU and its memory in bytes, None without one; torch is asked only if it may help.
 
-    Without NVIDIA's driver there is no GPU, which is known two seconds before torch says it.
+    Without a driver there is no GPU, which is known two seconds before torch says it.
     """
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    if not any(map(_loads, ("libcuda.so.1", "libamdhip64.so"))):
         return None
     if not torch.cuda.is_available():
         return None
     gpu = torch.device("cuda")
     return current_device(gpu), torch.cuda.get_device_properties(gpu).total_memory
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _driver_words(driver_name: str) -> str:

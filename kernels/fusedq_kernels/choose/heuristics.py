@@ -76,7 +76,8 @@ def select(
         split = invariant_split(shape, device)
         many = shape.m > tuning.MAX_DECODE_M
         tile = replace(tile, split_k=1 if many else split, segments=split if many else 1)
-    return Launch(FUSED, tile, _rule_source(rules, rule, tile, batch_invariant))
+    source = _rule_source(rules, rule, tile, batch_invariant)
+    return Launch(FUSED, tile, f"{source}, compiled, never run" if device.kind == "hip" else source)
 
 
 def tiles_for(

@@ -7,6 +7,7 @@ names those of its own.
 from __future__ import annotations
 
 from fusedq_kernels.call import ACT_DTYPES, SCALE_DTYPES
+from fusedq_kernels.choose.boards import HIP_ARCHES
 from fusedq_kernels.choose.device import MIN_CAPABILITY
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import count_groups, group_geometry
@@ -38,6 +39,9 @@ def of_device(device: DeviceSpec, act_dtype: DType) -> tuple[Reason, ...]:
         capability, needed = ("{}.{}".format(*c) for c in (device.capability, MIN_CAPABILITY))
         board = f"{device.name} of compute capability {capability}"
         reasons.append(Reason(board, f"{needed} and newer", "use a newer GPU, or a CPU"))
+    if device.kind == "hip" and device.arch not in HIP_ARCHES:
+        found, fix = f"AMD {device.arch}", "use another device"
+        reasons.append(Reason(found, f"of AMD's GPUs {', '.join(HIP_ARCHES)}", fix))
     return tuple(reasons)
 
 

@@ -239,6 +239,20 @@ _PL4_MMA_SYNC = _as_decode(
     TileConfig(32, 128, 1, 4, 4),
     _MMA_SYNC_FINE,
 )
+# AMD's matrix cores (MFMA), in waves of 64 threads: compiled for gfx942 and gfx950, never run. 64
+# tokens of groups finer than 32 spill.
+_MFMA = _as_decode(
+    (
+        Rule(16, (_tile(16, 128, 4, 2),)),
+        Rule(32, (_tile(32, 128, 4, 2),)),
+        Rule(64, (_tile(64, 128, 8, 2),)),
+    ),
+    TileConfig(32, 128, 1, 4, 2),
+    (
+        Rule(16, (_tile(16, 128, 4, 2, min_step=8),)),
+        Rule(None, (_tile(32, 128, 4, 2, min_step=8),)),
+    ),
+)
 _RULES = {
     Layout.P4: (_WGMMA, _scaling_steps(_TCGEN05), _P4_MMA_SYNC),
     Layout.PL4: (_PL4_WGMMA, _scaling_steps(_TCGEN05), _PL4_MMA_SYNC),
@@ -251,7 +265,8 @@ def rules_for(
 ) -> tuple[Rule, ...]:
     """The rules of a GPU for weights in a tiled layout with groups of `GroupGeometry.step`."""
     wgmma, tcgen05, mma_sync = _RULES[layout]
-    rules = {9: wgmma, 10: tcgen05, 11: tcgen05}.get(device.capability[0], mma_sync)
+    of_nvidia = {9: wgmma, 10: tcgen05, 11: tcgen05}.get(device.capability[0], mma_sync)
+    rules = _MFMA if device.kind == "hip" else of_nvidia
     if step < 32:
         return rules.fine
     if step >= 64 and rules.coarse is not None:

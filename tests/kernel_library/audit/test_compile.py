@@ -162,23 +162,30 @@ assert compiled[0].asm["cubin"] == audited.asm["cubin"]
 """
 
 
-# One of each decoder, with groups of every kind and tiles of few tokens and of many.
+# One of each decoder, with groups of every kind, for few tokens and for many.
 AMD = {
-    "gfx942-uint4": ("gfx942", "uint4", 128, 16),
-    "gfx942-nf4": ("gfx942", "nf4", 64, 32),
-    "gfx950-uint8b128": ("gfx950", "uint8b128", 1 << 16, 16),
-    "gfx950-float8": ("gfx950", "float8_e4m3fn", 1 << 16, 64),
+    "mi300x-uint4": ("mi300x", "uint4", 128, 64),
+    "mi300x-nf4": ("mi300x", "nf4", 64, 32),
+    "mi300x-finest": ("mi300x", "uint4b8", 8, 16),
+    "mi355x-uint8b128": ("mi355x", "uint8b128", 1 << 16, 16),
+    "mi355x-float8": ("mi355x", "float8_e4m3fn", 1 << 16, 64),
 }
 AMD_SCRIPT = """
 import json, sys, torch
 from triton.backends.compiler import GPUTarget
 from fusedq_kernels.audit import fused
-from fusedq_kernels.types import QuantSpec, TileConfig, WeightType
+from fusedq_kernels.audit.compile import audited_groups
+from fusedq_kernels.choose.device import device_by_name
+from fusedq_kernels.choose.heuristics import tiles_for
+from fusedq_kernels.types import QuantSpec, WeightType
 
-def compiled(arch, weight_type, group_size, block_m):
+def compiled(name, weight_type, group_size, tokens):
     spec = QuantSpec(WeightType(weight_type), group_size, torch.float16)
-    tile = TileConfig(block_m, 128, 1, 4, 2)
-    kernel = fused.compile_gemm(GPUTarget("hip", arch, 64), tile, spec, torch.bfloat16)
+    device = device_by_name(name)
+    tiles = tiles_for(device, spec.weight_type, audited_groups(spec).step)
+    (tile,) = (each for each in tiles if each.block_m == tokens)
+    target = GPUTarget("hip", device.arch, 64)
+    kernel = fused.compile_gemm(target, tile, spec, torch.bfloat16)
     kept = {name: kernel.asm[name] for name in ("ttir", "amdgcn")}
     return kept | {"lds": kernel.metadata.shared}
 
@@ -381,10 +388,11 @@ def test_decoded_weights_reach_the_matrix_cores_of_an_amd_gpu(amd, name):
     assert "inline_asm" not in amd[name]["ttir"]
     assembly = amd[name]["amdgcn"]
     assert re.search(r"v_mfma_f32_\d+x\d+x\d+_bf16", assembly)
-    assert f'-{AMD[name][0]}"' in assembly
+    device = device_by_name(AMD[name][0])
+    assert f'-{device.arch}"' in assembly
     assert set(re.findall(r"\.wavefront_size:\s*(\d+)", assembly)) == {"64"}
     # Scalar registers may spill to lanes of vector registers: no memory is touched.
     for count in ("vgpr_spill_count", "private_segment_fixed_size"):
         assert set(re.findall(rf"\.{count}:\s*(\d+)", assembly)) == {"0"}
     assert "scratch_" not in assembly
-    assert amd[name]["lds"] <= 64 * 1024
+    assert amd[name]["lds"] <= device.smem_per_block

@@ -1,5 +1,6 @@
 """The table of known devices, and how a live one is described."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,13 +20,23 @@ CUDA_CORES = {
 }
 HALF_AN_SM = {(7, 0), (7, 5), (8, 0)}
 # Of these the sheets do not say.
-SMS = {"a10g": 80, "h20": 78, "b200": 148, "gb200": 152, "b300": 148, "gb300": 152}
+LDS_KIB = {"mi300x": 64, "mi355x": 160}
+SMS = {
+    "mi300x": 304,
+    "mi355x": 256,
+    "a10g": 80,
+    "h20": 78,
+    "b200": 148,
+    "gb200": 152,
+    "b300": 148,
+    "gb300": 152,
+}
 GIGABYTES = {
     **{"v100": 32, "t4": 16, "a100": 80, "a10": 24, "a10g": 24, "a40": 48, "a6000": 48},
     **{"rtx3090": 24, "jetson-orin": 64, "l40s": 48, "l4": 24, "rtx4090": 24, "rtx6000-ada": 48},
     **{"h100": 80, "h200": 141, "h20": 96, "h800": 80, "gh200": 96, "b200": 180, "gb200": 186},
     **{"b300": 270, "gb300": 279, "jetson-thor": 128, "rtx5090": 32, "rtxpro6000": 96},
-    **{"dgx-spark": 128},
+    **{"dgx-spark": 128, "mi300x": 192, "mi355x": 288},
 }
 
 
@@ -34,7 +45,9 @@ def test_a_board_is_as_its_sheet_says(name: str) -> None:
     board = BOARDS[name]
     spec = board.device
     assert device.device_by_name(name) == spec
-    assert (spec.name, spec.kind, spec.capability) == (name, "cuda", board.capability)
+    kind = "hip" if name in LDS_KIB else "cuda"
+    assert (spec.name, spec.kind, spec.capability) == (name, kind, board.capability)
+    assert kind == "cuda" or spec.smem_per_block == LDS_KIB[name] << 10
     cores = 64 if board.capability in HALF_AN_SM else 128
     assert spec.num_sms == (CUDA_CORES[name] / cores if name in CUDA_CORES else SMS[name])
     # A sheet's gigabytes are GiB of some boards, less what ECC takes, and 10^9 bytes of others.
@@ -45,7 +58,7 @@ def test_a_board_is_as_its_sheet_says(name: str) -> None:
 
 
 def test_those_that_run_are_the_known_devices() -> None:
-    assert BOARDS.keys() - device.KNOWN_DEVICES.keys() == {"t4", "v100"}
+    assert BOARDS.keys() - device.KNOWN_DEVICES.keys() == {"t4", "v100", "mi300x", "mi355x"}
     assert device.MEMORY_BYTES.keys() == BOARDS.keys()
 
 
@@ -127,6 +140,15 @@ def test_live_gpu_is_recognised(monkeypatch, driver_name, known, changes, name):
     assert (found.capability, found.smem_per_block) == (spec.capability, spec.smem_per_block)
     assert found.kind == "cuda"
     assert found.cpu_isa == ""
+
+
+@pytest.mark.parametrize("feature", ["", ":sramecc+:xnack-"])
+def test_an_amd_gpu_goes_by_its_architecture(monkeypatch, feature):
+    properties = SimpleNamespace(gcnArchName="gfx942" + feature, multi_processor_count=304)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    found = device.current_device(torch.device("cuda", 0))
+    assert found == replace(BOARDS["mi300x"].device, name="gfx942")
 
 
 def test_other_devices_are_refused():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fusedq_kernels.catalogue import KERNELS, kernel_for, refusals
+from fusedq_kernels.choose.boards import BOARDS, hip_device
 from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
 from fusedq_kernels.choose.refusals import of_device
 from fusedq_kernels.dtype import DType
@@ -110,3 +111,13 @@ def test_only_vllms_operator_takes_fp32_scales_beside_zero_points():
     spec = replace(ZERO_SPEC, scale_dtype=torch.float32)
     assert refusals(KERNELS["cpu-wna16"], 4096, 4096, spec, 0) == ()
     assert len(reasons(spec=spec, device=CPU)) == 1
+
+
+def test_of_amds_gpus_those_run_that_were_compiled_for() -> None:
+    known, other = BOARDS["mi300x"].device, hip_device("gfx90a", "gfx90a")
+    assert of_device(known, DType.BFLOAT16) == ()
+    (reason,) = of_device(other, DType.BFLOAT16)
+    assert (reason.found, reason.supported) == (
+        "AMD gfx90a",
+        "of AMD's GPUs gfx942, gfx950",
+    )
