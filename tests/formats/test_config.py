@@ -29,7 +29,7 @@ def load(path: Path, build: str = "awq", **options: Any) -> CheckpointFormat:
     return format_for(read_checkpoint(path))
 
 
-@pytest.mark.parametrize("method", ["gguf", "fp8", "hqq", "exl2", 7, ["awq"]])
+@pytest.mark.parametrize("method", ["gguf", "mxfp4", "hqq", "exl2", 7, ["awq"]])
 def test_unknown_quant_method(method: object, tmp_path: Path) -> None:
     message = f"quant_method .* in quantization_config; supported: {', '.join(FORMATS)}; drop"
     with pytest.raises(UnsupportedCheckpoint, match=message):
@@ -151,10 +151,14 @@ REFUSED = {
     "ct-format": ("ct-sym", {"format": "marlin-24"}, "format 'marlin-24' of group_0"),
     "ct-group-format": (
         "ct-sym",
-        groups(format="float-quantized"),
-        "'float-quantized' of group_0; .*pack-quantized or int-quantized or naive-quantized",
+        groups(format="sparse-bitmask"),
+        "'sparse-bitmask' of group_0; .*pack-quantized or int-quantized or naive-quantized",
     ),
-    "ct-bits": ("ct-sym", weights(num_bits=1), "1-bit int weights in group_0; .*2- to 8-bit int"),
+    "ct-bits": (
+        "ct-sym",
+        weights(num_bits=1),
+        "1-bit int weights in group_0, pack-quantized; .*2- to 8-bit int",
+    ),
     "ct-float": ("ct-sym", weights(type="float"), "4-bit float weights"),
     "ct-dynamic": ("ct-sym", weights(dynamic=True), "dynamic weights"),
     "ct-symmetric": ("ct-sym", weights(symmetric="no"), "symmetric 'no'"),

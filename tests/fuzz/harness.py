@@ -126,7 +126,7 @@ class Setting:
 def load(path: Path, setting: Setting, dtype: torch.dtype) -> list[LayerLoader]:
     """Plan and load one rank as the engine does: every tensor of every file, in file order."""
     checkpoint = read_checkpoint(path)
-    target = Target(DEVICES[setting.device], dtype)
+    target = Target(DEVICES[setting.device], dtype, keeps_activations=True)
     plans = plan_model(checkpoint, target, setting.tp_size, ranks=[setting.rank]).layers
     loaders = [LayerLoader.create(plan, dtype, torch.device("cpu")) for plan in plans]
     wanted = {name: sink for loader in loaders for name, sink in _sinks(loader)}

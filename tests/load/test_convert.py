@@ -34,9 +34,9 @@ from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
 
 TARGETS = {
-    "cpu": Target(cpu_device(), torch.float16),
-    "wna16": Target(cpu_device(), torch.float16, "cpu-wna16"),
-    "gpu": Target(device_by_name("h200"), torch.float16),
+    "cpu": Target(cpu_device(), torch.float16, keeps_activations=True),
+    "wna16": Target(cpu_device(), torch.float16, "cpu-wna16", keeps_activations=True),
+    "gpu": Target(device_by_name("h200"), torch.float16, keeps_activations=True),
 }
 # Ranks begin inside groups and inside blocks of 128, and on their borders.
 SIZES = {"hidden": 256, "intermediate": 384, "group_size": 32}
@@ -72,7 +72,7 @@ def assert_equal(found: dict[str, LayerLoader], wanted: dict[str, LayerLoader]) 
 @pytest.mark.parametrize("build", ALL_BUILDS)
 def test_every_rank_holds_the_same_bits(tmp_path: Path, build: str) -> None:
     write_checkpoint(tmp_path / "source", build, **SIZES)
-    convert(tmp_path / "source", tmp_path / "out")
+    convert(tmp_path / "source", tmp_path / "out", keeps_activations=True)
     source, out = read_checkpoint(tmp_path / "source"), read_checkpoint(tmp_path / "out")
     for device in ("cpu", "gpu"):
         for tp_size, ranks in ((1, [0]), (2, [1]), (4, [1, 3])):

@@ -20,7 +20,7 @@ from vllm_fusedq.plan.experts import ExpertSplit
 from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.plan.model import CUT, plan_model
 
-TARGET = Target(cpu_device(), torch.float16)
+TARGET = Target(cpu_device(), torch.float16, keeps_activations=True)
 STACK = "model.layers.0.mlp.experts"
 SPREAD = ExpertSplit(parallel=True)
 

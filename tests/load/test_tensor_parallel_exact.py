@@ -39,8 +39,8 @@ MODELS = {
 REFUSED = {"DeepSeek-V2-Lite": (8,), "Nemotron-3-Nano": (8,), "Qwen3-VL": (2, 4, 8)}
 
 TARGETS = {
-    "cpu": Target(cpu_device(), torch.float16),
-    "gpu": Target(device_by_name("h200"), torch.float16),
+    "cpu": Target(cpu_device(), torch.float16, keeps_activations=True),
+    "gpu": Target(device_by_name("h200"), torch.float16, keeps_activations=True),
 }
 
 

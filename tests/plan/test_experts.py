@@ -24,7 +24,7 @@ from vllm_fusedq.plan.model import CUT, plan_model
 from vllm_fusedq.plan.shards import UnevenSplit
 from vllm_fusedq.report.table import plan_rows
 
-CPU = Target(cpu_device(), torch.float16)
+CPU = Target(cpu_device(), torch.float16, keeps_activations=True)
 STACK = "model.layers.0.mlp.experts"
 SPREAD = ExpertSplit(parallel=True)
 H200 = Target(device_by_name("h200"), torch.float16)

@@ -23,7 +23,7 @@ from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.prove.launches import LoadedLayer
 from vllm_fusedq.prove.selfcheck import LayerCheck, check_layer
 
-STRIPED = Target(cpu_device(), torch.float16, "cpu-striped")
+STRIPED = Target(cpu_device(), torch.float16, "cpu-striped", keeps_activations=True)
 
 
 def check_all(path: Path) -> list[LayerCheck]:

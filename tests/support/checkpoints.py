@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from builders import autoround, awq, bitsandbytes, compressed_tensors, gptq
+from builders import autoround, awq, bitsandbytes, compressed_tensors, float8, gptq
 from builders.awq import AWQ_BUILDS
 from builders.compressed_tensors import compressed_tensors_config
 from builders.compressed_tensors import pack_quantized_tensors as compressed_tensors_tensors
@@ -24,6 +24,7 @@ __all__ = [
     "AWQ_BUILDS",
     "BITSANDBYTES_BUILDS",
     "BUILDS",
+    "FLOAT_BUILDS",
     "ORDERED_BUILDS",
     "WIDTH_BUILDS",
     "Build",
@@ -61,7 +62,12 @@ ORDERED_BUILDS = gptq.ORDERED_BUILDS | compressed_tensors.ORDERED_BUILDS
 BITSANDBYTES_BUILDS = bitsandbytes.BUILDS
 """Codebooks; the sizes are known to a tensor only."""
 
-ALL_BUILDS = BUILDS | WIDTH_BUILDS | AWQ_BUILDS | BITSANDBYTES_BUILDS | ORDERED_BUILDS
+FLOAT_BUILDS = float8.BUILDS
+"""8-bit floats, by every tool."""
+
+ALL_BUILDS = (
+    BUILDS | WIDTH_BUILDS | AWQ_BUILDS | BITSANDBYTES_BUILDS | FLOAT_BUILDS | ORDERED_BUILDS
+)
 
 
 def write_checkpoint(

@@ -26,6 +26,7 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 
 

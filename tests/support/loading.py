@@ -15,9 +15,9 @@ from vllm_fusedq.plan.model import plan_model
 
 DEVICES = ("cpu", "gpu")
 TARGETS = {
-    "cpu": Target(cpu_device(), torch.float16),
-    "cpu-wna16": Target(cpu_device(), torch.float16, "cpu-wna16"),
-    "gpu": Target(device_by_name("h200"), torch.float16),
+    "cpu": Target(cpu_device(), torch.float16, keeps_activations=True),
+    "cpu-wna16": Target(cpu_device(), torch.float16, "cpu-wna16", keeps_activations=True),
+    "gpu": Target(device_by_name("h200"), torch.float16, keeps_activations=True),
 }
 
 

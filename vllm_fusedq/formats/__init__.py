@@ -9,6 +9,8 @@ from vllm_fusedq.formats.awq import AwqFormat
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
 from vllm_fusedq.formats.bitsandbytes import BitsAndBytesFormat
 from vllm_fusedq.formats.compressed_tensors import CompressedTensorsFormat
+from vllm_fusedq.formats.fbgemm_fp8 import FbgemmFp8Format
+from vllm_fusedq.formats.fp8 import Fp8Format
 from vllm_fusedq.formats.fusedq import FusedQFormat
 from vllm_fusedq.formats.gptq import GptqFormat
 from vllm_fusedq.formats.layer import (
@@ -41,6 +43,8 @@ FORMATS: dict[str, type[CheckpointFormat]] = {
     "compressed-tensors": CompressedTensorsFormat,
     "auto-round": AutoRoundFormat,
     "bitsandbytes": BitsAndBytesFormat,
+    "fp8": Fp8Format,
+    "fbgemm_fp8": FbgemmFp8Format,
     "fusedq": FusedQFormat,
 }
 

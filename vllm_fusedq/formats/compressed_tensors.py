@@ -16,10 +16,12 @@ from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
 from vllm_fusedq.formats.compressed_tensors_packing import (
     G_IDX,
+    SCALE,
     BytePacking,
     CompressedTensorsPacking,
     WordPacking,
 )
+from vllm_fusedq.formats.float8_packing import BLOCKS, Float8Packing, ScaleOf, is_block
 from vllm_fusedq.formats.headers import unread
 from vllm_fusedq.formats.layer import Scheme
 from vllm_fusedq.formats.shared.rows import Support, bit_widths
@@ -28,7 +30,16 @@ from vllm_fusedq.names import without_prefix
 
 BITS = range(2, 9)
 WORDS, BYTES = "pack-quantized", ("int-quantized", "naive-quantized")
-PACKINGS = (WORDS, *BYTES)
+FLOAT = "float-quantized"
+PACKINGS = (WORDS, *BYTES, FLOAT)
+# Of weights only, the package calls floats naive-quantized
+FLOAT_PACKINGS = (FLOAT, "naive-quantized")
+FLOAT_BITS = 8
+KNOWN_WEIGHTS = (
+    f"{BITS[0]}- to {BITS[-1]}-bit int weights, pack-quantized or int-quantized, and "
+    f"{FLOAT_BITS}-bit float ones, {FLOAT}"
+)
+FLOAT_STRATEGIES = ("tensor", "channel", "group", "block")
 # 3-, 5-, 6- and 7-bit codes straddle words from this version of the package on
 FIRST_STREAMING_VERSION = (0, 18)
 # What says how to quantize activations, where that is not found as they come
@@ -63,6 +74,13 @@ class CompressedTensorsFormat(CheckpointFormat):
             "compressed-tensors `int-quantized` and `naive-quantized`, weight-only (W8A16)",
             f"{bit_widths(BITS)} in int8",
             "symmetric and asymmetric",
+        ),
+        Support(
+            "compressed-tensors `float-quantized`, weight-only (W8A16), or W8A8 by "
+            '`"activations": "16-bit"`',
+            "8 bits (E4M3)",
+            "floats",
+            groups="multiples of 8, blocks, per channel, per tensor",
         ),
     )
     exclusion = "ignore"
@@ -107,7 +125,10 @@ class CompressedTensorsFormat(CheckpointFormat):
                 "weight_g_idx with actorder group",
                 "set actorder to group in the config if this model was quantized with it",
             )
-        scheme = group.packing.scheme(stored, group.group_size, symmetric=group.symmetric)
+        if isinstance(group.packing, Float8Packing):
+            scheme = group.packing.scheme(module, stored, group.group_size)
+        else:
+            scheme = group.packing.scheme(stored, group.group_size, symmetric=group.symmetric)
         if not group.activations:
             return scheme
         return replace(scheme, layouts=(*scheme.layouts, *unread(stored, OF_ACTIVATIONS)))
@@ -136,11 +157,23 @@ class CompressedTensorsFormat(CheckpointFormat):
                 f"format {stored_as!r:.80} of {name}", f"format {' or '.join(PACKINGS)}"
             )
         weights = group["weights"]
+        packing, symmetric, group_size = self._read_weights(name, weights, stored_as)
+        targets = self.check_names("targets", group)
+        unprefixed = frozenset(without_prefix(name) for name in targets if "." in name)
+        activations = f"{inputs.get('num_bits')}-bit {inputs.get('type', 'int')}" if inputs else ""
+        return _Group(targets, unprefixed, packing, symmetric, group_size, activations)
+
+    def _read_weights(
+        self, name: str, weights: dict[str, Any], stored_as: str
+    ) -> tuple[CompressedTensorsPacking | Float8Packing, bool, int]:
+        """Packing, whether it is symmetric, and group size."""
+        if weights.get("type") == "float" and stored_as in FLOAT_PACKINGS:
+            return self._read_floats(name, weights)
         bits = weights.get("num_bits")
         known_bits = type(bits) is int and bits in BITS
-        if not known_bits or weights.get("type", "int") != "int":
-            found = f"{bits!r:.80}-bit {weights.get('type')} weights in {name}"
-            raise self.refusal(found, f"{BITS[0]}- to {BITS[-1]}-bit int weights")
+        if not known_bits or weights.get("type", "int") != "int" or stored_as == FLOAT:
+            found = f"{bits!r:.80}-bit {weights.get('type')} weights in {name}, {stored_as}"
+            raise self.refusal(found, KNOWN_WEIGHTS)
         if weights.get("dynamic"):
             raise self.refusal(f"dynamic weights in {name}", "static weights")
         order = weights.get("actorder")
@@ -156,10 +189,34 @@ class CompressedTensorsFormat(CheckpointFormat):
             packing = BytePacking(bits=bits, ordered=ordered, name=stored_as)
         else:
             packing = self._word_packing(bits, ordered, name)
-        targets = self.check_names("targets", group)
-        unprefixed = frozenset(without_prefix(name) for name in targets if "." in name)
-        activations = f"{inputs.get('num_bits')}-bit {inputs.get('type', 'int')}" if inputs else ""
-        return _Group(targets, unprefixed, packing, symmetric, group_size, activations)
+        return packing, symmetric, group_size
+
+    def _read_floats(self, name: str, weights: dict[str, Any]) -> tuple[Float8Packing, bool, int]:
+        """`_read_weights` of floats."""
+        expected = {"num_bits": (FLOAT_BITS,), "symmetric": (True, None), "dynamic": (False, None)}
+        expected["actorder"] = HARMLESS_ORDERS
+        for key, known in expected.items():
+            if weights.get(key) not in known:
+                raise self.refusal(
+                    f"float weights with {key} {weights.get(key)!r:.80} in {name}",
+                    f"{FLOAT_BITS}-bit float weights, static, symmetric and without reordering",
+                )
+        strategy, group_size, rows = weights.get("strategy"), -1, 1
+        if strategy == "group":
+            group_size = self.check_group_size(weights.get("group_size"))
+        elif strategy == "block":
+            block = weights.get("block_structure")
+            if not is_block(block):
+                raise self.refusal(f"block_structure {block!r:.80} in {name}", BLOCKS)
+            rows, group_size = block
+        elif strategy not in FLOAT_STRATEGIES:
+            known = ", ".join(FLOAT_STRATEGIES)
+            raise self.refusal(f"strategy {strategy!r:.80} of float weights in {name}", known)
+        scale_of = ScaleOf.CHANNEL if group_size == -1 else ScaleOf.BLOCK
+        if strategy == "tensor":
+            scale_of = ScaleOf.TENSOR
+        packing = Float8Packing(name=FLOAT, scale=SCALE.name, scale_of=scale_of, rows=rows)
+        return packing, True, group_size
 
     def _word_packing(self, bits: int, ordered: bool, name: str) -> WordPacking:
         if 32 % bits == 0 or self._streams(bits, name):
@@ -217,7 +274,7 @@ class _Group(NamedTuple):
 
     targets: list[str]
     unprefixed: frozenset[str]
-    packing: CompressedTensorsPacking
+    packing: CompressedTensorsPacking | Float8Packing
     symmetric: bool
     group_size: int
     activations: str

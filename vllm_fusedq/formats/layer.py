@@ -28,6 +28,7 @@ DTYPES = {
     "F32": DType.FLOAT32,
     "F16": DType.FLOAT16,
     "BF16": DType.BFLOAT16,
+    "F8_E4M3": DType.FLOAT8_E4M3FN,
     "I64": DType.INT64,
     "I32": DType.INT32,
     "I16": DType.INT16,

@@ -1,0 +1,214 @@
+"""8-bit floats: the numbers of the tools that write them, odd blocks, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize
+from safetensors.torch import load_file
+
+from builders.float8 import ROWS
+from checkpoints import ALL_BUILDS, FLOAT_BUILDS, Tensors, add, drop, put, write_checkpoint
+from fusedq_kernels import reference
+from layers import MODULE, cut, describe, problems_of
+from tiny_models import UNQUANTIZED, asset
+from vllm_fusedq.checkpoint.read import read_checkpoint
+from vllm_fusedq.errors import FusedQError, PreflightError, WeightLoadError
+from vllm_fusedq.formats import LayerFormat, Region, format_for
+
+UP = "model.layers.0.mlp.up_proj"
+STRATEGIES = {
+    "tensor": {},
+    "channel": {},
+    "group": {"group_size": 48},
+    "block": {"block_structure": [32, 64]},
+}
+
+
+def decoded(layer: LayerFormat, tensors: Tensors, region: Region | None = None) -> torch.Tensor:
+    region = region or layer.whole
+    return reference.dequantize(layer.packing.logical(cut(layer, tensors, region), layer, region))
+
+
+def compressed(strategy: str, weight: torch.Tensor) -> tuple[Tensors, QuantizationArgs]:
+    """A weight as the compressed_tensors package stores it, with absmax scales."""
+    args = QuantizationArgs(
+        num_bits=8, type="float", symmetric=True, strategy=strategy, **STRATEGIES[strategy]
+    )
+    n, k = weight.shape
+    whole = {"tensor": (n, k), "channel": (1, k), "group": (1, 48), "block": (32, 64)}
+    rows, columns = whole[strategy]
+    padded = torch.nn.functional.pad(weight, (0, -k % columns, 0, -n % rows))
+    blocks = padded.view(padded.shape[0] // rows, rows, -1, columns)
+    scale = (blocks.abs().amax((1, 3)) / 448).to(weight.dtype)
+    scale = scale.flatten() if strategy == "tensor" else scale
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = BaseCompressor.get_value_from_registry("naive-quantized")
+    state = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+    return state, args
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_numbers_are_those_of_compressed_tensors(strategy: str, dtype: torch.dtype) -> None:
+    weights = load_file(asset(UNQUANTIZED) / "model.safetensors")
+    weight = weights[f"{UP}.weight"][:232, :240].to(dtype).contiguous()
+    tensors, args = compressed(strategy, weight)
+    assert tensors["weight"].dtype is torch.float8_e4m3fn
+    config = ALL_BUILDS["ct-float-block"].config(48)["config_groups"]
+    config["group_0"]["weights"] = args.model_dump(mode="json")
+    layer, _ = describe("ct-float-block", None, 48, tensors, config_groups=config)
+    values = decoded(layer, tensors)
+    if strategy == "block":
+        # The package infers blocks from sizes that they divide
+        scales = tensors["weight_scale"].repeat_interleave(32, 0).repeat_interleave(64, 1)
+        theirs = tensors["weight"].to(dtype) * scales[:232, :240]
+    else:
+        theirs = dequantize(tensors["weight"], tensors["weight_scale"], args=args)
+    assert torch.equal(values.to(dtype), theirs)
+    assert layer.description.startswith("compressed-tensors float-quantized 8-bit ")
+
+
+@pytest.mark.parametrize("build", ["ct-float-block", "fp8-block"])
+@pytest.mark.parametrize("n", [8, ROWS, 40, 64])
+def test_a_rank_begins_and_ends_inside_blocks(build: str, n: int) -> None:
+    truth = ALL_BUILDS[build].truth(n, 112, 32)
+    layer, tensors = describe(build, truth, 32)
+    for region in (layer.whole, Region(3, n - 2, 8, 104), Region(n // 2, n, 48, 112)):
+        bounds = (region.n_start, region.n_stop, region.k_start, region.k_stop)
+        assert torch.equal(decoded(layer, tensors, region).double(), truth.values(*bounds))
+
+
+def test_every_number_and_both_zeros() -> None:
+    layer, tensors = describe("fbgemm-fp8", ALL_BUILDS["fbgemm-fp8"].truth(8, 128, -1), -1)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(4).view(8, 128)
+    codes[codes & 127 == 127] = 0
+    tensors["weight"], tensors["weight_scale"] = codes.view(torch.float8_e4m3fn), torch.ones(8, 1)
+    values = decoded(layer, tensors)
+    assert torch.equal(values, tensors["weight"].float())
+    assert torch.equal(values.signbit(), codes > 127)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("build", FLOAT_BUILDS)
+def test_nan_is_refused_by_the_layers_name(build: str, code: int) -> None:
+    layer, tensors = describe(build, ALL_BUILDS[build].truth(16, 64, 32), 32)
+    weight = tensors["weight"].view(torch.uint8)
+    weight[3, 5] = weight[11, 60] = code
+    message = rf"{MODULE}.weight: found 2 codes of NaN, expected numbers; .* quantize it again"
+    with pytest.raises(WeightLoadError, match=message):
+        decoded(layer, tensors)
+    decoded(layer, tensors, Region(4, 16, 0, 32))
+
+
+@pytest.mark.parametrize("build", ["ct-float-tensor", "fp8-tensor"])
+def test_one_scale_is_one_number(build: str) -> None:
+    tensors = ALL_BUILDS[build].tensors(ALL_BUILDS[build].truth(16, 64, -1))
+    for shape in ([], [1], [1, 1]):
+        tensors["weight_scale"] = tensors["weight_scale"].reshape(shape)
+        layer, _ = describe(build, None, -1, tensors)
+        assert decoded(layer, tensors).isfinite().all()
+    tensors["weight_scale"] = torch.ones(16)
+    with pytest.raises(PreflightError, match=r"weight_scale of shape \[16\] of a weight with one"):
+        describe(build, None, -1, tensors)
+
+
+def test_a_scale_for_each_row_has_one_dimension_or_two() -> None:
+    truth = ALL_BUILDS["ct-float-channel"].truth(16, 64, -1)
+    tensors = ALL_BUILDS["ct-float-channel"].tensors(truth)
+    for shape in ([16], [16, 1]):
+        tensors["weight_scale"] = tensors["weight_scale"].reshape(shape)
+        layer, _ = describe("ct-float-channel", None, -1, tensors)
+        region = Region(4, 12, 16, 48)
+        assert torch.equal(decoded(layer, tensors, region).double(), truth.values(4, 12, 16, 48))
+    tensors["weight_scale"] = torch.ones(1)
+    with pytest.raises(PreflightError, match=r"weight_scale of shape \[1\]; supported: \[16\]"):
+        describe("ct-float-channel", None, -1, tensors)
+
+
+def test_what_has_no_scale_and_is_no_float_is_left_alone(tmp_path: Path) -> None:
+    """fp8 configs need not list what stays as it is; a float without a scale is damage."""
+    plain = add(f"{UP}.weight", torch.zeros(96, 64))
+    edits = [drop(f"{UP}.weight_scale_inv"), plain]
+    write_checkpoint(tmp_path / "plain", "fp8-block", edits=edits)
+    fmt = format_for(read_checkpoint(tmp_path / "plain"))
+    assert fmt.layer_of(UP) is None
+    assert UP not in fmt.modules()
+    write_checkpoint(tmp_path / "damaged", "fp8-block", edits=edits[:1])
+    fmt = format_for(read_checkpoint(tmp_path / "damaged"))
+    (problem,) = problems_of(fmt, UP)
+    assert "an unquantized weight F8_E4M3 [96, 64] although the config says" in str(problem)
+
+
+def test_the_lm_head_and_embeddings_may_be_floats(tmp_path: Path) -> None:
+    edits = []
+    for module in ("lm_head", "model.embed_tokens"):
+        made = ALL_BUILDS["fp8-block"]
+        for name, tensor in made.tensors(made.truth(32, 64, 32)).items():
+            edits.append(add(f"{module}.{name}", tensor))
+    write_checkpoint(tmp_path, "fp8-block", edits=edits)
+    fmt = format_for(read_checkpoint(tmp_path))
+    assert fmt.layer_of("lm_head").description.startswith("fp8 24x32 8-bit g32")
+    assert fmt.layer_of("model.embed_tokens") is not None
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "scheme": ("fp8-block", {"activation_scheme": "never"}, "activation_scheme 'never'; .* static"),
+    "fmt": ("fp8-block", {"fmt": "e5m2"}, "fmt 'e5m2'; supported by fp8: fmt e4m3"),
+    "store": ("fp8-block", {"store_dtype": "mxfp4"}, "store_dtype 'mxfp4'; .*weights of 8 bits"),
+    "block": (
+        "fp8-block",
+        {"weight_block_size": [128, 12]},
+        r"weight_block_size \[128, 12\]; supported by fp8: null or two sizes",
+    ),
+    "block 1": ("fp8-block", {"weight_block_size": 128}, "weight_block_size 128"),
+    "block 0": ("fp8-block", {"weight_block_size": [0, 128]}, r"weight_block_size \[0, 128\]"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_config(case: str, tmp_path: Path) -> None:
+    build, config, message = REFUSED[case]
+    write_checkpoint(tmp_path, build, config=config)
+    with pytest.raises(FusedQError, match=message):
+        format_for(read_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_bits": 4}, "float weights with num_bits 4 in group_0; .*8-bit float weights, stat"),
+        ({"symmetric": False}, "float weights with symmetric False in group_0"),
+        ({"dynamic": True}, "float weights with dynamic True"),
+        ({"actorder": "group"}, "float weights with actorder 'group'"),
+        ({"strategy": "attn_head"}, "strategy 'attn_head' of float weights in group_0; .*tensor"),
+        ({"block_structure": None}, "block_structure None in group_0; .*two sizes"),
+        ({"strategy": "group", "group_size": 12}, "group_size 12"),
+    ],
+)
+def test_refuses_a_group_of_floats(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = ALL_BUILDS["ct-float-block"].config(32)
+    config["config_groups"]["group_0"]["weights"] |= changes
+    write_checkpoint(tmp_path, "ct-float-block", config=config)
+    with pytest.raises(FusedQError, match=message):
+        format_for(read_checkpoint(tmp_path))
+
+
+def test_integers_are_no_floats(tmp_path: Path) -> None:
+    config = ALL_BUILDS["ct-float-block"].config(32)
+    config["config_groups"]["group_0"]["weights"] |= {"type": "int"}
+    write_checkpoint(tmp_path, "ct-float-block", config=config)
+    message = "8-bit int weights in group_0, float-quantized; .*8-bit float ones, float-quantized"
+    with pytest.raises(FusedQError, match=message):
+        format_for(read_checkpoint(tmp_path))
+
+
+def test_a_scale_that_is_no_number_is_refused() -> None:
+    layer, tensors = describe("fp8-block", ALL_BUILDS["fp8-block"].truth(48, 64, 32), 32)
+    put("weight_scale_inv", (1, 1), float("inf"))(tensors)
+    with pytest.raises(WeightLoadError, match="weight_scale_inv: found 1 NaN or infinite"):
+        decoded(layer, tensors)
+    decoded(layer, tensors, Region(0, 24, 0, 64))

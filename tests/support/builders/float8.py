@@ -1,0 +1,123 @@
+"""Linears with 8-bit floats (E4M3) and one scale for all, each row or each block, by any tool."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from builders.truth import Tensors, Truth
+
+# Divides few sizes: the last block of a weight, and those at the borders of ranks, are cut
+ROWS = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatTruth(Truth):
+    """`stored` is what the file holds of the scales."""
+
+    stored: torch.Tensor
+
+    def values(self, n0: int, n1: int, k0: int, k1: int) -> torch.Tensor:
+        """What a region is worth, multiplied in fp32: exact for scales in 16 bits."""
+        numbers = torch.from_numpy(self.codes[n0:n1, k0:k1].copy()).view(torch.float8_e4m3fn)
+        scales = self.scales[n0:n1][:, np.arange(k0, k1) // self.group_size]
+        return (numbers.float() * scales.float()).double()
+
+    def slice(self, n0: int, n1: int, k0: int, k1: int) -> tuple[torch.Tensor, None, torch.Tensor]:
+        groups = slice(k0 // self.group_size, -(-k1 // self.group_size))
+        codes = torch.from_numpy(self.codes[n0:n1, k0:k1].copy())
+        return codes, None, self.scales[n0:n1, groups].contiguous()
+
+
+@dataclass(frozen=True)
+class FloatBuild:
+    """A `Build` whose scales are of a `shape`: "tensor", "channel" or "block"; `scale` names them.
+
+    `config` is asked for a group size of -1 where there are no blocks. `more` tensors lie beside.
+    """
+
+    shape: str
+    config_of: Callable[[str, int], dict[str, Any]]
+    scale: str = "weight_scale"
+    scale_dims: int = 1
+    scale_dtype: torch.dtype | None = None
+    more: tuple[str, ...] = ()
+    symmetric: bool = True
+    ordered: bool = False
+    bits: int = 8
+    unit: int = 8
+
+    def truth(
+        self, n: int, k: int, group_size: int, seed: int = 0, dtype: torch.dtype = torch.float16
+    ) -> FloatTruth:
+        rng = np.random.default_rng(seed)
+        codes = rng.integers(0, 256, (n, k), dtype=np.uint8)
+        codes[codes & 127 == 127] = 0x80
+        group = group_size if self.shape == "block" and group_size != -1 else k
+        rows = {"tensor": n, "channel": 1, "block": ROWS}[self.shape]
+        grid = -(-n // rows), -(-k // group)
+        stored = torch.from_numpy(rng.uniform(0.01, 0.02, grid)).to(self.scale_dtype or dtype)
+        scales = stored.repeat_interleave(rows, 0)[:n].contiguous()
+        if self.shape != "block":
+            stored = stored.reshape([-1, *[1] * (self.scale_dims - 1)] if self.scale_dims else [])
+        return FloatTruth(
+            codes=codes, zeros=None, scales=scales, group_size=group, bits=8, stored=stored
+        )
+
+    def tensors(self, truth: FloatTruth) -> Tensors:
+        return {
+            "weight": torch.from_numpy(truth.codes.copy()).view(torch.float8_e4m3fn),
+            self.scale: truth.stored.clone(),
+            **{name: torch.tensor(0.5) for name in self.more},
+        }
+
+    def config(self, group_size: int) -> dict[str, Any]:
+        return self.config_of(self.shape, group_size)
+
+
+def compressed_tensors(shape: str, group_size: int) -> dict[str, Any]:
+    weights = {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": shape,
+        "dynamic": False,
+    }
+    if shape == "block":
+        weights["block_structure"] = [ROWS, group_size]
+    activations = {"input_activations": None, "output_activations": None}
+    group = {"targets": ["Linear"], "weights": weights, **activations}
+    return {
+        "quant_method": "compressed-tensors",
+        # What the package writes where activations stay as they are
+        "format": "float-quantized" if shape == "block" else "naive-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "version": "0.17.1",
+    }
+
+
+def fp8(shape: str, group_size: int) -> dict[str, Any]:
+    block = {"weight_block_size": [ROWS, group_size]} if shape == "block" else {}
+    return {"quant_method": "fp8", "activation_scheme": "dynamic", **block}
+
+
+def fbgemm_fp8(shape: str, group_size: int) -> dict[str, Any]:
+    return {
+        "quant_method": "fbgemm_fp8",
+        "activation_scale_ub": 1200.0,
+        "modules_to_not_convert": ["lm_head"],
+    }
+
+
+BUILDS = {
+    "ct-float-tensor": FloatBuild("tensor", compressed_tensors),
+    "ct-float-channel": FloatBuild("channel", compressed_tensors, scale_dims=2),
+    "ct-float-block": FloatBuild("block", compressed_tensors),
+    "fp8-tensor": FloatBuild("tensor", fp8, scale_dims=0, more=("input_scale",)),
+    "fp8-block": FloatBuild("block", fp8, scale="weight_scale_inv", scale_dtype=torch.float32),
+    "fbgemm-fp8": FloatBuild("channel", fbgemm_fp8, scale_dims=2, scale_dtype=torch.float32),
+}

@@ -1,0 +1,45 @@
+"""What the methods of 8-bit floats have in common: a weight's dtype says that it is quantized."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
+
+from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
+from vllm_fusedq.formats.base import CheckpointFormat
+from vllm_fusedq.formats.float8_packing import WEIGHT, Float8Packing
+from vllm_fusedq.formats.headers import unread
+from vllm_fusedq.formats.layer import DTYPES, Scheme
+
+
+class Float8Format(CheckpointFormat):
+    """Its config need not list what stays as it is, and tools and models match the lists otherwise.
+
+    A subclass names the scales (`markers`) and says what has one.
+    """
+
+    of_activations: ClassVar[tuple[str, ...]]
+    """Tensors that say how to quantize activations, where that is not found as they come."""
+
+    def claims(self, module: str) -> bool:
+        weight = self.checkpoint.modules().get(module, {}).get(WEIGHT.name)
+        stored = None if weight is None else DTYPES.get(weight.dtype)
+        return module in self.packed or stored in WEIGHT.dtypes
+
+    def claims_head(self, module: str) -> bool:
+        return self.claims(module)
+
+    def claims_embedding(self, module: str) -> bool:
+        return self.claims(module)
+
+    def scheme(self, module: str) -> Scheme:
+        stored = self.checkpoint.modules()[module]
+        packing, group_size = self.packing_of(stored)
+        scheme = packing.scheme(module, stored, group_size)
+        return replace(scheme, layouts=(*scheme.layouts, *unread(stored, self.of_activations)))
+
+    @abstractmethod
+    def packing_of(self, stored: Mapping[str, TensorInfo]) -> tuple[Float8Packing, int]:
+        """Packing and group size of a module with these headers."""

@@ -1,0 +1,109 @@
+"""Tensors of linears with 8-bit floats (E4M3): whose they are, only the config of a tool says.
+
+weight float8_e4m3fn `[N, K]`, and scales that multiply it: one for all (`[]`, `[1]` or `[1, 1]`),
+one for each out_feature (`[N]` or `[N, 1]`), or one for each block of `rows` out_features and as
+many in_features as a group has, `[ceil(N / rows), ceil(K / group_size)]`. Source: `dequantize` of
+the compressed_tensors package, `W8A8BlockFp8` layers of transformers' `finegrained_fp8`, and vLLM's
+`create_fp8_scale_parameter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from fusedq_kernels.dtype import DType
+from fusedq_kernels.lazy import torch
+from fusedq_kernels.types import LogicalWeight, WeightType
+from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
+from vllm_fusedq.errors import PreflightError, WeightLoadError
+from vllm_fusedq.formats.headers import REDO
+from vllm_fusedq.formats.layer import (
+    SCALE_DTYPES,
+    Dim,
+    LayerFormat,
+    Region,
+    Scheme,
+    TensorLayout,
+    check_slices,
+)
+from vllm_fusedq.formats.packing import Packing
+
+WEIGHT = TensorLayout("weight", (Dim("n"), Dim("k")), (DType.FLOAT8_E4M3FN,))
+BLOCKS = "two sizes [out_features, in_features], the second a multiple of 8"
+# Of both NaN, without the sign
+_NAN = 0x7F
+
+
+def is_block(found: object) -> bool:
+    """Whether a config's entry is the size of a block."""
+    sizes = found if isinstance(found, list) and len(found) == 2 else [0, 0]
+    return all(type(size) is int and size > 0 for size in sizes) and sizes[1] % 8 == 0
+
+
+class ScaleOf(Enum):
+    """What has a scale of its own."""
+
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+    BLOCK = "block"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Float8Packing(Packing):
+    """`scale` is the scales' tensor; `rows` of a block, which as a group has one row."""
+
+    bits: int = 8
+    scale: str
+    scale_of: ScaleOf
+    rows: int = 1
+
+    def scheme(self, module: str, stored: Mapping[str, TensorInfo], group_size: int = -1) -> Scheme:
+        """The scheme of a module with these headers; blocks are of `group_size` in_features.
+
+        Raises:
+            PreflightError: the scales are of no shape that they can have.
+        """
+        layouts = (WEIGHT, TensorLayout(self.scale, self._dims(module, stored), SCALE_DTYPES))
+        return Scheme(self, WeightType.FLOAT8_E4M3FN, group_size, layouts, self.scale)
+
+    def logical(
+        self, tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
+    ) -> LogicalWeight:
+        check_slices(tensors, layer, region, self.scale)
+        codes = tensors[WEIGHT.name].contiguous().view(torch.uint8)
+        missing = int(((codes & _NAN) == _NAN).sum())
+        if missing:
+            raise WeightLoadError(
+                f"{layer.module}.{WEIGHT.name}: found {missing} codes of NaN, expected numbers; "
+                "the file is damaged or the model was quantized from NaN: download or quantize it "
+                "again"
+            )
+        scales = tensors[self.scale]
+        if self.scale_of is ScaleOf.TENSOR:
+            scales = scales.reshape(1, 1).expand(region.n, 1)
+        elif self.scale_of is ScaleOf.CHANNEL:
+            scales = scales.reshape(region.n, 1)
+        elif self.rows > 1:
+            rows = torch.arange(region.n_start, region.n_stop, device=scales.device)
+            scales = scales.index_select(0, rows // self.rows - region.n_start // self.rows)
+        phase = region.k_start % layer.spec.group_size
+        return LogicalWeight(codes, scales.contiguous(), None, layer.spec, phase)
+
+    def _dims(self, module: str, stored: Mapping[str, TensorInfo]) -> tuple[Dim, ...]:
+        """Those of the scales."""
+        if self.scale_of is ScaleOf.BLOCK:
+            return Dim("n", self.rows), Dim("g")
+        info = stored.get(self.scale)
+        shape = (1,) if info is None else info.shape
+        if self.scale_of is ScaleOf.CHANNEL:
+            return (Dim("n"), Dim(None, size=1))[: max(1, min(len(shape), 2))]
+        if any(size != 1 for size in shape):
+            raise PreflightError.single(
+                module,
+                f"{self.scale} of shape {list(shape)} of a weight with one scale",
+                "one element",
+                REDO,
+            )
+        return tuple(Dim(None, size=1) for _ in shape)
