@@ -21,9 +21,11 @@ TARGET = Target(cpu_device(), torch.bfloat16)
 OUTPUT = "model.layers.0.self_attn.o_proj"
 
 
-def checkpoint_of(path: Path, architecture: str, module: str, **config: Any) -> Checkpoint:
+def checkpoint_of(
+    path: Path, architecture: str, module: str, build: str = "gptq-sym", **config: Any
+) -> Checkpoint:
     """A checkpoint whose o_proj is called `module` in its block."""
-    write_checkpoint(path, "gptq-sym", edits=[rename(OUTPUT, f"model.layers.0.{module}")])
+    write_checkpoint(path, build, edits=[rename(OUTPUT, f"model.layers.0.{module}")])
     document = json.loads((path / "config.json").read_text())
     write_json(path / "config.json", document | {"architectures": [architecture]} | config)
     return read_checkpoint(path)
@@ -74,6 +76,14 @@ def test_refused_where_the_installed_vllm_has_that_code(
     for newer in ((0, newest[1] + 1), None):
         monkeypatch.setattr(model_code, "installed_vllm", lambda newer=newer: newer)
         assert plan_model(checkpoint, TARGET).layers
+
+
+def test_code_that_asks_for_a_dtype_leaves_the_others_alone(tmp_path: Path) -> None:
+    where = ("MiMoV2FlashForCausalLM", "self_attn.qkv_proj")
+    assert plan_model(checkpoint_of(tmp_path / "words", *where), TARGET).layers
+    floats = checkpoint_of(tmp_path / "floats", *where, "ct-float-channel")
+    with pytest.raises(PreflightError, match=r"self_attn.qkv_proj: .* it cuts 8-bit floats"):
+        plan_model(floats, TARGET)
 
 
 def test_other_models_keep_modules_of_these_names(tmp_path: Path) -> None:

@@ -30,13 +30,15 @@ STATE_GROUPS = ("mamba_n_groups", "mamba_ngroups", "n_groups")
 class ModelCode:
     """What the code of some architectures `does` to modules of these last names.
 
-    No architectures stand for all. vLLM has that code `before` a version, "" for all versions.
+    No architectures stand for all. vLLM has that code `before` a version, "" for all versions, and
+    runs it on weights that the file holds in `dtype`, "" for any.
     """
 
     architectures: frozenset[str]
     modules: frozenset[str]
     does: str
     before: str = ""
+    dtype: str = ""
 
 
 _ROTARY = "permutes the rows of query and key heads for its rotary embedding"
@@ -85,6 +87,12 @@ _REFUSED = (
     ),
     ModelCode(frozenset(), frozenset({"wq", "wk"}), f"{_ROTARY} (Mistral's own names)"),
     ModelCode(
+        frozenset({"MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM", "MiMoV2OmniForCausalLM"}),
+        frozenset({"qkv_proj"}),
+        "cuts 8-bit floats, stored for several ranks, by itself",
+        dtype="F8_E4M3",
+    ),
+    ModelCode(
         frozenset({"GteNewModel", "GteModel", "GteNewForSequenceClassification"}),
         frozenset({"up_gate_proj"}),
         "splits the stored tensors into up and gate on their first dimension",
@@ -96,7 +104,10 @@ def rearranged(checkpoint: Checkpoint, module: str) -> Problem | None:
     """Why a quantized module would not reach its layer as stored, None where it does."""
     architectures = _architectures(checkpoint)
     last = module.rpartition(".")[2]
+    weight = checkpoint.modules().get(module, {}).get("weight")
     for code in _REFUSED:
+        if code.dtype and (weight is None or weight.dtype != code.dtype):
+            continue
         named = not code.architectures or architectures & code.architectures
         if last in code.modules and named and _has(code):
             name = min(architectures & code.architectures, default="this model")

@@ -55,15 +55,33 @@ class FloatBuild:
         rng = np.random.default_rng(seed)
         codes = rng.integers(0, 256, (n, k), dtype=np.uint8)
         codes[codes & 127 == 127] = 0x80
+        rows, group = self.block_of(n, k, group_size)
+        grid = rng.uniform(0.01, 0.02, (-(-n // rows), -(-k // group)))
+        return self.truth_of(codes, torch.from_numpy(grid).to(self.scale_dtype or dtype), group)
+
+    def quantized(self, weight: torch.Tensor, group_size: int) -> FloatTruth:
+        """A real weight `[N, K]`, rounded to the nearest number that its block's scale allows."""
+        (n, k), weight = weight.shape, weight.float()
+        rows, group = self.block_of(n, k, group_size)
+        padded = torch.nn.functional.pad(weight, (0, -k % group, 0, -n % rows))
+        blocks = padded.view(-(-n // rows), rows, -1, group)
+        grid = (blocks.abs().amax((1, 3)) / 448).to(self.scale_dtype or torch.bfloat16)
+        numbers = (blocks / grid.float()[:, None, :, None]).clamp(-448, 448)
+        codes = numbers.view(padded.shape)[:n, :k].to(torch.float8_e4m3fn).view(torch.uint8)
+        return self.truth_of(codes.numpy(), grid, group)
+
+    def block_of(self, n: int, k: int, group_size: int) -> tuple[int, int]:
+        """The out_features and in_features that share a scale."""
         group = group_size if self.shape == "block" and group_size != -1 else k
-        rows = {"tensor": n, "channel": 1, "block": ROWS}[self.shape]
-        grid = -(-n // rows), -(-k // group)
-        stored = torch.from_numpy(rng.uniform(0.01, 0.02, grid)).to(self.scale_dtype or dtype)
-        scales = stored.repeat_interleave(rows, 0)[:n].contiguous()
+        return {"tensor": n, "channel": 1, "block": ROWS}[self.shape], group
+
+    def truth_of(self, codes: np.ndarray, grid: torch.Tensor, group: int) -> FloatTruth:
+        rows = self.block_of(*codes.shape, group)[0]
+        scales = grid.repeat_interleave(rows, 0)[: len(codes)].contiguous()
         if self.shape != "block":
-            stored = stored.reshape([-1, *[1] * (self.scale_dims - 1)] if self.scale_dims else [])
+            grid = grid.reshape([-1, *[1] * (self.scale_dims - 1)] if self.scale_dims else [])
         return FloatTruth(
-            codes=codes, zeros=None, scales=scales, group_size=group, bits=8, stored=stored
+            codes=codes, zeros=None, scales=scales, group_size=group, bits=8, stored=grid
         )
 
     def tensors(self, truth: FloatTruth) -> Tensors:
