@@ -35,6 +35,8 @@ def reference_logprobs(
         weights[f"{module}.weight"] += delta
     config = LlamaConfig.from_pretrained(path)
     del config.quantization_config
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model = LlamaForCausalLM(config).float().eval()
     model.load_state_dict(weights)
     return [_logprobs(model, torch.tensor([list(prompt)])) for prompt in prompts]

@@ -62,6 +62,17 @@ def test_an_adapter_beside_the_model_is_named_and_dropped(tmp_path: Path, told: 
     assert told == [f"{tmp_path}: not read, as no part of the model: adapter_model.safetensors"]
 
 
+def test_tensors_keep_the_names_that_a_models_code_would_change(tmp_path: Path) -> None:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    write_checkpoint(tmp_path, "fp8-tensor")
+    changes = {".weight_scale_inv": ".weight_scale", ".activation_scale": ".input_scale"}
+    mapper = WeightsMapper(orig_to_new_suffix=changes | {".gamma": ".weight"})
+    mapper |= configured(tmp_path).get_cache_scale_mapper()
+    names = [f"model.layers.0.mlp.up_proj{name}" for name in changes]
+    assert mapper.apply_list([*names, "model.norm.gamma"]) == [*names, "model.norm.weight"]
+
+
 def test_a_list_with_another_prefix_is_named(tmp_path: Path, told: list[str]) -> None:
     module = "model.layers.0.mlp.down_proj"
     config = {"ignore": ["lm_head", f"language_model.{module}"]}

@@ -231,6 +231,11 @@ class CheckpointFormat(ABC):
         return match.group(1) if match else None
 
     @property
+    def tensor_names(self) -> frozenset[str]:
+        """Suffixes of tensors that vLLM's code for a model may know by other names."""
+        return self.markers
+
+    @property
     def kv_cache_scheme(self) -> dict[str, Any] | None:
         """How the config quantizes the KV cache, in compressed-tensors' words; None if not."""
         return self.config.get(KV_CACHE_SCHEME) or None

@@ -23,6 +23,10 @@ class Float8Format(CheckpointFormat):
     of_activations: ClassVar[tuple[str, ...]]
     """Tensors that say how to quantize activations, where that is not found as they come."""
 
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        return self.markers | set(self.of_activations)
+
     def claims(self, module: str) -> bool:
         weight = self.checkpoint.modules().get(module, {}).get(WEIGHT.name)
         stored = None if weight is None else DTYPES.get(weight.dtype)

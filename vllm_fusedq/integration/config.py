@@ -80,7 +80,8 @@ class FusedQConfig(QuantizationConfig):
     def get_cache_scale_mapper(self) -> Any:
         """Rename the checkpoint tensors that no torch parameter can be named after.
 
-        And drop those of a LoRA adapter beside the model, which vLLM reads where there is no index.
+        The others keep their names, also where a model's code renames them for vLLM's own methods
+        (Mistral 3's scales). And drop those of a LoRA adapter beside the model, which vLLM reads where there is no index.
         This hook is older than `get_checkpoint_weight_mapper`, and every vLLM that is supported
         applies it in the same place, to all tensors.
         """
@@ -93,8 +94,8 @@ class FusedQConfig(QuantizationConfig):
         if self.worker is not None:
             with self.worker.guard():
                 self.worker.all_created(self.format)
-        dotted = [name for name in self.format.markers if name != parameter_name(name)]
-        renamed = {f".{name}": f".{parameter_name(name)}" for name in dotted} | OUTPUT_SCALES
+        names = self.format.tensor_names
+        renamed = {f".{name}": f".{parameter_name(name)}" for name in names} | OUTPUT_SCALES
         unread = self.format.checkpoint.unread
         dropped = {ADAPTER_PREFIX: None} if ADAPTER_FILE in unread else {}
         own = WeightsMapper(orig_to_new_suffix=renamed, orig_to_new_prefix=dropped)
