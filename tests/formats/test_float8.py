@@ -112,7 +112,7 @@ def test_one_scale_is_one_number(build: str) -> None:
         layer, _ = describe(build, None, -1, tensors)
         assert decoded(layer, tensors).isfinite().all()
     tensors["weight_scale"] = torch.ones(16)
-    with pytest.raises(PreflightError, match=r"weight_scale of shape \[16\] of a weight with one"):
+    with pytest.raises(PreflightError, match=r"weight_scale of shape \[16\]; supported: \[1\]"):
         describe(build, None, -1, tensors)
 
 

@@ -85,6 +85,9 @@ def reshape_tensor(draft: Draft, rng: random.Random) -> None:
     changed = rng.choice(changes)(tensor).contiguous()
     if changed.shape == tensor.shape and not torch.equal(changed, tensor):
         draft.may_change(module)  # a transposed square
+    others = [draft.tensors[each] for each in draft.modules()[module] if each != name]
+    if all(each.numel() == 1 for each in others):
+        draft.may_change(module)  # only vLLM's layer knows its size
     draft.tensors[name] = changed
     about(draft, module)
 

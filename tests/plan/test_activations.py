@@ -62,6 +62,25 @@ def test_by_consent_the_weights_are_planned_and_the_plan_says_it(
         assert layer.formats[0].description.endswith(", activations in 16 bits, not 8-bit int")
 
 
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        ("fp8-block", "8-bit float, dynamic"),
+        ("fp8-tensor", "8-bit float, dynamic"),
+        ("fbgemm-fp8", "8-bit float, per token"),
+    ],
+)
+def test_what_always_quantizes_activations_asks_for_consent(
+    tmp_path: Path, build: str, said: str
+) -> None:
+    write_checkpoint(tmp_path, build)
+    checkpoint = read_checkpoint(tmp_path)
+    with pytest.raises(PreflightError, match=rf"quantized activations \({said}\) beside"):
+        plan_model(checkpoint, TARGET)
+    for layer in plan_model(checkpoint, CONSENTING).layers:
+        assert layer.formats[0].description.endswith(f", activations in 16 bits, not {said}")
+
+
 def test_consent_changes_nothing_where_weights_alone_are_quantized(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "ct-int8-sym")
     checkpoint = read_checkpoint(tmp_path)

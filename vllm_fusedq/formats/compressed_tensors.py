@@ -125,10 +125,7 @@ class CompressedTensorsFormat(CheckpointFormat):
                 "weight_g_idx with actorder group",
                 "set actorder to group in the config if this model was quantized with it",
             )
-        if isinstance(group.packing, Float8Packing):
-            scheme = group.packing.scheme(module, stored, group.group_size)
-        else:
-            scheme = group.packing.scheme(stored, group.group_size, symmetric=group.symmetric)
+        scheme = group.packing.scheme(stored, group.group_size, symmetric=group.symmetric)
         if not group.activations:
             return scheme
         return replace(scheme, layouts=(*scheme.layouts, *unread(stored, OF_ACTIVATIONS)))

@@ -41,7 +41,7 @@ class Float8Format(CheckpointFormat):
     def scheme(self, module: str) -> Scheme:
         stored = self.checkpoint.modules()[module]
         packing, group_size = self.packing_of(stored)
-        scheme = packing.scheme(module, stored, group_size)
+        scheme = packing.scheme(stored, group_size)
         return replace(scheme, layouts=(*scheme.layouts, *unread(stored, self.of_activations)))
 
     @abstractmethod

@@ -2,9 +2,9 @@
 
 weight float8_e4m3fn `[N, K]`, and scales that multiply it: one for all (`[]`, `[1]` or `[1, 1]`),
 one for each out_feature (`[N]` or `[N, 1]`), or one for each block of `rows` out_features and as
-many in_features as a group has, `[ceil(N / rows), ceil(K / group_size)]`. Source: `dequantize` of
-the compressed_tensors package, `W8A8BlockFp8` layers of transformers' `finegrained_fp8`, and vLLM's
-`create_fp8_scale_parameter`.
+many in_features as a group has, `[ceil(N / rows), ceil(K / group_size)]`, which ModelOpt stores as
+`[ceil(N / rows), 1, ceil(K / group_size), 1]`. Source: `dequantize` of the compressed_tensors
+package, `FP8Linear` of transformers' `finegrained_fp8`, `create_fp8_scale_parameter` of vLLM.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from fusedq_kernels.dtype import DType
 from fusedq_kernels.lazy import torch
 from fusedq_kernels.types import LogicalWeight, WeightType
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
-from vllm_fusedq.errors import PreflightError, WeightLoadError
-from vllm_fusedq.formats.headers import REDO
+from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats.layer import (
     SCALE_DTYPES,
     Dim,
@@ -59,13 +58,13 @@ class Float8Packing(Packing):
     scale_of: ScaleOf
     rows: int = 1
 
-    def scheme(self, module: str, stored: Mapping[str, TensorInfo], group_size: int = -1) -> Scheme:
-        """The scheme of a module with these headers; blocks are of `group_size` in_features.
-
-        Raises:
-            PreflightError: the scales are of no shape that they can have.
-        """
-        layouts = (WEIGHT, TensorLayout(self.scale, self._dims(module, stored), SCALE_DTYPES))
+    def scheme(
+        self, stored: Mapping[str, TensorInfo], group_size: int = -1, *, symmetric: bool = True
+    ) -> Scheme:
+        """The scheme of a module with these headers; blocks are of `group_size` in_features."""
+        info = stored.get(self.scale)
+        dims = self._dims(1 if info is None else len(info.shape))
+        layouts = (WEIGHT, TensorLayout(self.scale, dims, SCALE_DTYPES))
         return Scheme(self, WeightType.FLOAT8_E4M3FN, group_size, layouts, self.scale)
 
     def logical(
@@ -85,25 +84,20 @@ class Float8Packing(Packing):
             scales = scales.reshape(1, 1).expand(region.n, 1)
         elif self.scale_of is ScaleOf.CHANNEL:
             scales = scales.reshape(region.n, 1)
-        elif self.rows > 1:
+        else:
+            scales = scales.reshape(scales.shape[0], -1)
+        if self.rows > 1:
             rows = torch.arange(region.n_start, region.n_stop, device=scales.device)
             scales = scales.index_select(0, rows // self.rows - region.n_start // self.rows)
         phase = region.k_start % layer.spec.group_size
         return LogicalWeight(codes, scales.contiguous(), None, layer.spec, phase)
 
-    def _dims(self, module: str, stored: Mapping[str, TensorInfo]) -> tuple[Dim, ...]:
-        """Those of the scales."""
-        if self.scale_of is ScaleOf.BLOCK:
-            return Dim("n", self.rows), Dim("g")
-        info = stored.get(self.scale)
-        shape = (1,) if info is None else info.shape
+    def _dims(self, stored: int) -> tuple[Dim, ...]:
+        """Those of the scales, which are stored in so many dimensions."""
+        one = Dim(None, size=1)
+        if self.scale_of is ScaleOf.TENSOR:
+            return (one,) * min(stored, 2)
         if self.scale_of is ScaleOf.CHANNEL:
-            return (Dim("n"), Dim(None, size=1))[: max(1, min(len(shape), 2))]
-        if any(size != 1 for size in shape):
-            raise PreflightError.single(
-                module,
-                f"{self.scale} of shape {list(shape)} of a weight with one scale",
-                "one element",
-                REDO,
-            )
-        return tuple(Dim(None, size=1) for _ in shape)
+            return (Dim("n"), one)[: max(1, stored)]
+        blocks = Dim("n", self.rows), Dim("g")
+        return (blocks[0], one, blocks[1], one) if stored == 4 else blocks

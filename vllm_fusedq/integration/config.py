@@ -81,7 +81,8 @@ class FusedQConfig(QuantizationConfig):
         """Rename the checkpoint tensors that no torch parameter can be named after.
 
         The others keep their names, also where a model's code renames them for vLLM's own methods
-        (Mistral 3's scales). And drop those of a LoRA adapter beside the model, which vLLM reads where there is no index.
+        (Mistral 3's scales). And drop those of a LoRA adapter beside the model, which vLLM reads
+        where there is no index.
         This hook is older than `get_checkpoint_weight_mapper`, and every vLLM that is supported
         applies it in the same place, to all tensors.
         """
