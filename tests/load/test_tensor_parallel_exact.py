@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from checkpoints import ALL_BUILDS, AWQ_BUILDS, BITSANDBYTES_BUILDS, Truth
+from checkpoints import ALL_BUILDS, AWQ_BUILDS, BITSANDBYTES_BUILDS, FLOAT_BUILDS, Truth
 from fusedq_kernels import reference
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.layouts.packing import unpack
@@ -88,6 +88,9 @@ def exists(build: str, model: str) -> bool:
         return False
     if build in BITSANDBYTES_BUILDS and group_size < 32:
         return False
+    if build in FLOAT_BUILDS and FLOAT_BUILDS[build].shape != "block":
+        # Without groups one model stands for all
+        return model == "Qwen2.5-0.5B"
     whole_blocks = k % group_size == 0 and k % 64 == 0 and group_size >= 32
     return build not in AWQ_BUILDS or whole_blocks
 
