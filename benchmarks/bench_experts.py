@@ -39,9 +39,9 @@ from gemmbench.expert_shapes import MODELS, TOKENS
 from gemmbench.own import device_spec
 from gemmbench.results import ResultFile, Row, environment, results_folder
 from gemmbench.roofline import rates_for
-from gemmbench.timing import measure
 from gemmbench.vllm_experts import VLLM_EXPERTS
-from gemmbench.weights import random_tokens
+from vllm_fusedq.measure.random_weights import random_tokens
+from vllm_fusedq.measure.timing import measure
 
 ACT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 CONTENDERS: tuple[ExpertsContender, ...] = (*OWN_EXPERTS, *VLLM_EXPERTS)

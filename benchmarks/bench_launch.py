@@ -97,7 +97,8 @@ def parts_of(n: int, k: int, m: int, clock: Clock) -> tuple[str, dict[str, float
     from fusedq_kernels.choose.device import current_device, device_by_name
     from fusedq_kernels.prepared import prepared
     from fusedq_kernels.types import GemmShape, QuantSpec, WeightType
-    from gemmbench.weights import packed_for_gpu, random_weight
+    from gemmbench.weights import packed_for_gpu
+    from vllm_fusedq.measure.random_weights import random_weight
 
     least, place = clock.least, clock.place
     cuda = place.type == "cuda"

@@ -44,7 +44,8 @@ from gemmbench.comparison import weight_types
 from gemmbench.own import device_spec
 from gemmbench.results import Problem, ResultFile, Row, commit, environment, results_folder
 from gemmbench.roofline import rates_for
-from gemmbench.timing import copies_for, measure
+from vllm_fusedq.measure.random_weights import random_tokens, random_weight
+from vllm_fusedq.measure.timing import copies_for, measure
 
 KERNEL = "triton-gemm"
 COLUMNS = (
@@ -139,8 +140,8 @@ class Weight:
 
     def __init__(self, n: int, k: int, spec: QuantSpec, device: torch.device) -> None:
         self._spec, self._device = spec, device
-        self._logical = weights.random_weight(n, k, spec, device)
-        self._bias = weights.random_tokens(1, n, torch.bfloat16, device, seed=2)[0]
+        self._logical = random_weight(n, k, spec, device)
+        self._bias = random_tokens(1, n, torch.bfloat16, device, seed=2)[0]
         first = self._pack()
         count = copies_for(weights.packed_bytes(first), device)
         self._copies = [first, *(self._pack() for _ in range(count - 1))]
@@ -155,7 +156,7 @@ class Weight:
         rates = rates_for(hardware)
         assert rates is not None, "every known device has rates"
         tiles = candidates.candidates(GemmShape(m, n, k), self._spec, hardware, rates, keep)
-        x = weights.random_tokens(m, k, torch.bfloat16, self._device)
+        x = random_tokens(m, k, torch.bfloat16, self._device)
         answer = Answer(x, self._logical)
         problem = _problem(n, k, self._spec, m)._asdict()
         launches = [Launch(KERNEL, tile, "candidate") for tile in tiles]

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm import LLM, SamplingParams, TokensPrompt
+from vllm import LLM
+
+from vllm_fusedq.integration.rates import decode_rates, prefill_rates
 
 
 def main(request_file: str, folder: str) -> None:
@@ -30,10 +32,16 @@ def main(request_file: str, folder: str) -> None:
     with my_turn(place, turn):
         start = time.perf_counter()
         for batch in request["batches"]:
-            found[f"decode-{batch}"] = decode_rates(llm, batch, request)
+            found[f"decode-{batch}"] = decode_rates(
+                llm,
+                batch,
+                request["prompt_tokens"],
+                tuple(request["decode_tokens"]),
+                request["repeats"],
+            )
             write(answer, found)
         for tokens in request["prefills"]:
-            found[f"prefill-{tokens}"] = prefill_rates(llm, tokens, request)
+            found[f"prefill-{tokens}"] = prefill_rates(llm, tokens, request["repeats"])
             write(answer, found)
         write(answer, found | {"measured_s": time.perf_counter() - start})
 
@@ -60,42 +68,6 @@ def my_turn(folder: Path, turn: dict[str, Any]) -> Iterator[None]:
     with (folder / "turn.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def decode_rates(llm: LLM, batch: int, request: dict[str, Any]) -> list[float]:
-    """Generated tokens per second of the whole batch; the prefill cancels in the difference."""
-    prompts = [prompt(request["prompt_tokens"], seed) for seed in range(batch)]
-    few, many = request["decode_tokens"]
-    generate_seconds(llm, prompts, few)
-    rates = []
-    for _ in range(request["repeats"]):
-        seconds = generate_seconds(llm, prompts, many) - generate_seconds(llm, prompts, few)
-        rates.append(batch * (many - few) / seconds)
-    return rates
-
-
-def prefill_rates(llm: LLM, tokens: int, request: dict[str, Any]) -> list[float]:
-    """Prompt tokens per second of one request that generates a single token."""
-    generate_seconds(llm, [prompt(tokens, 0)], 1)
-    return [
-        tokens / generate_seconds(llm, [prompt(tokens, seed)], 1)
-        for seed in range(1, request["repeats"] + 1)
-    ]
-
-
-def generate_seconds(llm: LLM, prompts: list[TokensPrompt], max_tokens: int) -> float:
-    """Wall time of one `generate` call that runs to its last token."""
-    sampling = SamplingParams(
-        temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
-    )
-    start = time.perf_counter()
-    llm.generate(prompts, sampling, use_tqdm=False)
-    return time.perf_counter() - start
-
-
-def prompt(tokens: int, seed: int) -> TokensPrompt:
-    """Token ids that differ with the seed and lie in every vocabulary."""
-    return TokensPrompt(prompt_token_ids=[(7 * seed + 13 * i) % 60 + 3 for i in range(tokens)])
 
 
 def count_kernels(worker: Any) -> dict[str, int]:

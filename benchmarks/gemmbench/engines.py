@@ -7,7 +7,6 @@ starting together.
 
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemmbench.results import Row
+from vllm_fusedq.measure.serving import log_metrics
 
 WORKER = Path(__file__).parent / "engine_worker.py"
 _POLL_SECONDS = 0.2
@@ -39,18 +39,6 @@ SIDES = {
     "marlin": Side(env={"VLLM_DISABLED_KERNELS": "MacheteLinearKernel,CutlassW4A8LinearKernel"}),
     "bf16": Side(quantized=False),
     "fusedq": Side(quantization="fusedq"),
-}
-# The engine's log, by the metric it gives: seconds, except for the memory. Repacking and warm-up
-# are this plugin's own; stock vLLM counts them within its loading.
-LOG = {
-    "load_read_s": r"Loading weights took ([\d.]+) seconds",
-    "load_total_s": r"Model loading took [\d.]+ GiB(?: memory)? and ([\d.]+) seconds",
-    "memory_gib": r"Model loading took ([\d.]+) GiB",
-    "repack_s": r"repacking: ([\d.]+) s",
-    "warm_up_s": r"warm-up: ([\d.]+) s",
-    "graph_capture_s": r"Graph capturing finished in ([\d.]+) secs",
-    "compile_s": r"torch\.compile took ([\d.]+) s",
-    "init_engine_s": r"init engine \(.*?\) took ([\d.]+) s",
 }
 _SIZES = {"max_model_len": 8448, "max_num_batched_tokens": 8192, "max_num_seqs": 256}
 FULL = {
@@ -169,10 +157,8 @@ def metrics(answer: dict[str, Any], log: str) -> list[Row]:
     # The last that an engine writes: without it the engine was ended before.
     if "measured_s" in answer:
         rows.append({"metric": "measured_s", "value": round(answer["measured_s"], 2)})
-    for name, pattern in LOG.items():
-        found = re.findall(pattern, log)
-        if found:
-            rows.append({"metric": name, "value": round(sum(map(float, found)), 3)})
+    for name, value in log_metrics(log).items():
+        rows.append({"metric": name, "value": round(value, 3)})
     for name, values in answer.items():
         if name.startswith(("decode-", "prefill-")):
             spread = (max(values) - min(values)) / 2

@@ -24,7 +24,8 @@ from fusedq_kernels.types import (
     WeightType,
 )
 from gemmbench.own import device_spec
-from gemmbench.weights import default_spec, packed_for_gpu, random_tokens, random_weight
+from gemmbench.weights import default_spec, packed_for_gpu
+from vllm_fusedq.measure.random_weights import random_tokens, random_weight
 
 KERNEL = "triton-gemm"
 SLICED = Launch("sliced-cublas", None, "check")

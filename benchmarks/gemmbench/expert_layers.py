@@ -8,7 +8,7 @@ import torch
 from fusedq_kernels import reference
 from fusedq_kernels.types import LogicalWeight, QuantSpec
 from gemmbench.expert_shapes import ExpertsShape
-from gemmbench.weights import random_weight
+from vllm_fusedq.measure.random_weights import random_weight
 
 # The n-th most popular expert is asked 1 / n as often as the first, where routing is "zipf".
 ROUTINGS = {"uniform": 0.0, "zipf": 1.0}

@@ -20,7 +20,8 @@ from fusedq_kernels.types import (
 from gemmbench.own import device_spec
 from gemmbench.results import Row
 from gemmbench.variants import RAW_MAGIC, Variant, describe
-from gemmbench.weights import default_spec, packed_for_gpu, random_tokens, random_weight
+from gemmbench.weights import default_spec, packed_for_gpu
+from vllm_fusedq.measure.random_weights import random_tokens, random_weight
 
 _KERNEL = "triton-gemm"
 _GROUP = 128

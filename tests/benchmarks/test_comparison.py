@@ -7,11 +7,13 @@ import torch
 
 from fusedq_kernels import reference
 from fusedq_kernels.types import LogicalWeight, WeightType
-from gemmbench import answers, comparison, shapes, timing, weights
+from gemmbench import answers, comparison, shapes, weights
 from gemmbench.contender import Prepared, Unavailable
 from gemmbench.libraries import LIBRARIES
 from gemmbench.own import OWN, Fused
 from gemmbench.vllm_linear import pack_words
+from vllm_fusedq.measure import timing
+from vllm_fusedq.measure.random_weights import random_tokens, random_weight
 
 CPU = torch.device("cpu")
 # bitsandbytes runs on a CPU too, where it is installed.
@@ -77,8 +79,8 @@ def test_contenders_multiply_by_the_weight_they_were_given(
     contender: comparison.Contender, weight_type: WeightType, group_size: int | None
 ) -> None:
     spec = weights.default_spec(weight_type, group_size, 256, torch.float16)
-    logical = weights.random_weight(64, 256, spec, CPU)
-    x = weights.random_tokens(3, 256, torch.float16, CPU)
+    logical = random_weight(64, 256, spec, CPU)
+    x = random_tokens(3, 256, torch.float16, CPU)
     try:
         contender.version()
         prepared = contender.prepare(logical, torch.float16)
@@ -133,8 +135,8 @@ def test_words_hold_codes_from_the_low_bits_up() -> None:
 @pytest.mark.parametrize("at", [(0, 0), (1023, 24_575), (700, 11_111)])
 def test_one_wrong_output_of_25_million_is_seen(at: tuple[int, int]) -> None:
     spec = weights.default_spec(WeightType.UINT4B8, None, 128, torch.bfloat16)
-    logical = weights.random_weight(24_576, 128, spec, CPU)
-    x = weights.random_tokens(1024, 128, torch.bfloat16, CPU)
+    logical = random_weight(24_576, 128, spec, CPU)
+    x = random_tokens(1024, 128, torch.bfloat16, CPU)
     answer = answers.Answer(x, logical)
     weight = reference.dequantize(logical, torch.bfloat16).bfloat16()
     y = (x.float() @ weight.float().t()).bfloat16()
@@ -150,8 +152,8 @@ def test_one_wrong_output_of_25_million_is_seen(at: tuple[int, int]) -> None:
 
 def test_a_bias_is_part_of_the_answer() -> None:
     spec = weights.default_spec(WeightType.UINT4B8, None, 128, torch.float16)
-    logical = weights.random_weight(64, 128, spec, CPU)
-    x, bias = weights.random_tokens(3, 128, torch.float16, CPU), torch.full((64,), 9.0).half()
+    logical = random_weight(64, 128, spec, CPU)
+    x, bias = random_tokens(3, 128, torch.float16, CPU), torch.full((64,), 9.0).half()
     answer = answers.Answer(x, logical)
     y = Fused().prepare(logical, torch.float16).with_bias(x, bias)
     assert answer.errors(y, bias).verdict == ""
@@ -171,8 +173,8 @@ def test_what_is_wrong_with_a_bias_alone_is_not_timed(tmp_path: Path) -> None:
 
 
 def test_median_and_spread_of_times() -> None:
-    assert timing.summary([4.0, 1.0, 2.0, 3.0, 100.0]) == timing.Timing(3.0, 2.0, 5)
-    assert timing.summary([4.0]) == timing.Timing(4.0, 0.0, 1)
+    assert timing.summary([4.0, 1.0, 2.0, 3.0, 100.0]) == timing.Timing(3.0, 2.0, 5, 1.0)
+    assert timing.summary([4.0]) == timing.Timing(4.0, 0.0, 1, 4.0)
 
 
 def test_layers_of_models_are_the_published_ones() -> None:

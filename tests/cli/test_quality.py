@@ -1,6 +1,7 @@
 """`fusedq quality`: what is refused before an engine starts, limits, tables."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,16 @@ from vllm_fusedq.cli.output import writing_file
 from vllm_fusedq.errors import CheckpointError, OutputError
 from vllm_fusedq.measure import extras
 from vllm_fusedq.measure.metrics import Distance
-from vllm_fusedq.measure.quality import MAX_LENGTH, Measured, Quality, Side, lengths_for, sides
+from vllm_fusedq.measure.quality import (
+    MAX_LENGTH,
+    Engine,
+    Measured,
+    Quality,
+    Side,
+    engine_arguments,
+    lengths_for,
+    sides,
+)
 from vllm_fusedq.measure.quality_report import Limits, cells, quality_json, tasks_table
 from vllm_fusedq.measure.tasks import TaskScore
 from vllm_fusedq.report.table import render
@@ -73,6 +83,16 @@ def test_refusals_before_an_engine_starts(
         assert part.replace(" ;", ";") in result.stderr
 
 
+def test_a_quantization_that_is_not_supported_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"]["bits"] = 9
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    result = fusedq(str(tmp_path / "model"), "--against", BASE)
+    assert result.exit_code == 1
+    assert "bits" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "module", "extra"),
     [
@@ -107,17 +127,19 @@ def test_a_disk_that_is_full_after_all_is_told(tmp_path: Path) -> None:
 
 
 def test_how_each_side_is_served() -> None:
-    ours, theirs = sides(MODEL, BASE, kernel="cpu-striped")
-    assert (ours.quantization, ours.kernel, ours.name) == (
-        "fusedq",
-        "cpu-striped",
-        f"{MODEL} (fusedq)",
-    )
+    ours, theirs = sides(MODEL, BASE, settings={"kernel": "cpu-striped", "activations": "16-bit"})
+    assert (ours.quantization, ours.name) == ("fusedq", f"{MODEL} (fusedq)")
+    assert engine_arguments(ours, Engine())["additional_config"] == {
+        "fusedq": {"kernel": "cpu-striped", "activations": "16-bit"}
+    }
+    assert "additional_config" not in engine_arguments(theirs, Engine())
     assert (theirs.quantization, theirs.name) == (None, f"{BASE} (vLLM)")
     stock = sides(MODEL, "stock", revision="main")[1]
     assert stock == Side(MODEL, "stock vLLM", None, "main")
     other = str(asset("tiny-llama-gptq-g128"))
-    assert sides(MODEL, other)[1] == Side(other, "fusedq", "fusedq")
+    given = {"kernel": "cpu-striped", "activations": "16-bit"}
+    kept = {"activations": "16-bit"}
+    assert sides(MODEL, other, None, given)[1] == Side(other, "fusedq", "fusedq", None, kept)
 
 
 def test_windows_leave_room_for_the_token_that_the_engine_wants(tmp_path: Path) -> None:

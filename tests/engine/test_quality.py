@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,17 +145,6 @@ def test_limits_decide_the_exit_code(run: tuple[Result, Path], found: dict[str, 
     assert re.search(r"prompts, windows of 40: mean KL divergence .* exceeds 1e-09", result.stderr)
     assert "perplexity ratio" not in result.stderr
     assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_model_that_the_engine_refuses_is_named(tmp_path: Path) -> None:
-    shutil.copytree(MODEL, tmp_path / "model")
-    config = json.loads((MODEL / "config.json").read_text())
-    config["quantization_config"]["bits"] = 9
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    result = fusedq(str(tmp_path / "model"), "--against", str(BASE))
-    assert result.exit_code == 1
-    assert "bits" in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def test_a_real_tokenizer_puts_its_mark_before_each_window() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vllm_fusedq import __version__
+from vllm_fusedq.cli.bench import bench
 from vllm_fusedq.cli.check import check
 from vllm_fusedq.cli.convert import convert
 from vllm_fusedq.cli.output import writing
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(bench)
 app.command()(check)
 app.command()(convert)
 app.command()(quality)

@@ -11,7 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_fusedq.cli.check import Dtype
-from vllm_fusedq.cli.options import Activations, ActivationsOption
+from vllm_fusedq.cli.options import (
+    Activations,
+    ActivationsOption,
+    ExperimentalOption,
+    device_setting,
+)
 from vllm_fusedq.cli.output import (
     ExitCode,
     check_writable,
@@ -61,6 +66,7 @@ def quality(
         str, typer.Option(help='a kernel to insist on, as in additional-config "fusedq"')
     ] = "auto",
     activations: ActivationsOption = Activations.AUTO,
+    experimental_device: ExperimentalOption = False,
     tensor_parallel_size: Annotated[
         int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="of both engines")
     ] = 1,
@@ -89,6 +95,8 @@ def quality(
         raise typer.BadParameter("vLLM is not installed, whose engine this runs; see the README")
     lengths = positive_sizes(max_length, "--max-length", least=2) if max_length else []
     wanted = [name for name in tasks.split(",") if name]
+    settings = {"kernel": kernel, "activations": activations.value}
+    settings |= device_setting(experimental_device)
     err = console(stderr=True)
     with refusing(err):
         from vllm_fusedq.measure.extras import require
@@ -103,7 +111,7 @@ def quality(
         if wanted:
             require("lm_eval", "--tasks", "tasks")
         sets = _sets(texts or [])
-        both = sides(model, against, revision, kernel, activations.value)
+        both = sides(model, against, revision, settings)
         lengths = lengths_for(both, lengths)
         engine = Engine(dtype.value, tensor_parallel_size, gpu_memory_utilization)
         with _progress() as on_progress:

@@ -1,1 +1,1 @@
-"""What `fusedq quality` measures: models beside each other in vLLM's engine."""
+"""What `fusedq quality` and `fusedq bench` measure: predictions in vLLM's engine, and speed."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -28,8 +28,13 @@ _NO_MEMORY = ("out of memory", "kv cache", "free memory", "available memory")
 
 
 def run_apart(
-    module: str, what: str, request: dict[str, Any], folder: Path, on_report: OnReport
-) -> None:
+    module: str,
+    what: str,
+    request: dict[str, Any],
+    folder: Path,
+    on_report: OnReport,
+    env: Mapping[str, str] | None = None,
+) -> str:
     """Run `python -m MODULE` on a request and wait; its whole process group ends with this call.
 
     Args:
@@ -37,6 +42,10 @@ def run_apart(
         what: what an error calls the work: the model, and how it is served.
         folder: where the process leaves its answer.
         on_report: gets what the process reports.
+        env: added to its environment.
+
+    Returns:
+        All that it printed.
 
     Raises:
         EngineError: the process ended without having finished.
@@ -52,7 +61,7 @@ def run_apart(
             stderr=descriptor,
             pass_fds=(writing,),
             start_new_session=True,
-            env=_environment(),
+            env=_environment() | dict(env or {}),
         )
     finally:
         os.close(writing)
@@ -67,8 +76,9 @@ def run_apart(
         with suppress(subprocess.TimeoutExpired):
             process.wait(_PATIENCE)
     if "done" in last:
+        printed = Path(log).read_text(errors="replace")
         Path(log).unlink()
-        return
+        return printed
     raise EngineError(f"{what}: {_reason(last, process.returncode)}; all that it printed: {log}")
 
 

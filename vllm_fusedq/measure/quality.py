@@ -1,15 +1,16 @@
 """A model beside its reference on the same windows of tokens, each in an engine of its own."""
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vllm_fusedq.checkpoint.read import config_sections, read_config
+from vllm_fusedq.checkpoint.read import config_sections, read_checkpoint, read_config
 from vllm_fusedq.errors import ComparisonError
+from vllm_fusedq.formats import format_for
 from vllm_fusedq.measure.metrics import Distance, ModelScores, ReferenceScores, distance
 from vllm_fusedq.measure.process import run_apart
 from vllm_fusedq.measure.texts import TextSet
@@ -25,14 +26,14 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Side:
-    """One model as it is served; `way` is what people call it, `quantization` what vLLM is told."""
+    """One model as it is served; `way` is what people call it, `quantization` what vLLM is told,
+    `settings` those of additional-config "fusedq"."""
 
     model: str
     way: str
     quantization: str | None
     revision: str | None = None
-    kernel: str = "auto"
-    activations: str = "auto"
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -73,8 +74,7 @@ def sides(
     model: str,
     against: str,
     revision: str | None = None,
-    kernel: str = "auto",
-    activations: str = "auto",
+    settings: Mapping[str, str] | None = None,
 ) -> tuple[Side, Side]:
     """How the model and its reference are served.
 
@@ -83,6 +83,7 @@ def sides(
 
     Raises:
         CheckpointError: one of them is no model.
+        UnsupportedCheckpoint: the model's quantization is not supported.
         ComparisonError: the model is not quantized, or their vocabularies differ.
     """
     config, quantized = read_config(model, revision)
@@ -91,7 +92,9 @@ def sides(
             f"{model} is not quantized: there is nothing to compare; name the quantized model "
             "first, and the one that it was made from behind --against"
         )
-    ours = Side(model, "fusedq", "fusedq", revision, kernel, activations)
+    # What the headers tell against it is told before an engine starts
+    format_for(read_checkpoint(model, revision))
+    ours = Side(model, "fusedq", "fusedq", revision, dict(settings or {}))
     if against == STOCK:
         return ours, Side(model, "stock vLLM", None, revision)
     other, other_quantized = read_config(against)
@@ -102,7 +105,9 @@ def sides(
             "comparison needs the model that the other one was quantized from"
         )
     if other_quantized:
-        return ours, Side(against, "fusedq", "fusedq", activations=activations)
+        # A kernel is insisted on for the model alone
+        others = {key: value for key, value in ours.settings.items() if key != "kernel"}
+        return ours, Side(against, "fusedq", "fusedq", settings=others)
     return ours, Side(against, "vLLM", None)
 
 
@@ -211,8 +216,7 @@ def engine_arguments(side: Side, engine: Engine) -> dict[str, Any]:
     if side.revision:
         found["revision"] = side.revision
     if side.quantization:
-        settings = {"kernel": side.kernel, "activations": side.activations}
-        found["additional_config"] = {"fusedq": settings}
+        found["additional_config"] = {"fusedq": dict(side.settings)}
     return found
 
 
