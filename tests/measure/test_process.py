@@ -78,8 +78,11 @@ def test_how_it_ended_is_told(tmp_path: Path, request_: dict[str, str], message:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
     """Not even one that its child started, nor a child that ignores Ctrl-C."""
-    command = [sys.executable, "-c", RUN, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    command, env = [sys.executable, "-c", RUN, str(tmp_path)], {**os.environ, "TMPDIR": str(logs)}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=env, **options) as parent:
         assert parent.stdout is not None
         pids = [json.loads(parent.stdout.readline())["pid"]]
         pids.append(json.loads(parent.stdout.readline())["grandchild"])
@@ -90,6 +93,7 @@ def test_an_interruption_leaves_no_process(tmp_path: Path, number: signal.Signal
     while any(map(_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(_alive, pids))
+    assert not list(logs.iterdir())
 
 
 def _alive(pid: int) -> bool:

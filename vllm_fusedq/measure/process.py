@@ -66,6 +66,20 @@ def run_apart(
     finally:
         os.close(writing)
         os.close(descriptor)
+    try:
+        last = _watched(process, reading, on_report)
+    except BaseException:
+        Path(log).unlink(missing_ok=True)
+        raise
+    if "done" in last:
+        printed = Path(log).read_text(errors="replace")
+        Path(log).unlink()
+        return printed
+    raise EngineError(f"{what}: {_reason(last, process.returncode)}; all that it printed: {log}")
+
+
+def _watched(process: subprocess.Popen[bytes], reading: int, on_report: OnReport) -> dict[str, Any]:
+    """The last report of a process, which has ended then."""
     last: dict[str, Any] = {}
     with _ended(process), os.fdopen(reading, encoding="utf-8") as pipe:
         for line in pipe:
@@ -75,11 +89,7 @@ def run_apart(
             on_report(last)
         with suppress(subprocess.TimeoutExpired):
             process.wait(_PATIENCE)
-    if "done" in last:
-        printed = Path(log).read_text(errors="replace")
-        Path(log).unlink()
-        return printed
-    raise EngineError(f"{what}: {_reason(last, process.returncode)}; all that it printed: {log}")
+    return last
 
 
 def answer(main: Callable[[dict[str, Any], Path, OnReport], None]) -> None:
