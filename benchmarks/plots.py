@@ -19,6 +19,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gemmbench.results import ResultFile
+
 OURS, TWIN, YARDSTICK = "fusedq", "load-only", "cublas"
 ABLATIONS = ("without-dequant", OURS, "dequant-twice")
 SPEEDUP_TOKENS = (1, 16, 64)
@@ -107,7 +109,7 @@ def dequant_breakdown(decode: pd.DataFrame) -> Figure:
     times.index = [f"{weight_type}\n{shape}" for weight_type, shape in times.index]
     figure, axis = plt.subplots(figsize=(max(6.4, 1.3 * len(times)), 4.2))
     times.plot.bar(ax=axis, color=["#cccccc", COLORS[OURS], "#8b1a1a"], rot=0, width=0.8)
-    axis.set(xlabel="", ylabel="microseconds")
+    axis.set(xlabel="", ylabel="microseconds", title=f"M = {decode['m'].min()}")
     axis.margins(y=0.3)  # Room for the legend above the bars
     axis.legend(["no dequantization", "fusedq", "dequantization twice"], frameon=False)
     return figure
@@ -124,7 +126,7 @@ def bandwidth_against_m(decode: pd.DataFrame) -> Figure:
     axis.plot(twin.index, twin.to_numpy(), color=COLORS[TWIN], linestyle=":", label="best twin")
     axis.set(ylabel="GB/s of packed weight", ylim=(0, None))
     _token_axis(axis, ours["m"])
-    axis.legend(title="N x K", frameon=False, fontsize=8)
+    _legend(axis, title="N x K")
     return figure
 
 
@@ -139,13 +141,24 @@ def prefill_crossover(prefill: pd.DataFrame) -> Figure:
     return figure
 
 
-FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame], Figure]]] = {
-    "speedup_against_n": ("decode", speedup_against_n),
-    "percent_of_peak": ("decode", percent_of_peak),
-    "dequant_breakdown": ("decode", dequant_breakdown),
-    "bandwidth_against_m": ("decode", bandwidth_against_m),
-    "prefill_crossover": ("prefill", prefill_crossover),
+# Each with its phase and what it shows
+FIGURES: dict[str, tuple[str, str, Callable[[pd.DataFrame], Figure]]] = {
+    "speedup_against_n": ("decode", "Speed-up over 16-bit cuBLAS", speedup_against_n),
+    "percent_of_peak": ("decode", "Speed relative to streaming the packed weight", percent_of_peak),
+    "dequant_breakdown": ("decode", "Time of dequantization", dequant_breakdown),
+    "bandwidth_against_m": ("decode", "Packed weight read, with metadata", bandwidth_against_m),
+    "prefill_crossover": ("prefill", "Many tokens: speed over 16-bit cuBLAS", prefill_crossover),
 }
+
+
+def title_of(what: str, frame: pd.DataFrame, device: str) -> str:
+    """What a figure shows, of which weights, on what."""
+    weights = frame.groupby("weight_type")["group_size"].unique()
+    told = ", ".join(
+        f"{name} in groups of {' and '.join(map(str, sorted(groups)))}"
+        for name, groups in weights.items()
+    )
+    return f"{what}\n{told}; {device}"
 
 
 def _variants() -> tuple[str, ...]:
@@ -184,8 +197,9 @@ def _lines(axis: Axes, rows: pd.DataFrame, x: str, y: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def _legend(axis: Axes) -> None:
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+def _legend(axis: Axes, title: str | None = None) -> None:
+    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
+    axis.legend(title=title, frameon=False, fontsize=8, **place)
 
 
 @app.command(help=__doc__)
@@ -195,14 +209,17 @@ def main(
 ) -> None:
     target = out or folder
     target.mkdir(parents=True, exist_ok=True)
-    frames = {}
+    frames, devices = {}, {}
     for phase in ("decode", "prefill"):
         path = folder / f"gemm_{phase}.csv"
         if not path.exists():
             raise typer.BadParameter(f"{path} is missing; benchmarks/bench_gemm.py writes it")
         frames[phase] = load(path)
-    for name, (phase, draw) in FIGURES.items():
+        runs = ResultFile(path).runs().values()
+        devices[phase] = ", ".join(dict.fromkeys(run["device"] for run in runs if "device" in run))
+    for name, (phase, what, draw) in FIGURES.items():
         figure = draw(frames[phase])
+        figure.suptitle(title_of(what, frames[phase], devices[phase]), y=1.04, fontsize=10)
         figure.savefig(target / f"{name}.png", dpi=130, bbox_inches="tight")
         plt.close(figure)
         print(target / f"{name}.png")

@@ -38,6 +38,14 @@ def test_every_figure_is_written(folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.png").read_bytes()[:8] == PNG
 
 
+def test_titles_name_weights_and_device(folder: Path) -> None:
+    path = folder / "gemm_decode.csv"
+    what, weights = plots.title_of("Speed", plots.load(path), "a GPU").split("\n")
+    assert what == "Speed"
+    assert "uint4b8 in groups of 128" in weights
+    assert weights.endswith("; a GPU")
+
+
 def test_speedup_is_the_ratio_to_cublas_by_width(folder: Path) -> None:
     figure = plots.speedup_against_n(plots.load(folder / "gemm_decode.csv"))
     assert [axis.get_title() for axis in figure.axes] == ["M = 1", "M = 16", "M = 64"]
