@@ -88,7 +88,7 @@ CPU_FUSED = Kernel(
     has_isa=True,
     readied_by="fusedq_kernels.cpu.fused:load",
     bare="fusedq_kernels.cpu.fused:bare_call",
-    experts_by="fusedq_kernels.cpu.experts:prepare",
+    experts_by="fusedq_kernels.cpu.fused_experts:prepare",
 )
 CPU_WNA16 = Kernel(
     name="cpu-wna16",

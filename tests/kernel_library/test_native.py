@@ -147,4 +147,4 @@ def test_a_damaged_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     broken.write_bytes(b"no library")
     monkeypatch.setattr(fused, "library", lambda _: broken)
     with pytest.raises(build.BuildError, match=r"broken.so is damaged; remove it"):
-        fused.load.__wrapped__()
+        fused._loaded.__wrapped__()

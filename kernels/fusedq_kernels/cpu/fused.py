@@ -55,7 +55,7 @@ def prepare(call: Call, tile: None = None) -> Callable[..., None]:
         BuildError: the kernel is not compiled and cannot be.
     """
     size = (call.layout, call.spec, call.k, call.phase)
-    numbers, codebook = _arguments(*size, call.dtype)
+    numbers, codebook = arguments(*size, call.dtype)
     operator = load()
 
     def run(
@@ -79,7 +79,7 @@ def bare_call(packed: PackedWeight, act_dtype: torch.dtype) -> Callable[..., Non
         `[M, N]`.
     """
     size = (packed.layout, packed.spec, packed.k, packed.phase)
-    numbers, codebook = _arguments(*size, DType.of(act_dtype))
+    numbers, codebook = arguments(*size, DType.of(act_dtype))
     operator = load()
 
     def call(
@@ -96,29 +96,40 @@ def bare_call(packed: PackedWeight, act_dtype: torch.dtype) -> Callable[..., Non
     return call
 
 
-@functools.cache
 def load() -> Callable[..., None]:
     """The operator for this machine, compiled if it must be; raises BuildError.
 
     `(out, x, qweight, scales, bias, perm, numbers, codebook)`, which trusts its operands.
     """
+    return _loaded()[0]
+
+
+def load_experts() -> Callable[..., None]:
+    """The operator of experts, as `load`; `fused_experts.py` knows its arguments."""
+    return _loaded()[1]
+
+
+@functools.cache
+def _loaded() -> tuple[Callable[..., None], Callable[..., None]]:
     isa = this_isa()
-    name = f"fusedq_cpu::{isa.operator}"
     path = library(isa)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         message = f"{path} is damaged; remove it, and it is compiled again: {error}"
         raise BuildError(message) from None
-    torch.library.register_fake(name, _fake)
-    return getattr(torch.ops.fusedq_cpu, isa.operator).default
+    names = (isa.operator, f"{isa.operator}_experts")
+    for name in names:
+        torch.library.register_fake(f"fusedq_cpu::{name}", _fake)
+    multiply, experts = (getattr(torch.ops.fusedq_cpu, name).default for name in names)
+    return multiply, experts
 
 
 def _fake(*operands: object) -> None:
     """It writes into its first operand alone."""
 
 
-def _arguments(
+def arguments(
     layout: Layout, spec: QuantSpec, k: int, phase: int, dtype: DType
 ) -> tuple[list[int], list[float]]:
     """What the operator asks beside tensors, in the order of its `numbers`, and the codebook."""

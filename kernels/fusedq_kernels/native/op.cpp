@@ -47,6 +47,9 @@ struct Input {
   bool half;
   const int32_t* perm;  // row k of the weight reads feature perm[k], or none
   int64_t k, pad;
+  const int32_t* rows = nullptr;  // token m is row rows[m], or row m
+
+  const uint16_t* token(int64_t m) const { return x + (rows ? rows[m] : m) * stride; }
 };
 
 inline float to_float(uint16_t bits, bool half) {
@@ -69,7 +72,7 @@ void arrange(const Input& in, int64_t first, int64_t last, int64_t start, int64_
   for (int64_t block = first; block < last; block++)
     for (int64_t m = 0; m < tokens; m++) {
       Activation* row = to + ((block - first) * tokens + m) * kBlock;
-      const uint16_t* from = in.x + (start + m) * in.stride;
+      const uint16_t* from = in.token(start + m);
       const int64_t k0 = block * kBlock - in.pad;
       const int64_t low = std::max<int64_t>(0, -k0), high = std::min<int64_t>(kBlock, in.k - k0);
       if (low > 0 || high < kBlock) std::memset(row, 0, kBlock * sizeof(Activation));
@@ -169,35 +172,57 @@ void run_few(const Weight& weight, const Tokens<typename Machine::Activation>& x
   }
 }
 
+// A weight and its tokens, in pieces that threads take in any order: each output is of one.
 template <typename Machine, Codes codes>
-void run(const Weight& weight, const Input& in, int64_t tokens, const Output& out,
-         const float* codebook) {
+struct Product {
   using Activation = typename Machine::Activation;
-  const auto tables = Machine::tables(codes, codebook);
-  const bool is_few = tokens <= few_tokens<Machine>(weight.groups);
-  const int64_t at_once = std::min<int64_t>(tokens, kTokensAtOnce);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t strips = weight.n_padded / kStrip;
-  const int64_t most =
-      std::max<int64_t>(1, (is_few ? 16 << 10 : kTotalsBytes) / (4 * at_once * kStrip));
-  const int64_t token_parts = divide_up(tokens, at_once);
-  const int64_t wanted = divide_up(divide_up(strips, most), threads) * threads;
-  const int64_t width = divide_up(strips, wanted), output_parts = divide_up(strips, width);
 
-  Tokens<Activation> whole{nullptr, 0, 0, (int)tokens};
-  if (is_few) {
-    const bool as_is =
-        sizeof(Activation) == 2 && !in.perm && !in.pad && in.k == weight.blocks * kBlock;
-    if (as_is) {
-      whole.x = (const Activation*)in.x, whole.block_stride = kBlock,
-      whole.token_stride = in.stride;
+  Weight weight;
+  Input in;
+  int64_t tokens;
+  Output out;
+  bool is_few;
+  int64_t at_once, token_parts, width, output_parts;
+  Tokens<Activation> whole{};
+
+  // Outputs are cut into a multiple of `shares` parts, as far as there are as many.
+  Product(const Weight& weight, const Input& in, int64_t tokens, const Output& out, int64_t shares)
+      : weight(weight), in(in), tokens(tokens), out(out) {
+    is_few = tokens <= few_tokens<Machine>(weight.groups);
+    at_once = std::min<int64_t>(tokens, kTokensAtOnce);
+    token_parts = divide_up(tokens, at_once);
+    const int64_t strips = weight.n_padded / kStrip;
+    const int64_t most =
+        std::max<int64_t>(1, (is_few ? 16 << 10 : kTotalsBytes) / (4 * at_once * kStrip));
+    width = divide_up(strips, divide_up(divide_up(strips, most), shares) * shares);
+    output_parts = divide_up(strips, width);
+  }
+
+  int64_t pieces() const { return token_parts * output_parts; }
+
+  // Few tokens are laid out once, before the first piece: in so many bytes, none where they lie so.
+  int64_t arranged_bytes() const {
+    const bool in_line = tokens == 1 || !in.rows;
+    const bool as_is = sizeof(Activation) == 2 && in_line && !in.perm && !in.pad &&
+                       in.k == weight.blocks * kBlock;
+    return is_few && !as_is ? weight.blocks * tokens * kBlock * (int64_t)sizeof(Activation) : 0;
+  }
+  void arrange_few(char* memory) {
+    if (!is_few) return;
+    if (arranged_bytes()) {
+      arrange(in, 0, weight.blocks, 0, tokens, (Activation*)memory);
+      whole = {(Activation*)memory, tokens * kBlock, kBlock, (int)tokens};
     } else {
-      auto* to = (Activation*)scratch<0>(weight.blocks * tokens * kBlock * sizeof(Activation));
-      arrange(in, 0, weight.blocks, 0, tokens, to);
-      whole.x = to, whole.block_stride = tokens * kBlock, whole.token_stride = kBlock;
+      whole = {(const Activation*)in.token(0), kBlock, in.stride, (int)tokens};
     }
   }
-  torch::stable::parallel_for(0, token_parts * output_parts, 1, [&](int64_t begin, int64_t end) {
+
+  // Writes tokens [start, start + count) of the outputs of the part that it returns.
+  struct Written {
+    int64_t start, count, first, last;
+  };
+  __attribute__((noinline)) Written piece(int64_t index,
+                                          const typename Machine::Tables& tables) const {
     const int64_t outputs = width * kStrip, parts = weight.groups.parts();
     const int64_t spread_width = is_few ? outputs : kStrip;
     const int64_t spread_rows = is_few ? parts : parts * kPanelBlocks;
@@ -212,91 +237,134 @@ void run(const Weight& weight, const Input& in, int64_t tokens, const Output& ou
     float* totals = (float*)held;
     held += totals_bytes;
     const Spread spread{(float*)held, (int32_t*)(held + spread_bytes), spread_width};
-    for (int64_t index = begin; index < end; index++) {
-      const int64_t start = index / output_parts * at_once,
-                    count = std::min(at_once, tokens - start);
-      const int64_t first = index % output_parts * outputs;
-      const Part part{first, std::min(first + outputs, weight.n_padded), totals, outputs};
-      std::memset(totals, 0, totals_bytes);
-      if (is_few) {
-        run_few<Machine, codes>(weight, whole, part, tables, spread);
-      } else {
-        for (int64_t block = 0; block < weight.blocks; block += kPanelBlocks) {
-          const int64_t last = std::min<int64_t>(block + kPanelBlocks, weight.blocks);
-          arrange(in, block, last, start, start + count, xs);
-          const Tokens<Activation> tokens_here{xs, count * kBlock, kBlock, (int)count};
-          many<Machine, codes>(weight, block, (int)(last - block), tokens_here, part, tables,
-                               spread, *panel);
-        }
+    const int64_t start = index / output_parts * at_once, count = std::min(at_once, tokens - start);
+    const int64_t first = index % output_parts * outputs;
+    const Part part{first, std::min(first + outputs, weight.n_padded), totals, outputs};
+    std::memset(totals, 0, totals_bytes);
+    if (is_few) {
+      run_few<Machine, codes>(weight, whole, part, tables, spread);
+    } else {
+      for (int64_t block = 0; block < weight.blocks; block += kPanelBlocks) {
+        const int64_t last = std::min<int64_t>(block + kPanelBlocks, weight.blocks);
+        arrange(in, block, last, start, start + count, xs);
+        const Tokens<Activation> tokens_here{xs, count * kBlock, kBlock, (int)count};
+        many<Machine, codes>(weight, block, (int)(last - block), tokens_here, part, tables, spread,
+                             *panel);
       }
-      finish(out, part, start, count);
     }
+    finish(out, part, start, count);
+    return {start, count, part.first, std::min(part.last, out.n)};
+  }
+};
+
+template <typename Machine, Codes codes>
+void run(const Weight& weight, const Input& in, int64_t tokens, const Output& out,
+         const float* codebook) {
+  const auto tables = Machine::tables(codes, codebook);
+  Product<Machine, codes> product(weight, in, tokens, out, torch::stable::get_num_threads());
+  product.arrange_few(scratch<0>(product.arranged_bytes()));
+  torch::stable::parallel_for(0, product.pieces(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; index++) product.piece(index, tables);
   });
 }
 
-template <typename Machine>
-void run_codes(Codes codes, const Weight& weight, const Input& in, int64_t tokens,
-               const Output& out, const float* codebook) {
+// `run.operator()<Machine, codes>()` for the machine and codes at hand.
+template <typename Machine, typename Run>
+void with_codes(Codes codes, const Run& run) {
   switch (codes) {
     case Codes::kInt4:
-      return run<Machine, Codes::kInt4>(weight, in, tokens, out, codebook);
+      return run.template operator()<Machine, Codes::kInt4>();
     case Codes::kInt4Zeros:
-      return run<Machine, Codes::kInt4Zeros>(weight, in, tokens, out, codebook);
+      return run.template operator()<Machine, Codes::kInt4Zeros>();
     case Codes::kCodebook4:
-      return run<Machine, Codes::kCodebook4>(weight, in, tokens, out, codebook);
+      return run.template operator()<Machine, Codes::kCodebook4>();
     case Codes::kInt8:
-      return run<Machine, Codes::kInt8>(weight, in, tokens, out, codebook);
+      return run.template operator()<Machine, Codes::kInt8>();
     case Codes::kFloatE4M3:
-      return run<Machine, Codes::kFloatE4M3>(weight, in, tokens, out, codebook);
+      return run.template operator()<Machine, Codes::kFloatE4M3>();
   }
 }
 
+template <typename Run>
+void dispatch(Codes codes, bool half, const Run& run) {
+#if defined(FUSEDQ_BF16)
+  // The codebook is in the dtype of the activations
+  if (!half) return with_codes<Bf16>(codes, run);
+#endif
+  with_codes<Fp32>(codes, run);
+}
+
+// What an operator is told of a weight beside its tensors (../cpu/fused.py has the numbers' order):
+// codes, zero point, K, group size, step, pad, offset, last group, kind of scales, whether they are
+// fp16.
+struct Described {
+  enum { kCodes, kZero, kFeatures, kGroupSize, kStep, kPad, kOffset, kLastGroup, kKind, kHalf };
+  const std::vector<int64_t>& numbers;
+  float table[16] = {};
+
+  Described(const std::vector<int64_t>& numbers, const std::vector<double>& codebook)
+      : numbers(numbers) {
+    for (size_t i = 0; i < std::min<size_t>(16, codebook.size()); i++)
+      table[i] = (float)codebook[i];
+  }
+
+  Codes codes() const { return (Codes)numbers[kCodes]; }
+
+  // A weight, or expert `place` of a stack, whose tensors have one dimension more.
+  Weight weight(const Tensor& qweight, const Tensor& scales, int64_t place = 0) const {
+    const int64_t stacked = qweight.dim() - 3;
+    const auto* words = (const int32_t*)qweight.const_data_ptr();
+    const auto* of_scales = (const int32_t*)scales.const_data_ptr();
+    if (stacked) words += place * qweight.stride(0), of_scales += place * scales.stride(0);
+    return {words,
+            qweight.size(stacked),
+            qweight.size(stacked + 1),
+            {of_scales, scales.stride(stacked), (ScaleKind)numbers[kKind], numbers[kHalf] != 0,
+             (int)scales.size(stacked + 2), (float)numbers[kZero]},
+            {numbers[kGroupSize], numbers[kOffset], numbers[kLastGroup], (int)numbers[kStep]}};
+  }
+};
+
 }  // namespace
 
-// numbers: codes, zero point, K, group size, step, pad, offset, last group, kind of scales, whether
-// they are fp16 (../cpu/fused.py). Operands have been checked there.
+// Operands have been checked in ../cpu/fused.py.
 void matmul_out(Tensor out, const Tensor& x, const Tensor& qweight, const Tensor& scales,
                 const std::optional<Tensor>& bias, const std::optional<Tensor>& perm,
                 std::vector<int64_t> numbers, std::vector<double> codebook) {
-  enum { kCodes, kZero, kFeatures, kGroupSize, kStep, kPad, kOffset, kLastGroup, kKind, kHalf };
   const int64_t tokens = x.size(0);
   if (tokens == 0) return;
   const bool half = x.scalar_type() == ScalarType::Half;
-  Weight weight;
-  weight.words = (const int32_t*)qweight.const_data_ptr();
-  weight.blocks = qweight.size(0), weight.n_padded = qweight.size(1);
-  weight.scales = {(const int32_t*)scales.const_data_ptr(),
-                   scales.stride(0),
-                   (ScaleKind)numbers[kKind],
-                   numbers[kHalf] != 0,
-                   (int)scales.size(2),
-                   (float)numbers[kZero]};
-  weight.groups = {numbers[kGroupSize], numbers[kOffset], numbers[kLastGroup], (int)numbers[kStep]};
+  const Described told(numbers, codebook);
+  const Weight weight = told.weight(qweight, scales);
   const Input in{(const uint16_t*)x.const_data_ptr(),
                  x.stride(0),
                  half,
                  perm ? (const int32_t*)perm->const_data_ptr() : nullptr,
-                 numbers[kFeatures],
-                 numbers[kPad]};
+                 numbers[Described::kFeatures],
+                 numbers[Described::kPad]};
   const Output to{(uint16_t*)out.mutable_data_ptr(), out.size(1), half,
                   bias ? (const uint16_t*)bias->const_data_ptr() : nullptr};
-  float table[16] = {};
-  for (size_t i = 0; i < std::min<size_t>(16, codebook.size()); i++) table[i] = (float)codebook[i];
-  const Codes codes = (Codes)numbers[kCodes];
-#if defined(FUSEDQ_BF16)
-  // The codebook is in the dtype of the activations
-  if (!half) return run_codes<Bf16>(codes, weight, in, tokens, to, table);
-#endif
-  run_codes<Fp32>(codes, weight, in, tokens, to, table);
+  dispatch(told.codes(), half, [&]<typename Machine, Codes codes>() {
+    run<Machine, codes>(weight, in, tokens, to, told.table);
+  });
 }
 
 }  // namespace fusedq
+
+#include "experts.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedq_cpu, m) {
   m.def(FUSEDQ_ISA
         "(Tensor(a!) out, Tensor x, Tensor qweight, Tensor scales, Tensor? bias, Tensor? perm,"
         " int[] numbers, float[] codebook) -> ()");
+  m.def(FUSEDQ_ISA
+        "_experts(Tensor(a!) out, Tensor x, Tensor topk_weights, Tensor topk_ids,"
+        " Tensor? expert_map, Tensor w13_qweight, Tensor w13_scales, Tensor? w13_bias,"
+        " Tensor? w13_perm, Tensor w2_qweight, Tensor w2_scales, Tensor? w2_bias,"
+        " Tensor? w2_perm, int[] numbers, float[] codebooks, int inner, int activation,"
+        " float[] constants) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fusedq_cpu, CPU, m) {
   m.impl(FUSEDQ_ISA, TORCH_BOX(&fusedq::matmul_out));
+  m.impl(FUSEDQ_ISA "_experts", TORCH_BOX(&fusedq::experts_out));
 }

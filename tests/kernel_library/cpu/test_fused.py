@@ -190,11 +190,11 @@ OTHERS = [name for name, isa in ISAS.items() if isa.cpu_flags <= this_isa().cpu_
 @pytest.mark.skipif(FORCED in os.environ, reason="runs for an instruction set of its own")
 @pytest.mark.parametrize("isa", OTHERS)
 def test_every_other_instruction_set_of_this_machine(isa: str, tmp_path: Path) -> None:
-    """These tests once more, in a process that may use this one alone."""
-    chosen = "hot or apart or numbers or threads or 48"
+    """These tests once more, and those of experts, in a process that may use this one alone."""
+    chosen = "hot or apart or numbers or threads or 48 or range or bits"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
     done = subprocess.run(
-        [*command, __file__],
+        [*command, __file__, Path(__file__).with_name("test_fused_experts.py")],
         env={**os.environ, FORCED: isa, "XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
