@@ -20,6 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--fuzz-cases", type=int, default=2000, help="damaged checkpoints to load")
     group.addoption("--fuzz-seed", type=int, default=0, help="seed of the damage")
     group.addoption("--fuzz-only", type=int, default=None, help="number of the only case to run")
+    group = parser.getgroup("kernels")
+    group.addoption("--aarch64", action="store_true", help="emulate the CPU kernel on aarch64")
     group = parser.getgroup("engines")
     group.addoption(
         "--all-models", action="store_true", help="start an engine for every kind of model"
