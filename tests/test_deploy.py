@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,15 @@ def test_the_dockerfile_copies_what_the_context_holds() -> None:
     ]
     assert all((DEPLOY.parent / name).exists() for name in kept)
     assert {"pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"} <= {*kept}
+
+
+def test_every_image_has_the_vllm_that_make_installs() -> None:
+    install = (DEPLOY.parent / "scripts" / "install.sh").read_text()
+    (version,) = re.findall(r"VLLM_VERSION:-([\d.]+)", install)
+    assert f"\nARG VLLM=v{version}\n" in (DEPLOY / "Dockerfile").read_text()
+    for path in VALUES:
+        (model,) = yaml.safe_load(path.read_text())["servingEngineSpec"]["modelSpec"]
+        assert model["tag"] == f"v{version}"
 
 
 def compose(*profiles: str) -> dict[str, Any]:
