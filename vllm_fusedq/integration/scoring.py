@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from vllm_fusedq.integration.devices import announced_device
+from vllm_fusedq.measure.machine import describe
 from vllm_fusedq.measure.metrics import REFERENCE_TOP
 from vllm_fusedq.measure.process import OnReport, answer
 
@@ -61,7 +63,8 @@ def _place() -> dict[str, str]:
     import vllm
     from vllm.platforms import current_platform
 
-    return {"device": current_platform.get_device_name(), "vllm": vllm.__version__}
+    device = describe(torch.device(current_platform.device_type))
+    return {"device": device, "vllm": vllm.__version__}
 
 
 def _lots(windows: Sequence[list[int]]) -> Iterator[list[list[int]]]:

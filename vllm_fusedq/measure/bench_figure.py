@@ -82,9 +82,9 @@ def _step(axis: "Axes", found: Bench) -> None:
     axis.bar(places, reads, label="reading the packed weights alone", color="C7")
     axis.bar(places, rests, bottom=reads, label="beyond it: decoding, products, launches")
     for place, step in zip(places, found.steps, strict=True):
-        axis.text(place, 101, f"{step.fused_us / 1e3:.3g} ms", ha="center", fontsize=8)
+        axis.text(place, 101, f"{step.fused_us / 1e3:.4g} ms", ha="center", fontsize=8)
     axis.set(
-        title="Time of a step, all quantized layers",
+        title="Time of a step, all measured layers",
         xlabel="tokens M",
         ylabel="% of the step",
         ylim=(0, 130),

@@ -35,9 +35,9 @@ def _numbers(row: Row) -> tuple[str, ...]:
 
 
 def steps_table(found: Bench) -> Table:
-    """The quantized layers of the whole model, once each, by tokens."""
+    """All measured layers of the model, once each, by tokens."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("all quantized layers")
+    table.add_column("all measured layers")
     for column in ("ms a step", "unquantized ms", "times it", "MB", "GB/s"):
         table.add_column(column, justify="right")
     for step in found.steps:
