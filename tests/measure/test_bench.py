@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tiny_models import MIXTURE, asset
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.cli import app
 from vllm_fusedq.errors import EngineError
-from vllm_fusedq.measure import contenders, extras, serving, timing
+from vllm_fusedq.measure import contenders, expert_contenders, extras, serving, timing
 from vllm_fusedq.measure.bench import Bench, Row, bench
 from vllm_fusedq.measure.bench_report import serving_table, summary
 from vllm_fusedq.measure.contenders import Contender, copies, fused, packed_for
@@ -112,10 +113,75 @@ def test_numbers_follow_from_times() -> None:
     assert summary(found).endswith("not measured: experts")
 
 
-def test_experts_are_named_as_not_measured() -> None:
-    found = bench(plans(MIXTURE)[:4], (1,), CPU, "a CPU", lambda *now: None, rounds=3)
-    assert [name for name in found.skipped if "experts.w13" in name]
-    assert not [row for row in found.rows if "experts" in row.layers]
+def experts_of(name: str) -> list[LayerPlan]:
+    """w13 and w2 of the first layer with experts."""
+    return [plan for plan in plans(name) if plan.experts is not None][:2]
+
+
+def test_experts_are_timed_as_one_layer() -> None:
+    pair = experts_of(MIXTURE)
+    found = bench(pair, (1, 64), CPU, "a CPU", lambda *now: None, rounds=3)
+    assert [row.m for row in found.rows] == [1, 64]
+    assert all("experts.w13" in row.layers for row in found.rows)
+    # Two of four experts are asked by a token, all of them by many
+    whole = sum(size for plan in pair for _, size in plan.resident)
+    assert [row.weight_bytes for row in found.rows] == [whole // 2, whole]
+    assert found.skipped == ()
+
+
+def test_experts_of_an_unknown_number_for_a_token_are_not_timed() -> None:
+    up, down = experts_of(MIXTURE)
+    up = replace(up, shard=replace(up.shard, top_k=0))
+    found = bench((up, down, *plans(MIXTURE)[:1]), (1,), CPU, "a CPU", lambda *now: None, rounds=3)
+    assert len(found.skipped) == 1
+    assert "experts.w13" in found.skipped[0]
+
+
+def test_what_is_timed_of_experts_is_their_sum() -> None:
+    up, down = experts_of(MIXTURE)
+    stacks = expert_contenders.stacked_pair(up, down, CPU)
+    routing = expert_contenders.Routing.uniform(5, 2, up.shard.count, CPU)
+    w13, w2 = (unpack(each.expert(0)) for each in stacks)
+    rows = torch.arange(len(w13.codes)).view(-1, 2, 8)
+    gate, up_ = (
+        replace(
+            w13,
+            codes=w13.codes[each],
+            scales=w13.scales[each],
+            zeros=None if w13.zeros is None else w13.zeros[each],
+        )
+        for each in (rows[:, 0].flatten(), rows[:, 1].flatten())
+    )
+    known = dict.fromkeys(range(up.shard.count), reference.Expert(gate, up_, w2))
+    x = torch.randn(5, up.k).bfloat16()
+    expected = reference.experts(x, routing.weights, routing.ids, known)
+    ours = expert_contenders.fused_experts(up, down, routing, stacks)
+    found = ours.runs[0](x, torch.empty(0))
+    assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+def test_unquantized_experts_give_what_einsum_gives() -> None:
+    up, down = experts_of(MIXTURE)
+    weights = expert_contenders.dense_experts(up, down, torch.float32, CPU)
+    routing = expert_contenders.Routing.uniform(6, 2, up.shard.count, CPU)
+    x = torch.randn(6, up.k)
+    found = expert_contenders.unquantized_experts(weights, routing).runs[0](x, torch.empty(0))
+    w13, w2 = (torch.stack(each) for each in zip(*weights, strict=True))
+    hidden = torch.einsum("mk,enk->men", x, w13)
+    gate, way_up = hidden.tensor_split(2, dim=2)
+    every = torch.einsum("men,ekn->mek", torch.nn.functional.silu(gate) * way_up, w2)
+    asked = torch.zeros(6, len(w13)).scatter_(1, routing.ids.long(), routing.weights)
+    torch.testing.assert_close(found, torch.einsum("me,mek->mk", asked, every))
+
+
+def test_embeddings_that_are_looked_up_are_named_as_not_timed() -> None:
+    plan = plans("tiny-llama-ct-tied")[0]
+    (gather,) = (use for use in plan.uses if use.op is Op.EMBEDDING)
+    looked_up = replace(plan, uses=(gather,))
+    others = plans("tiny-llama-ct-tied")[1:2]
+    found = bench((looked_up, *others), (1,), CPU, "a CPU", lambda *now: None, rounds=3)
+    assert found.skipped == (plan.name,)
+    assert len(found.rows) == 1
 
 
 def test_calls_take_turns_and_copies_too(monkeypatch: pytest.MonkeyPatch) -> None:

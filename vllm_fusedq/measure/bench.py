@@ -10,14 +10,23 @@ from vllm_fusedq.measure.contenders import (
     DENSE,
     FUSED,
     READ,
+    Contender,
     dense,
     fused,
     packed_for,
     reading,
     timed,
 )
+from vllm_fusedq.measure.expert_contenders import (
+    Routing,
+    dense_experts,
+    fused_experts,
+    stacked_pair,
+    unquantized_experts,
+)
 from vllm_fusedq.measure.random_weights import random_tokens
 from vllm_fusedq.measure.timing import Timing
+from vllm_fusedq.plan.experts import W2, W13
 from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.report.table import PlanRow, plan_rows
 
@@ -76,7 +85,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Bench:
-    """`skipped` layers are no single product: experts, and rows that are looked up."""
+    """`skipped` layers are no product, as an embedding whose rows are only looked up."""
 
     device: str
     dtype: str
@@ -110,48 +119,64 @@ def bench(
 ) -> Bench:
     """Time every distinct layer of `plans` beside the unquantized one and beside plain reading."""
     rows = plan_rows(plans)
-    products = [row for row in rows if _is_product(row.plan)]
-    skipped = tuple(row.name for row in rows if not _is_product(row.plan))
+    second = {row.plan.prefix: row for row in rows if row.plan.shard.weight == W2}
+    kinds: list[tuple[PlanRow, PlanRow | None]] = []
+    skipped = []
+    for row in rows:
+        partner = second.get(row.plan.prefix) if row.plan.shard.weight == W13 else None
+        if partner is not None and _pairs(row.plan):
+            kinds.append((row, partner))
+        elif row.plan.experts is None and row.plan.use(Op.MATMUL) is not None:
+            kinds.append((row, None))
+        elif row.plan.shard.weight != W2:
+            skipped.append(row.name)
     found: list[Row] = []
     known: dict[object, list[Row]] = {}
-    total = len(products) * len(tokens)
-    for row in products:
+    total = len(kinds) * len(tokens)
+    for row, partner in kinds:
         # Layers of another name may be of the same kind
-        kind = row.plan.use(Op.MATMUL).call.text, row.plan.ordered
+        pair = [each for each in (row, partner) if each is not None]
+        kind = tuple((each.plan.main.call.text, each.plan.shard.count) for each in pair)
+        kind = (kind, row.plan.ordered)
         if kind not in known:
             known[kind] = []
-            for each in _measure(row, tokens, device, rounds):
+            for each in _measure(row, partner, tokens, device, rounds):
                 known[kind].append(each)
                 on_progress(len(found) + len(known[kind]), total)
         named = {"layers": row.name, "count": row.count}
         found += [replace(each, **named) for each in known[kind]]
         on_progress(len(found), total)
     dtype = plans[0].main.call.dtype.value
-    return Bench(device_name, dtype, tuple(found), skipped)
+    return Bench(device_name, dtype, tuple(found), tuple(skipped))
 
 
-def _is_product(plan: LayerPlan) -> bool:
-    return plan.experts is None and plan.use(Op.MATMUL) is not None
+def _pairs(up: LayerPlan) -> bool:
+    """Whether these experts have a gate, and the checkpoint says how many of them a token asks."""
+    return up.shard.alternating and up.shard.top_k > 0
 
 
 def _measure(
-    row: PlanRow, tokens: Sequence[int], device: torch.device, rounds: int
+    row: PlanRow,
+    partner: PlanRow | None,
+    tokens: Sequence[int],
+    device: torch.device,
+    rounds: int,
 ) -> Iterator[Row]:
-    plan = row.plan
-    call = plan.use(Op.MATMUL).call
+    """One kind of layer; `partner` is the w2 of experts."""
+    plan, read = row.plan, reading(device)
+    call = plan.main.call
     dtype = call.dtype.torch
-    packed = packed_for(call, device, plan.ordered)
-    ours = fused(call, packed)
-    read = reading(device)
-    contenders = (read, dense(plan.n, plan.k, dtype, device), ours)
+    outputs = plan.n if partner is None else partner.plan.n
+    sides = _linear(plan, device) if partner is None else _experts(plan, partner.plan, device)
     for m in tokens:
+        ours, other = sides(m)
         x = random_tokens(m, call.in_features, dtype, device)
-        times = timed(contenders, x, plan.n, rounds, SECONDS)
+        times = timed((read, other, ours), x, outputs, rounds, SECONDS)
         yield Row(
             layers=row.name,
             count=row.count,
             format=plan.formats[0].description,
-            kernel=plan.use(Op.MATMUL).launch(m).kernel,
+            kernel=call.kernel if partner else plan.launch(m).kernel,
             n=plan.n,
             k=plan.k,
             m=m,
@@ -160,3 +185,25 @@ def _measure(
             dense=times[DENSE],
             read_gbs=read.bytes / times[READ].us / 1e3,
         )
+
+
+def _linear(plan: LayerPlan, device: torch.device) -> Callable[[int], tuple[Contender, Contender]]:
+    """Ours and the unquantized layer, for any number of tokens."""
+    call = plan.main.call
+    ours = fused(call, packed_for(call, device, plan.ordered))
+    other = dense(plan.n, plan.k, call.dtype.torch, device)
+    return lambda m: (ours, other)
+
+
+def _experts(
+    up: LayerPlan, down: LayerPlan, device: torch.device
+) -> Callable[[int], tuple[Contender, Contender]]:
+    """Ours and the unquantized experts, by what so many tokens ask of a rank's experts."""
+    stacks, shard = stacked_pair(up, down, device), up.shard
+    weights = dense_experts(up, down, up.main.call.dtype.torch, device)
+
+    def sides(m: int) -> tuple[Contender, Contender]:
+        routing = Routing.uniform(m, min(shard.top_k, shard.count), shard.count, device)
+        return fused_experts(up, down, routing, stacks), unquantized_experts(weights, routing)
+
+    return sides
