@@ -260,7 +260,11 @@ RATES = {
     "later_first_tokens": [0.01, 0.02, 0.04],
     "decode": {"1": [9.0, 11.0, 10.0]},
 }
-LOG = "Loading weights took 1.5 seconds\nrepacking: 0.8 s, ... warm-up: 3.2 s\n"
+LOG = """Loading weights took 1.5 seconds
+repacking: 0.8 s, ... warm-up: 3.2 s
+init engine (profile, create kv cache, warmup model) took 11.5 s
+torch.compile took 9.25 s in total
+"""
 
 
 def test_the_start_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +288,8 @@ def test_the_start_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         "    reading and loading weights, s": 1.5,
         "      of it repacking, s": 0.8,
         "      of it warm-up of kernels, s": 3.2,
+        "    profiling, KV cache, compiling, warm-up of the engine, s": 11.5,
+        "      of it torch.compile, s": 9.25,
         "  first token of the first request, s": 0.5,
         "time to first token when warm, ms": 20.0,
         "decode, batch 1, tokens/s": 10.0,

@@ -36,8 +36,9 @@ _PARTS = {
     "load_read_s": "reading and loading weights, s",
     "repack_s": "  of it repacking, s",
     "warm_up_s": "  of it warm-up of kernels, s",
-    "compile_s": "torch.compile, s",
-    "graph_capture_s": "graph capture, s",
+    "init_engine_s": "profiling, KV cache, compiling, warm-up of the engine, s",
+    "compile_s": "  of it torch.compile, s",
+    "graph_capture_s": "  of it graph capture, s",
 }
 
 
