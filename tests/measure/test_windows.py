@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from vllm_fusedq.errors import ComparisonError
+from vllm_fusedq.measure.quality import _windows
 from vllm_fusedq.measure.texts import SHIPPED, TextSet, read_texts, shipped
 from vllm_fusedq.measure.windows import Tokens, Window, cut, tokenize, tokens_of
 
@@ -76,6 +77,13 @@ def test_the_first_token_is_told_from_the_text() -> None:
 )
 def test_windows(text: Tokens, length: int, windows: list[tuple[int, ...]]) -> None:
     assert list(cut("s", text, length)) == [Window("s", tokens) for tokens in windows]
+
+
+def test_a_longer_window_that_no_text_fills_is_not_measured_again() -> None:
+    sets = [TextSet("short", ("1 2 3",)), TextSet("long", ("1 2 3 4 5 1 2",))]
+    found = _windows(sets, [4, 8], {"a": Words(0)})
+    assert list(found) == [("short", 4), ("long", 4), ("long", 8)]
+    assert [len(windows) for windows in found.values()] == [1, 3, 1]
 
 
 def test_tokenizers_have_to_agree() -> None:
