@@ -38,9 +38,9 @@ from gemmbench.expert_layers import ROUTINGS, RandomExperts, expected, floor_sec
 from gemmbench.expert_shapes import MODELS, TOKENS
 from gemmbench.own import device_spec
 from gemmbench.results import ResultFile, Row, environment, results_folder
-from gemmbench.roofline import rates_for
 from gemmbench.vllm_experts import VLLM_EXPERTS
 from vllm_fusedq.measure.random_weights import random_tokens
+from vllm_fusedq.measure.roofline import rates_for
 from vllm_fusedq.measure.timing import measure
 
 ACT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

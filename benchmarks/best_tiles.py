@@ -22,8 +22,9 @@ from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.choose.heuristics import SLICED, select, tiles_for
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.types import GemmShape, QuantSpec, TileConfig, WeightType
-from gemmbench import candidates, measured
+from gemmbench import measured
 from gemmbench.variants import describe
+from vllm_fusedq.measure import candidates
 
 SPEC = QuantSpec(WeightType.UINT4B8, 128, DType.BFLOAT16)
 # A row serves the tokens up to its own: one token was measured in place of eight.

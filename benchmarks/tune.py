@@ -12,13 +12,12 @@ answer is wrong is not timed. Shapes are finished when all their token buckets a
 # ruff: noqa: B006
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 import typer
@@ -27,44 +26,24 @@ import typer
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fusedq_kernels import ops
 from fusedq_kernels.choose import tuning
 from fusedq_kernels.choose.device import KNOWN_DEVICES
-from fusedq_kernels.types import (
-    GemmShape,
-    Launch,
-    PackedWeight,
-    QuantSpec,
-    TileConfig,
-    WeightType,
-)
-from gemmbench import candidates, shapes, weights
-from gemmbench.answers import Answer
+from fusedq_kernels.types import GemmShape, Launch, QuantSpec, TileConfig, WeightType
+from gemmbench import shapes, weights
 from gemmbench.comparison import weight_types
 from gemmbench.own import device_spec
 from gemmbench.results import Problem, ResultFile, Row, commit, environment, results_folder
-from gemmbench.roofline import rates_for
-from vllm_fusedq.measure.random_weights import random_tokens, random_weight
-from vllm_fusedq.measure.timing import copies_for, measure
+from vllm_fusedq.measure import candidates
+from vllm_fusedq.measure.tuner import Job, Measured, Trial, Tuner
 
-KERNEL = "triton-gemm"
 COLUMNS = (
     *("run", "weight_type", "group_size", "act_dtype", "n", "k", "m", "kernel"),
-    *(*candidates.TILE_FIELDS, "us", "iqr_us", "rms_error", "note"),
+    *(*candidates.TILE_FIELDS, "us", "iqr_us", "note"),
 )
 BUCKETS = (*candidates.DECODE_BUCKETS, *candidates.PREFILL_BUCKETS)
 DRY_BUCKETS = (8, 64, candidates.MIN_SLICED_M)
 
 app = typer.Typer(add_completion=False)
-
-
-class Job(NamedTuple):
-    """One weight, and the token buckets that are not measured yet."""
-
-    n: int
-    k: int
-    spec: QuantSpec
-    buckets: tuple[int, ...]
 
 
 @app.command(help=__doc__)
@@ -104,86 +83,25 @@ def main(
         for n, k in chosen
         for spec in weights.default_specs(each, group_size, k, torch.bfloat16)
     ]
-    measure_all(jobs, file, keep, device, seconds)
+    tuner = Tuner(device, hardware, keep=keep, more_stages=candidates.NEAR_STAGES)
+    measure_all(jobs, file, tuner, seconds)
     tuned = tuned or (out if dry_run else tuning.FOLDER)
     write_rows(file, tuned / f"{hardware.name}.json")
 
 
-def measure_all(
-    jobs: Sequence[Job], file: ResultFile, keep: int, device: torch.device, seconds: float
-) -> None:
+def measure_all(jobs: Sequence[Job], file: ResultFile, tuner: Tuner, seconds: float) -> None:
     """Measure until everything is done or the time is up, writing each bucket at once."""
-    start = time.monotonic()
-    total, done = sum(len(job.buckets) for job in jobs), 0
-    for job in jobs:
-        if not job.buckets or time.monotonic() - start > seconds:
-            continue
-        weight = Weight(job.n, job.k, job.spec, device)
-        for m in job.buckets:
-            if time.monotonic() - start > seconds:
-                break
-            rows = weight.measure(m, keep)
-            file.append(rows, environment(device))
-            done += 1
-            rest = (time.monotonic() - start) / done * (total - done)
-            timed = [row for row in rows if row["us"]]
-            best = min(timed, key=lambda row: float(row["us"]), default=None)
-            result = "no tile is right" if best is None else _describe(best, rows[0])
-            size = f"{job.spec.weight_type.value} n={job.n} k={job.k} m={m}"
-            print(f"[{done}/{total}, about {rest:.0f} s left] {size}: {result}", flush=True)
+    total, done = sum(len(job.tokens) for job in jobs), 0
+    for found in tuner.run(jobs, seconds):
+        problem = _problem(found.job.n, found.job.k, found.job.spec, found.m)._asdict()
+        rows = [{**problem, **_cells(t.launch), **_result(t)} for t in found.trials]
+        file.append(rows, environment(tuner.device))
+        done = found.done
+        left = f"[{done}/{total}, about {found.remaining:.0f} s left]"
+        size = f"{found.job.spec.weight_type.value} n={found.job.n} k={found.job.k} m={found.m}"
+        print(f"{left} {size}: {_describe(found)}", flush=True)
     if done < total:
         print(f"stopped after {seconds:.0f} s, {total - done} buckets remain: run it again")
-
-
-class Weight:
-    """Copies of one packed weight that together exceed L2, and its tiles' times."""
-
-    def __init__(self, n: int, k: int, spec: QuantSpec, device: torch.device) -> None:
-        self._spec, self._device = spec, device
-        self._logical = random_weight(n, k, spec, device)
-        self._bias = random_tokens(1, n, torch.bfloat16, device, seed=2)[0]
-        first = self._pack()
-        count = copies_for(weights.packed_bytes(first), device)
-        self._copies = [first, *(self._pack() for _ in range(count - 1))]
-
-    def measure(self, m: int, keep: int) -> list[Row]:
-        """A row per candidate, the rules' choice first; those that fail have no time.
-
-        `keep` bounds the tiles; sliced-cublas comes beside them.
-        """
-        n, k = self._logical.codes.shape
-        hardware = device_spec(self._device)
-        rates = rates_for(hardware)
-        assert rates is not None, "every known device has rates"
-        tiles = candidates.candidates(GemmShape(m, n, k), self._spec, hardware, rates, keep)
-        x = random_tokens(m, k, torch.bfloat16, self._device)
-        answer = Answer(x, self._logical)
-        problem = _problem(n, k, self._spec, m)._asdict()
-        launches = [Launch(KERNEL, tile, "candidate") for tile in tiles]
-        if m >= candidates.MIN_SLICED_M:
-            launches.append(Launch("sliced-cublas", None, "candidate"))
-        return [
-            {**problem, **_cells(launch), **self._time(launch, x, answer)} for launch in launches
-        ]
-
-    def _pack(self) -> PackedWeight:
-        return weights.packed_for_gpu(self._logical, torch.bfloat16)
-
-    def _time(self, launch: Launch, x: torch.Tensor, answer: Answer) -> Row:
-        try:
-            for bias in (self._bias, None):
-                errors = answer.errors(ops.run(x, self._copies[0], bias, launch), bias)
-                if errors.verdict:
-                    return {"us": "", "note": f"WRONG: {errors.verdict}"}
-            calls = [
-                lambda packed=packed: ops.run(x, packed, None, launch) for packed in self._copies
-            ]
-            timing = measure(calls, self._device)
-        except Exception as error:
-            # Too much shared memory, for one; a broken CUDA context fails every later row as well.
-            return {"us": "", "note": f"FAILED: {type(error).__name__}: {error}"[:200]}
-        times = {"us": round(timing.us, 3), "iqr_us": round(timing.iqr_us, 3)}
-        return {**times, "rms_error": f"{errors.rms:.2e}"}
 
 
 def write_rows(file: ResultFile, path: Path) -> None:
@@ -227,11 +145,21 @@ def _problem(n: int, k: int, spec: QuantSpec, m: int) -> Problem:
     return Problem(spec.weight_type.value, spec.group_size, "bfloat16", n, k, m)
 
 
-def _describe(best: Row, rules: Row) -> str:
-    tile = "{block_m}x{block_n} split {split_k} warps {num_warps} stages {num_stages}"
-    chosen = tile.format(**best) if best["block_m"] else best["kernel"]
-    against = f", the rules' tile {rules['us']} us" if rules["us"] else ""
-    return f"{best['us']} us, {chosen}{against}"
+def _result(trial: Trial) -> Row:
+    if trial.timing is None:
+        return {"us": "", "note": trial.note}
+    return {"us": round(trial.timing.us, 3), "iqr_us": round(trial.timing.iqr_us, 3)}
+
+
+def _describe(found: Measured) -> str:
+    if (best := found.best) is None:
+        return "no tile is right"
+    words = f"{best.timing.us:.3f} us, {best.launch.kernel}"
+    if (tile := best.launch.tile) is not None:
+        sizes = "{block_m}x{block_n} split {split_k} warps {num_warps} stages {num_stages}"
+        words = f"{best.timing.us:.3f} us, {sizes.format(**asdict(tile))}"
+    rules = found.trials[0].timing
+    return words + (f", the rules' tile {rules.us:.3f} us" if rules else "")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def sliced_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
     from fusedq_kernels.choose import tuning
     from vllm_fusedq.plan import layer
 
-    caches = (tuning._packaged, prepared.prepared, layer._choose)
+    caches = (tuning._packaged, tuning._own, prepared.prepared, layer._choose)
     tile = {"block_m": 16, "block_n": 64, "split_k": 1, "num_warps": 4, "num_stages": 3}
     rows = []
 

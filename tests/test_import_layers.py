@@ -38,7 +38,7 @@ FLOORS = [
     {"call", "native"},
     {"types"},
     {"encodings", "geometry", "activation"},
-    {"dtype", "lazy"},
+    {"dtype", "lazy", "user_cache"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 KERNELS = ROOT / "kernels" / "fusedq_kernels"

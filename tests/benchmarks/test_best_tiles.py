@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 import best_tiles
 from fusedq_kernels.choose import tuning
 from fusedq_kernels.types import GemmShape, TileConfig
-from gemmbench import candidates, measured
+from gemmbench import measured
 from gemmbench.results import RESULTS
+from vllm_fusedq.measure import candidates
 
 H200 = RESULTS / "h200"
 HEADER = "n,k,m,variant,us,iqr,gbs,tflops,error,note\n"

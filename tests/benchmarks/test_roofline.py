@@ -10,7 +10,7 @@ import torch
 
 from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
 from fusedq_kernels.types import DeviceSpec, GemmShape, QuantSpec, TileConfig, WeightType
-from gemmbench.roofline import Rates, instructions_per_weight, rates_for, roofline
+from vllm_fusedq.measure.roofline import Rates, instructions_per_weight, rates_for, roofline
 
 INT4 = QuantSpec(WeightType.UINT4B8, 128, torch.float16)
 # 4 SMs of 1 GHz: 409.6e9 thread instructions a second at 80 % of 128 lanes.

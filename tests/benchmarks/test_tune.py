@@ -13,9 +13,9 @@ from fusedq_kernels.choose import tuning
 from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.choose.heuristics import select
 from fusedq_kernels.types import GemmShape, QuantSpec, TileConfig, WeightType
-from gemmbench import candidates
 from gemmbench.results import ResultFile
-from gemmbench.roofline import rates_for
+from vllm_fusedq.measure import candidates
+from vllm_fusedq.measure.roofline import rates_for
 
 H200 = device_by_name("h200")
 RATES = rates_for(H200)
@@ -115,8 +115,8 @@ def test_a_dry_run_writes_rows_that_select_reads_and_resumes(tmp_path: Path) -> 
 
 
 def test_a_dry_run_measures_slices_for_many_tokens(tmp_path: Path) -> None:
-    options = ("--dry-run", "--keep", 1, "--bucket", 64, "--bucket", 512, "--out", tmp_path)
-    run(*options)
+    buckets = ("--bucket", 64, "--bucket", 512, "--group-size", 128)
+    run("--dry-run", "--keep", 1, *buckets, "--out", tmp_path)
     file = ResultFile(tmp_path / "tune.csv", tune.COLUMNS)
     found = [row for row in file.rows() if row["kernel"] == "sliced-cublas"]
     assert {(row["m"], row["block_m"]) for row in found} == {("512", "")}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ import triton
 from expert_layers import Layer
 from fusedq_kernels import ops, prepared, testing
 from fusedq_kernels.call import Call
+from fusedq_kernels.choose import tuned_file, tuning
 from fusedq_kernels.choose.device import device_by_name
+from fusedq_kernels.choose.own_rows import own_file
+from fusedq_kernels.choose.tuned_file import TunedRow, TunedTable
 from fusedq_kernels.cuda.decode import DECODERS
 from fusedq_kernels.cuda.routing import Router
 from fusedq_kernels.experts import ResidentExperts, Stack
 from fusedq_kernels.layouts import packing
-from fusedq_kernels.types import TILED_LAYOUTS, Policy, QuantSpec, WeightType
+from fusedq_kernels.types import TILED_LAYOUTS, Policy, QuantSpec, TileConfig, WeightType
 from vllm_fusedq.errors import KernelError
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.uses import Use
@@ -180,3 +184,27 @@ def test_a_wrong_launch_of_experts_names_both_weights(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Router, "sum", failing)
     with pytest.raises(KernelError, match=r"1 token does not run on h200 .*ptxas went away"):
         run_launches(layer, TARGET, 8)
+
+
+def test_a_measured_row_of_the_user_is_named_as_the_way_out(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tile = TileConfig(16, 32, 1, 4, 3)
+    row = TunedRow(WeightType.FP4, 64, N, K, 64, "triton-gemm", tile, 9.0)
+    table = TunedTable("h200", triton.__version__, "", "", (row,))
+    path = own_file(TARGET.device, triton.__version__)
+    path.parent.mkdir(parents=True)
+    tuned_file.write(path, [table])
+    tuning.forget()
+    try:
+        monkeypatch.setitem(DECODERS, WeightType.FP4, DECODERS[WeightType.NF4])
+        fp4 = layer(WeightType.FP4)
+        multiplied = tuple(use for use in fp4.uses if use.kernel.name == "triton-gemm")
+        with pytest.raises(KernelError, match=r"\(tuned: yours, row 1\).*remove ") as error:
+            compared(replace(fp4, uses=multiplied))
+        assert str(error.value).endswith(
+            f"remove {path}, the rows that fusedq tune wrote, and report this message"
+        )
+    finally:
+        tuning.forget()

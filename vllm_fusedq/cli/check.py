@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from vllm_fusedq.cli.options import Activations, ActivationsOption, ExperimentalOption
+from vllm_fusedq.cli.options import (
+    Activations,
+    ActivationsOption,
+    ExperimentalOption,
+    TensorParallelSizes,
+)
 from vllm_fusedq.cli.output import (
     ExitCode,
     console,
@@ -68,9 +73,7 @@ def check(
     model: Annotated[
         str, typer.Argument(help="a checkpoint directory, or a repository of the hub: owner/name")
     ],
-    tensor_parallel_size: Annotated[
-        str, typer.Option("--tensor-parallel-size", "-tp", help="one size, or several: 1,2,4,8")
-    ] = "1",
+    tensor_parallel_size: TensorParallelSizes = "1",
     pipeline_parallel_size: Annotated[
         int, typer.Option("--pipeline-parallel-size", "-pp", min=1, help="pipeline stages")
     ] = 1,
@@ -227,7 +230,7 @@ def _result(
     problems = (*survey.problems, *kv_dtype_problems(fmt, demand.kv_cache_dtype))
     if not problems and (too_large := memory_problem(checkpoint, capacity)):
         problems = (too_large,)
-    notes = tuple(notes_for(checkpoint, capacity))
+    notes = tuple(notes_for(checkpoint, capacity, target.device))
     return Result(survey.plan, problems, warnings, notes, capacity, strict)
 
 

@@ -14,6 +14,7 @@ from vllm_fusedq.cli.convert import convert
 from vllm_fusedq.cli.output import writing
 from vllm_fusedq.cli.quality import quality
 from vllm_fusedq.cli.selfcheck import selfcheck
+from vllm_fusedq.cli.tune import tune
 from vllm_fusedq.cli.verify import verify
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.command()(check)
 app.command()(convert)
 app.command()(quality)
 app.command()(selfcheck)
+app.command()(tune)
 app.command()(verify)
 
 

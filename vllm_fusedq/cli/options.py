@@ -13,6 +13,12 @@ ExperimentalOption = Annotated[
 ]
 
 
+TensorParallelSizes = Annotated[
+    str,
+    typer.Option("--tensor-parallel-size", "-tp", help="one size, or several: 1,2,4,8"),
+]
+
+
 class Activations(StrEnum):
     """As the setting of this name."""
 

@@ -1,1 +1,1 @@
-"""What `fusedq quality` and `fusedq bench` measure: predictions in vLLM's engine, and speed."""
+"""What `fusedq quality`, `bench` and `tune` measure: predictions in vLLM's engine, and speed."""

@@ -4,7 +4,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fusedq_kernels.choose.tuning import unused_files
 from fusedq_kernels.dtype import DType
+from fusedq_kernels.types import DeviceSpec
 from vllm_fusedq.checkpoint.read import OTHER_FORMAT, Checkpoint
 from vllm_fusedq.errors import Problem
 from vllm_fusedq.formats import format_for
@@ -45,8 +47,8 @@ def warnings_for(
     return told + _folded(found) + _of_files(checkpoint) + _of_memory(checkpoint, capacity)
 
 
-def notes_for(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
-    """What is good to know and nothing to refuse: what was not read and not counted."""
+def notes_for(checkpoint: Checkpoint, capacity: Capacity, device: DeviceSpec) -> list[Warned]:
+    """What is good to know and nothing to refuse: what was not read, not counted and not used."""
     found = unread_files(checkpoint)
     if cache := kv_cache_summary(format_for(checkpoint)):
         found.append(Warned(checkpoint.path, cache))
@@ -54,7 +56,7 @@ def notes_for(checkpoint: Checkpoint, capacity: Capacity) -> list[Warned]:
         missing = f"not modelled, so no reason to refuse: {', '.join(capacity.unmodelled)}"
         message = f"the KV cache counts every token where no rule is known; {missing}"
         found.append(Warned(checkpoint.path, message))
-    return found
+    return found + [Warned("tuned rows", why) for why in unused_files(device)]
 
 
 def listed_otherwise(fmt: CheckpointFormat, unquantized: Sequence[str]) -> list[Warned]:

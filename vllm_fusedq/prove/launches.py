@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusedq_kernels import guard, guard_experts, warmup
 from fusedq_kernels.catalogue import Kernel
+from fusedq_kernels.choose.own_rows import own_file
+from fusedq_kernels.choose.tuned_file import YOURS
 from fusedq_kernels.experts import ResidentExperts
 from fusedq_kernels.types import PackedWeight, Policy
 from fusedq_kernels.warmup import Reached, ReachedExperts
@@ -174,17 +177,22 @@ def run_launches(layer: Loaded, target: Target, max_tokens: int, truth: Any = No
 def _does_not_run(
     layer: Loaded, target: Target, reached: Reached | ReachedExperts, error: Exception
 ) -> KernelError:
+    own = _own_rows(reached, target)
+    way_out = f"remove {own}, {_TUNED}" if own else _WAY_OUT
     return KernelError(
         f"{layer}: found that {reached} does not run on {_here(target)} "
         f"({type(error).__name__}: {str(error)[:500]}); supported: launches that compile and run; "
-        f"{_WAY_OUT}"
+        f"{way_out}"
     )
 
 
 def _is_wrong(layer: Loaded, target: Target, found: guard.Difference) -> KernelError:
+    own = _own_rows(found.reached, target)
+    way_out = f"remove {own}, {_TUNED}" if own else _WAY_OUT
     return KernelError(
         f"{layer}: found that {found.reached} is wrong on {_here(target)}: {found}; "
-        f"supported: what plain PyTorch computes in float64, within rounding; {_WAY_OUT}"
+        f"supported: what plain PyTorch computes in float64, within rounding; "
+        f"{way_out}"
     )
 
 
@@ -202,6 +210,15 @@ def _here(target: Target) -> str:
     return f"{target.device.name} with Triton {triton.__version__}, activations {target.act_dtype}"
 
 
+def _own_rows(reached: Reached | ReachedExperts, target: Target) -> Path | None:
+    """The user's file of measured rows where it named the launch."""
+    import triton
+
+    own = isinstance(reached, Reached) and reached.launch.source.startswith(YOURS)
+    return own_file(target.device, triton.__version__) if own else None
+
+
+_TUNED = "the rows that fusedq tune wrote, and report this message"
 _WAY_OUT = (
     "install another Triton (with another vLLM) or serve without --quantization fusedq, and report "
     "this message"

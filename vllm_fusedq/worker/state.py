@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusedq_kernels.choose.tuning import unused_files
 from vllm_fusedq.formats import CheckpointFormat, settle
 from vllm_fusedq.load.experts import ExpertsLoader
 from vllm_fusedq.load.loader import LayerLoader
@@ -207,6 +208,8 @@ class WorkerState:
         if note:
             logger.warning(note)
         log_plan(self.plans, self.unquantized)
+        for why in unused_files(self.target.device):
+            logger.warning("fusedq tuned rows: %s", why)
         logger.info(
             "fusedq loading: %.2f s, %.1f MB read; repacking: %.2f s, %.1f MB resident; "
             "warm-up: %.2f s, %d launches, %d of them compared with PyTorch",

@@ -95,7 +95,7 @@ def _tiles(device: DeviceSpec, spec: QuantSpec) -> Iterator[TileConfig]:
 def _measured(device: DeviceSpec, weight_type: WeightType, step: int) -> Iterator[TileConfig]:
     """The tiles of packaged rows, of all boards of that capability."""
     for board in KNOWN_DEVICES.values():
-        table = tuning.table_for(board) if board.capability == device.capability else None
+        table = tuning.packaged(board) if board.capability == device.capability else None
         for row in table.rows if table else ():
             if row.tile and (row.weight_type, row.step) == (weight_type, step):
                 yield replace(row.tile, split_k=1)

@@ -8,7 +8,7 @@ which problems get none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -62,9 +62,10 @@ def select(
     batch_invariant = policy.batch_invariant
     table = None if batch_invariant else table_for(device)
     allowed = (FUSED, SLICED) if policy.sliced_prefill else (FUSED,)
-    found = None if table is None else tuning.find(table, shape, spec, allowed)
-    if found is not None:
-        return found
+    while table is not None:
+        if (found := tuning.find(table, shape, spec, allowed)) is not None:
+            return found
+        table = table.beside
     step = group_geometry(shape.k, spec.group_size, 0).step
     rules = rules_for(device, TILED_LAYOUTS[spec.weight_type], step, batch_invariant)
     # Fewer tokens may run on another kind of tensor-core instruction.
@@ -144,7 +145,7 @@ def partial_sum_bytes(
     """The most bytes of fp32 sums that the splits of one call store, whatever its tokens."""
     table = table_for(device)
     borders = {8, 16, 32, *range(64, tuning.OPEN_END + 1, 64)}
-    borders |= set() if table is None else {row.max_m for row in table.rows}
+    borders |= {row.max_m for row in _rows(table)}
     tiles = {
         m: select(GemmShape(m, n, k), spec, device, policy, table_for=table_for).tile
         for m in borders
@@ -154,9 +155,13 @@ def partial_sum_bytes(
 
 def _row_borders(table: tuning.TunedTable | None) -> set[int]:
     """The fewest tokens that a measured row can serve, beside 1."""
-    if table is None:
-        return set()
-    return {row.max_m + 1 for row in table.rows} | {row.min_m for row in table.rows}
+    return {border for row in _rows(table) for border in (row.max_m + 1, row.min_m)}
+
+
+def _rows(table: tuning.TunedTable | None) -> Iterator[tuning.TunedRow]:
+    while table is not None:
+        yield from table.rows
+        table = table.beside
 
 
 def _rule_source(rules: Sequence[Rule], rule: Rule, tile: TileConfig, batch_invariant: bool) -> str:

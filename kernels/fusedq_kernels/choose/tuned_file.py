@@ -1,6 +1,7 @@
 """The format of `tuned/<device>.json`: its rows, reader, writer and checks.
 
-`benchmarks/tune.py` writes and `tuning.py` reads. One file per device, one line per row:
+`benchmarks/tune.py` and `fusedq tune` write, `tuning.py` reads. One file per device, one line per
+row:
 
     {"device": "h200", "tables": [
      {"triton": "3.9.0", "date": "2026-01-31", "commit": "0123abcd", "rows": [
@@ -10,7 +11,8 @@
      ]}
     ]}
 
-- `device` is a name of `device.KNOWN_DEVICES` and the file's stem. A table serves every patch
+- `device` is a name of `device.KNOWN_DEVICES`, in a user's file that of any GPU, and the file's
+  stem. A table serves every patch
   release of its Triton's minor version and no other: what compiles well in one may spill in the
   next.
 - `weight_type`, `group_size`, `n` (out_features) and `k` (in_features) are those of one rank's
@@ -29,6 +31,7 @@ Rows are numbered from 1 within their table, in file order.
 """
 
 import json
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -47,6 +50,9 @@ from fusedq_kernels.types import TileConfig, WeightType
 
 # The kernels that a row may name: the one of the rules, and one without a tile.
 FUSED, SLICED = "triton-gemm", "sliced-cublas"
+
+# How the source of a launch begins that the user's own rows name.
+YOURS = "tuned: yours"
 
 # Up to this many tokens are decoding: rows for them come first, and weights stay exact.
 MAX_DECODE_M = 64
@@ -88,48 +94,70 @@ class TunedRow:
 
 @dataclass(frozen=True, slots=True)
 class TunedTable:
-    """Rows measured on one device under one Triton version, in file order."""
+    """Rows measured on one device under one Triton version, in file order.
+
+    `yours` are the user's own, which serve the shapes that were measured alone. `beside` has the
+    rows that serve where these do not.
+    """
 
     device: str
     triton: str
     date: str
     commit: str
     rows: tuple[TunedRow, ...]
+    yours: bool = False
+    beside: "TunedTable | None" = None
+
+    def source(self, number: int) -> str:
+        """What a plan calls a row, counted from 1."""
+        return f"{YOURS}, row {number}" if self.yours else f"tuned:{self.device} row {number}"
 
 
-def read(path: Path) -> tuple[TunedTable, ...]:
-    """The tables of one file; ValueError names the file, table and row that break the format."""
+def minor(version: str) -> tuple[int, ...]:
+    """Major and minor version of a Triton; raises ValueError for what is no version."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def read(
+    path: Path, capability: tuple[int, int] | None = None, yours: bool = False
+) -> tuple[TunedTable, ...]:
+    """The tables of one file; ValueError names the file, table and row that break the format.
+
+    A device that is not known by its name needs its compute `capability`.
+    """
+    capability = capability or device_by_name(path.stem).capability
     content = _keys(json.loads(path.read_text()), {"device", "tables"}, path.name)
     if content["device"] != path.stem:
         raise ValueError(f"{path.name}: device is {content['device']!r}, expected {path.stem!r}")
     tables = []
-    for entry in content["tables"]:
-        where = f"{path.name}, triton {entry.get('triton')}"
+    for entry in _list(content["tables"], f"{path.name}, tables"):
+        triton = entry.get("triton") if isinstance(entry, Mapping) else None
+        where = f"{path.name}, triton {triton}"
         entry = _keys(entry, {"triton", "date", "commit", "rows"}, where)
+        header = (str(entry[key]) for key in ("triton", "date", "commit"))
+        minor(str(triton))
         rows = tuple(
-            _parse_row(row, path.stem, f"{where}, row {number}")
-            for number, row in enumerate(entry["rows"], start=1)
+            _parse_row(row, capability, f"{where}, row {number}")
+            for number, row in enumerate(_list(entry["rows"], f"{where}, rows"), start=1)
         )
         _check_shapes(rows, where)
-        header = (str(entry[key]) for key in ("triton", "date", "commit"))
-        tables.append(TunedTable(path.stem, *header, rows))
+        tables.append(TunedTable(path.stem, *header, rows, yours))
     return tuple(tables)
 
 
-def write(path: Path, tables: Iterable[TunedTable]) -> None:
+def write(
+    path: Path, tables: Iterable[TunedTable], capability: tuple[int, int] | None = None
+) -> None:
     """Write tables of one device, one row per line; `read` must accept the result.
 
-    Raises ValueError, and leaves the file as it was, for tables that break the format.
+    Whoever reads meanwhile, or after a death at any moment, finds a whole file. Raises ValueError,
+    and leaves the file as it was, for tables that break the format.
     """
-    draft = path.with_name(path.stem) / path.name
-    draft.parent.mkdir(parents=True)
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
+        draft = Path(folder) / path.name
         draft.write_text(_dumps(path.stem, tables))
-        read(draft)
+        read(draft, capability)
         draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-        draft.parent.rmdir()
 
 
 def _dumps(device: str, tables: Iterable[TunedTable]) -> str:
@@ -160,7 +188,15 @@ def _keys(found: Any, expected: set[str], where: str) -> Mapping[str, Any]:
     return found
 
 
-def _parse_row(cells: Mapping[str, Any], device: str, where: str) -> TunedRow:
+def _list(found: Any, where: str) -> list[Any]:
+    if not isinstance(found, list):
+        raise ValueError(f"{where}: expected a list, got {type(found).__name__}")
+    return found
+
+
+def _parse_row(cells: Any, capability: tuple[int, int], where: str) -> TunedRow:
+    if not isinstance(cells, Mapping):
+        raise ValueError(f"{where}: expected an object, got {type(cells).__name__}")
     unknown = set(cells) - {*_KEY_FIELDS, *_TILE_FIELDS, "us", "min_m"}
     missing = {*_KEY_FIELDS, "us"} - set(cells)
     if unknown or missing:
@@ -183,7 +219,7 @@ def _parse_row(cells: Mapping[str, Any], device: str, where: str) -> TunedRow:
     sizes["min_m"] = cells.get("min_m", 1)
     row = TunedRow(weight_type, kernel=kernel, tile=tile, us=cells["us"], **sizes)
     _check_row(row, sizes, where)
-    _check_tile(row, device, where)
+    _check_tile(row, capability, where)
     return row
 
 
@@ -201,7 +237,7 @@ def _check_row(row: TunedRow, sizes: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: {row.kernel} {'without' if not row.tile else 'with'} a tile")
 
 
-def _check_tile(row: TunedRow, device: str, where: str) -> None:
+def _check_tile(row: TunedRow, capability: tuple[int, int], where: str) -> None:
     if row.tile is None:
         return
     if not divides(row.tile, row.n):
@@ -216,7 +252,7 @@ def _check_tile(row: TunedRow, device: str, where: str) -> None:
         )
     if row.tile.split_k > 1 and row.max_m >= OPEN_END:
         raise ValueError(f"{where}: split_k of a row for any number of tokens from {OPEN_END} on")
-    if row.tile.x_descriptor and (row.step < 16 or device_by_name(device).capability < (9, 0)):
+    if row.tile.x_descriptor and (row.step < 16 or capability < (9, 0)):
         raise ValueError(f"{where}: x_descriptor needs sm_90 or newer and groups of whole 16 rows")
 
 

@@ -1,4 +1,4 @@
-"""Measured launches: which row of `tuned/<device>.json` serves a problem.
+"""Measured launches: which row of a user's file or of `tuned/<device>.json` serves a problem.
 
 `tuned_file.py` has the format. `heuristics.select` asks here before its rules; nothing is measured
 while serving.
@@ -6,10 +6,12 @@ while serving.
 
 import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib import metadata
 from math import log2
 from pathlib import Path
 
+from fusedq_kernels.choose.own_rows import OwnRows, own_rows
 from fusedq_kernels.choose.tuned_file import (
     MAX_DECODE_M,
     NEAREST_FACTOR,
@@ -17,28 +19,64 @@ from fusedq_kernels.choose.tuned_file import (
     TunedRow,
     TunedTable,
     divides,
+    minor,
     read,
     write,
 )
 from fusedq_kernels.geometry import group_geometry
 from fusedq_kernels.types import DeviceSpec, GemmShape, Launch, QuantSpec
 
-__all__ = ["FOLDER", "MAX_DECODE_M", "TunedRow", "TunedTable", "find", "read", "table_for", "write"]
+__all__ = [
+    "FOLDER",
+    "MAX_DECODE_M",
+    "OPEN_END",
+    "TunedRow",
+    "TunedTable",
+    "divides",
+    "find",
+    "forget",
+    "packaged",
+    "read",
+    "table_for",
+    "triton_version",
+    "unused_files",
+    "write",
+]
 
 FOLDER = Path(__file__).parent / "tuned"
 
 
 def table_for(device: DeviceSpec) -> TunedTable | None:
-    """The packaged table of this device for the installed Triton; None if there is none.
+    """The table of this device for the installed Triton, the user's own before the packaged one;
+    None if there is neither.
 
-    Where no Triton is installed, as on a machine that only plans, the newest one.
+    Raises ValueError for a packaged file that breaks the format.
+    """
+    own, found = _own(device).table, packaged(device)
+    return found if own is None else replace(own, beside=found)
+
+
+def packaged(device: DeviceSpec) -> TunedTable | None:
+    """The packaged table; where no Triton is installed, as on a machine that plans, the newest.
+
     Raises ValueError for a file that breaks the format.
     """
     tables = _packaged(device.name)
-    version = _triton_version()
+    version = triton_version()
     if version is not None:
-        tables = tuple(t for t in tables if _minor(t.triton) == _minor(version))
-    return max(tables, key=lambda table: _minor(table.triton), default=None)
+        tables = tuple(t for t in tables if minor(t.triton) == minor(version))
+    return max(tables, key=lambda table: minor(table.triton), default=None)
+
+
+def unused_files(device: DeviceSpec) -> tuple[str, ...]:
+    """Which files of the user's own rows do not serve here, and why."""
+    return _own(device).unused if device.kind == "cuda" else ()
+
+
+def forget() -> None:
+    """Read the files anew when they are asked for again."""
+    _packaged.cache_clear()
+    _own.cache_clear()
 
 
 def find(
@@ -48,7 +86,7 @@ def find(
 
     The shape is chosen first, from weight type, group step, N and K alone, then its row by M;
     `Launch.source` names the row, and its shape where it is another. How often K is split fits one
-    shape alone, so another one gets no such row.
+    shape alone, so another one gets no such row. The user's own rows serve their shapes alone.
     Rows of kernels other than `kernels` do not count; of two for one `max_m` the faster serves.
     """
     step = group_geometry(shape.k, spec.group_size, 0).step
@@ -61,6 +99,7 @@ def find(
         (_distance(key, (shape.n, shape.k)), key): rows
         for key, rows in shapes.items()
         if all(divides(row.tile, shape.n) for _, row in rows)
+        and (not table.yours or key == (shape.n, shape.k))
     }
     if not near:
         return None
@@ -77,7 +116,7 @@ def find(
     *_, number, row = min(fitting, key=lambda entry: entry[:3])
     if distance and row.tile is not None and row.tile.split_k > 1:
         return None
-    source = f"tuned:{table.device} row {number}"
+    source = table.source(number)
     if distance:
         source += f", nearest shape {key[0]}x{key[1]}"
     return Launch(row.kernel, row.tile, source)
@@ -94,12 +133,14 @@ def _packaged(device: str) -> tuple[TunedTable, ...]:
 
 
 @functools.cache
-def _triton_version() -> str | None:
+def _own(device: DeviceSpec) -> OwnRows:
+    return own_rows(device, triton_version())
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """The installed Triton's, None without one."""
     try:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:
         return None
-
-
-def _minor(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusedq_kernels.native.isa import Isa, of_this_architecture, this_isa
+from fusedq_kernels.user_cache import user_cache
 
 SOURCES = Path(__file__).parent
 _IN_PACKAGE = SOURCES / "built"
@@ -60,7 +61,7 @@ def library(isa: Isa) -> Path:
     """
     if (found := _found(isa)) is not None:
         return found
-    folder = _user_cache()
+    folder = user_cache("cpu")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -105,7 +106,7 @@ def compile_into(folder: Path, isa: Isa) -> Path:
 
 
 def _found(isa: Isa) -> Path | None:
-    places = (folder / _name(isa) for folder in (_IN_PACKAGE, _user_cache()))
+    places = (folder / _name(isa) for folder in (_IN_PACKAGE, user_cache("cpu")))
     return next((path for path in places if path.is_file()), None)
 
 
@@ -123,11 +124,6 @@ def _key(isa: Isa) -> str:
     for source in sorted((*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp"))):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _user_cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "vllm-fusedq" / "cpu"
 
 
 def _torch_folder() -> Path:

@@ -92,14 +92,14 @@ def test_a_measured_row_is_audited(tmp_path, monkeypatch) -> None:
     table = {"triton": version("triton"), "date": "2026-01-31", "commit": "0", "rows": [row]}
     (tmp_path / "h200.json").write_text(json.dumps({"device": "h200", "tables": [table]}))
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    tuning._packaged.cache_clear()
+    tuning.forget()
     try:
         found = {each.key() for each in variants.launchable(device_by_name("sm_90"))}
         spec = QuantSpec(WeightType.NF4, 64, torch.bfloat16)
         shape = GemmShape(8, 4096, 4096)
         launch = heuristics.select(shape, spec, device_by_name("h200"))
     finally:
-        tuning._packaged.cache_clear()
+        tuning.forget()
     assert launch.source.startswith("tuned:h200")
     args = (spec, 4096, 0, torch.bfloat16, False)
     assert variants.standing_for(launch.tile, *args).key() in found

@@ -106,13 +106,13 @@ def test_a_table_serves_the_minor_version_of_its_triton(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     read(tmp_path, table_of(*ROWS, triton="3.6.0"), table_of(*ROWS, triton="3.10.1"))
     for installed, expected in (("3.10.0", "3.10.1"), ("3.6.2", "3.6.0"), (None, "3.10.1")):
-        tuning._packaged.cache_clear()
-        monkeypatch.setattr(tuning, "_triton_version", lambda installed=installed: installed)
+        tuning.forget()
+        monkeypatch.setattr(tuning, "triton_version", lambda installed=installed: installed)
         assert tuning.table_for(H200).triton == expected
-    monkeypatch.setattr(tuning, "_triton_version", lambda: "3.9.0")
+    monkeypatch.setattr(tuning, "triton_version", lambda: "3.9.0")
     assert tuning.table_for(H200) is None
     assert tuning.table_for(device_by_name("a100")) is None
-    tuning._packaged.cache_clear()
+    tuning.forget()
 
 
 def test_packaged_files_keep_the_format():
@@ -249,7 +249,7 @@ def test_a_file_belongs_to_one_device(tmp_path):
     [(6144, 4096, 1025), (4096, 4096, 1025), (28672, 4096, 1025), (4096, 14336, 4097)],
 )
 def test_an_h200_slices_prefill_as_measured_unless_forbidden(monkeypatch, n, k, first):
-    monkeypatch.setattr(tuning, "_triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(tuning, "triton_version", lambda: "3.6.0")
     declared = declared_launch(n, k, SPEC, H200)
     assert (declared.min_tokens, declared.launch.kernel) == (first, "sliced-cublas")
 
@@ -262,5 +262,5 @@ def test_an_h200_slices_prefill_as_measured_unless_forbidden(monkeypatch, n, k, 
         assert kernel(m, sliced_prefill=True, batch_invariant=True) == "triton-gemm"
     assert kernel(first - 1, sliced_prefill=True) == "triton-gemm"
     assert declared_launch(n, k, SPEC, device_by_name("h100")) is None
-    monkeypatch.setattr(tuning, "_triton_version", lambda: "3.9.0")
+    monkeypatch.setattr(tuning, "triton_version", lambda: "3.9.0")
     assert declared_launch(n, k, SPEC, H200) is None

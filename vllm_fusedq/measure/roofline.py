@@ -8,6 +8,7 @@ caches other than L2 are left out.
 from dataclasses import dataclass
 
 from fusedq_kernels.choose.boards import BOARDS
+from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, group_geometry, round_up
 from fusedq_kernels.layouts.resident import resident_tensors, scale_words
@@ -126,6 +127,21 @@ def rates_for(device: DeviceSpec) -> Rates | None:
         tensor=_TENSOR_EFFICIENCY * tensor,
         clock=clock,
     )
+
+
+def likely_rates(device: DeviceSpec) -> Rates:
+    """Those of the known device that is most like a GPU: enough to order tiles by."""
+
+    def difference(name: str) -> tuple[int, int]:
+        known = device_by_name(name)
+        (major, minor), (other, other_minor) = device.capability, known.capability
+        generation = abs(10 * (major - other) + minor - other_minor)
+        return generation, abs(device.num_sms - known.num_sms)
+
+    nearest = min(_DATASHEETS, key=difference)
+    found = rates_for(device) or rates_for(device_by_name(nearest))
+    assert found is not None, "every device of the table has rates"
+    return found
 
 
 def packed_bytes(n: int, k: int, spec: QuantSpec) -> int:

@@ -1,7 +1,7 @@
 """Launches worth measuring for a problem, and the tuned rows that measurements add up to."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from fusedq_kernels.choose import tuning
@@ -14,13 +14,14 @@ from fusedq_kernels.types import (
     TileConfig,
     WeightType,
 )
-from gemmbench.roofline import Rates, roofline
+from vllm_fusedq.measure.roofline import Rates, roofline
 
 # Rows are measured at the largest number of tokens that they serve.
 DECODE_BUCKETS = (8, 16, 32, 64)
 PREFILL_BUCKETS = (128, 512, 2048, 8192)
 # From here on slices through cuBLAS are measured beside the tiles.
 MIN_SLICED_M = 512
+AUDITED_STAGES, NEAR_STAGES = (0,), (-1, 0, 1)
 TILE_FIELDS = tuple(field.name for field in fields(TileConfig))
 
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -40,13 +41,18 @@ class Measurement:
 
 
 def candidates(
-    shape: GemmShape, spec: QuantSpec, device: DeviceSpec, rates: Rates, keep: int
+    shape: GemmShape,
+    spec: QuantSpec,
+    device: DeviceSpec,
+    rates: Rates,
+    keep: int,
+    more_stages: Sequence[int] = AUDITED_STAGES,
 ) -> list[TileConfig]:
     """The `keep` tiles with the shortest predicted times, what the rules choose before all others.
 
-    The tiles are those of the rules, which are known to compile without spills, with a stage more
-    or less and every sensible split of K. Of twice and half the splits that the rules choose at
-    least one tile stays.
+    The tiles are those of the rules, which are known to compile without spills, with so many stages
+    more or less and every sensible split of K. Of twice and half the splits that the rules choose
+    at least one tile stays. The audit covers the rules' own stages and every split.
     """
     chosen = select(shape, spec, device, table_for=lambda _: None).tile
     assert chosen is not None
@@ -56,7 +62,7 @@ def candidates(
         if not _suits(tile, shape):
             continue
         for split_k in splits_for(shape.k):
-            for stages in (tile.num_stages - 1, tile.num_stages, tile.num_stages + 1):
+            for stages in (tile.num_stages + more for more in more_stages):
                 if 2 <= stages <= _MAX_STAGES:
                     found.add(replace(tile, split_k=split_k, num_stages=stages))
 
