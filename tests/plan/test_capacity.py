@@ -1,5 +1,6 @@
 """The capacity plan against sums done by hand from published sizes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from checkpoints import write_checkpoint
 from fusedq_kernels.choose.device import MEMORY_BYTES, cpu_device, device_by_name
 from published import MODELS, Model, tensors_of, write_headers
 from vllm_fusedq.checkpoint.read import Checkpoint, read_checkpoint
-from vllm_fusedq.plan.advice import memory_problem, warnings_for
+from vllm_fusedq.plan.advice import memory_problem, notes_for, warnings_for
 from vllm_fusedq.plan.capacity import Capacity, Demand, block_count, capacity_of, stage_ranges
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
@@ -128,6 +129,40 @@ def test_unknown_sizes_are_unknown_not_zero(tmp_path: Path) -> None:
     text = render(capacity_table(found, Demand()))
     assert "unknown   KV cache for 1 x unknown tokens" in text
     assert "the device's memory is not known" in text
+
+
+def windowed(path: Path, **settings: object) -> tuple[Checkpoint, Capacity]:
+    write_checkpoint(path, layers=4)
+    checkpoint = read_checkpoint(path)
+    checkpoint.config.update(settings)
+    layers = plan_model(checkpoint, Target(cpu_device(), torch.bfloat16))
+    demand = Demand(max_model_len=256, max_num_batched_tokens=16)
+    return checkpoint, capacity_of(checkpoint, layers, torch.bfloat16, demand, 500_000)
+
+
+def test_layers_of_several_kinds_are_told_apart(tmp_path: Path) -> None:
+    _, found = windowed(tmp_path, model_type="gemma2", sliding_window=33)
+    assert found.kv_layers == {"last 33 tokens": 2, "every token": 2}
+    # 256 tokens in 16 blocks; 32 and twice 16 in flight in 4, and one where the window begins
+    assert found.kv_bytes_per_sequence == (16 + 5) * 16 * found.kv_bytes_per_token
+    text = render(capacity_table(found, Demand()))
+    assert f"{found.kv_bytes_per_sequence} per sequence; layers by what they keep: " in text
+    assert "2 last 33 tokens, 2 every token" in text
+
+
+def test_what_no_rule_is_known_for_is_a_note_and_no_warning(tmp_path: Path) -> None:
+    checkpoint, found = windowed(tmp_path, model_type="new", sliding_window=33)
+    assert found.remains < 0
+    layers = plan_model(checkpoint, Target(cpu_device(), torch.bfloat16))
+
+    def too_small(capacity: Capacity) -> bool:
+        warned = warnings_for(checkpoint, layers, torch.bfloat16, capacity)
+        return any("the KV cache holds" in each.message for each in warned)
+
+    assert not too_small(found)
+    assert too_small(replace(found, unmodelled=()))
+    (note,) = notes_for(checkpoint, found, cpu_device())
+    assert note.message.endswith("not modelled, so no reason to refuse: sliding_window 33")
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_numbers(tmp_path: Path) -> None:

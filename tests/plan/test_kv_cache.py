@@ -219,9 +219,9 @@ def test_check_says_the_scheme_and_counts_its_bytes(tmp_path: Path) -> None:
     line = "fp8 KV cache (--kv-cache-dtype auto, by kv_cache_scheme): k and v scales of 2"
     assert said.count(line) == 1
     # 2 blocks, keys and values, hidden 64, a byte each
-    assert "(fp8, 256 bytes per token)" in said
+    assert "(fp8, 256 bytes per token, " in said
     _, wide = check(tmp_path, "--device", "h200", "--kv-cache-dtype", "bfloat16")
-    assert "(bfloat16, 512 bytes per token)" in wide
+    assert "(bfloat16, 512 bytes per token, " in wide
     code, said = check(tmp_path, "--device", "h200", "--json")
     (result,) = json.loads(said)["results"]
     assert code == 0

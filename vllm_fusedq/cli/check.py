@@ -250,6 +250,7 @@ def _print_refusal(message: str) -> None:
 
 def _print_results(results: list[Result], device: "DeviceSpec", demand: "Demand") -> None:
     from vllm_fusedq.errors import PreflightError
+    from vllm_fusedq.plan.capacity import NOT_COUNTED
     from vllm_fusedq.report.capacity import capacity_table
     from vllm_fusedq.report.table import fitting_plan, summary
 
@@ -262,6 +263,7 @@ def _print_results(results: list[Result], device: "DeviceSpec", demand: "Demand"
         out.print(summary(plan.layers, plan.unquantized), highlight=False)
         if not result.problems:
             out.print(capacity_table(result.capacity, demand))
+            out.print(f"not counted: {NOT_COUNTED}", highlight=False, soft_wrap=True)
         word = "refused (--strict)" if result.strict else "warning"
         for warned in result.warnings:
             out.print(f"{word}: {warned.layer}: {warned.message}", markup=False, highlight=False)

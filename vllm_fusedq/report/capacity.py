@@ -3,7 +3,7 @@
 from rich import box
 from rich.table import Table
 
-from vllm_fusedq.plan.capacity import NOT_COUNTED, Capacity, Demand
+from vllm_fusedq.plan.capacity import Capacity, Demand
 
 
 def capacity_table(capacity: Capacity, demand: Demand) -> Table:
@@ -24,7 +24,6 @@ def capacity_table(capacity: Capacity, demand: Demand) -> Table:
         (capacity.remains, _rest_label(capacity, demand)),
     ):
         table.add_row("unknown" if size is None else f"{size / 1e9:.3f}", what)
-    table.add_row("", f"not counted: {NOT_COUNTED}")
     return table
 
 
