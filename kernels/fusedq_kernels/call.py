@@ -5,7 +5,8 @@ The text is an argument of the operators, so that a traced graph and a profile s
     triton-gemm P4 uint4 g128 phase 64 float16 [4096 x 2048] bfloat16
     cpu-striped P8 uint8b128 g32 phase 0 float32 [512 x 1056] reading 1024 float16 batch-invariant
 
-that is kernel, layout, weight type, group size, phase, scales' dtype, N x K, the number of features
+that is kernel, layout, weight type, group size, phase, scales' dtype ("by rows" where each row has
+a scale of its own beside), N x K, the number of features
 that tokens have where a `perm` makes it another than K, the dtype of activations, and what of the
 `Policy` is not the default.
 """
@@ -30,7 +31,15 @@ from fusedq_kernels.types import (
 if TYPE_CHECKING:
     import torch
 
-SCALE_DTYPES = (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32)
+FLOAT_SCALES = (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32)
+NARROW_SCALES = (DType.FLOAT8_E4M3FN, DType.FLOAT8_E8M0FNU)
+SCALE_DTYPES = (*FLOAT_SCALES, *NARROW_SCALES)
+SCALES_OF = {
+    each: FLOAT_SCALES[:2] if each.has_zero_points else FLOAT_SCALES for each in WeightType
+}
+# NVFP4, whose rows are scaled too, and MXFP4
+SCALES_OF[WeightType.FLOAT4_E2M1F] = NARROW_SCALES
+"""The dtypes of scales that a plan takes beside weights of each type."""
 ACT_DTYPES = (DType.FLOAT16, DType.BFLOAT16)
 
 # So many rows of gate, then as many of up, and so on: both of a pair lie in one thread of a tensor
@@ -43,7 +52,8 @@ _EXPERTS_TEXT = re.compile(
 )
 _TEXT = re.compile(
     r"(?P<kernel>\S+) (?P<layout>\S+) (?P<weight_type>\S+) g(?P<group_size>\d+)"
-    r" phase (?P<phase>\d+) (?P<scale_dtype>\S+) \[(?P<n>\d+) x (?P<k>\d+)\]"
+    r" phase (?P<phase>\d+) (?P<scale_dtype>\S+)(?P<row_scaled> by rows)?"
+    r" \[(?P<n>\d+) x (?P<k>\d+)\]"
     r"(?: reading (?P<in_features>\d+))? (?P<dtype>\S+)"
     r"(?P<invariant> batch-invariant)?(?P<unsliced> unsliced)?"
 )
@@ -91,7 +101,8 @@ class Call:
         spec = self.spec
         words = [
             f"{self.kernel} {self.layout.value} {spec.weight_type.value} g{spec.group_size}",
-            f"phase {self.phase} {spec.scale_dtype} [{self.n} x {self.k}]",
+            f"phase {self.phase} {spec.scale_dtype}{' by rows' if spec.row_scaled else ''}",
+            f"[{self.n} x {self.k}]",
         ]
         if self.in_features != self.k:
             words.append(f"reading {self.in_features}")
@@ -113,7 +124,10 @@ class Call:
         return cls(
             kernel=word["kernel"],
             layout=Layout(word["layout"]),
-            spec=QuantSpec(weight_type, int(word["group_size"]), scale_dtype),
+            spec=QuantSpec(
+                *(weight_type, int(word["group_size"]), scale_dtype),
+                row_scaled=word["row_scaled"] is not None,
+            ),
             n=int(word["n"]),
             k=int(word["k"]),
             phase=int(word["phase"]),

@@ -20,6 +20,7 @@ class DType(StrEnum):
     INT64 = "int64"
     FLOAT8_E4M3FN = "float8_e4m3fn"
     FLOAT8_E5M2 = "float8_e5m2"
+    FLOAT8_E8M0FNU = "float8_e8m0fnu"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
@@ -52,6 +53,7 @@ _ITEMSIZE = {
     DType.INT64: 8,
     DType.FLOAT8_E4M3FN: 1,
     DType.FLOAT8_E5M2: 1,
+    DType.FLOAT8_E8M0FNU: 1,
     DType.FLOAT16: 2,
     DType.BFLOAT16: 2,
     DType.FLOAT32: 4,

@@ -17,8 +17,13 @@ def dequantize(logical: LogicalWeight, act_dtype: torch.dtype = torch.float32) -
     """`(code - zero) * scale` as fp32 `[N, K]`, rows of K as stored; exact for 16-bit scales.
 
     A codebook's values are rounded to `act_dtype` before scaling, as every kernel does; integers
-    need no rounding.
+    need no rounding. A row's own scale multiplies last, and rounds to fp32.
     """
+    weight = _by_groups(logical, act_dtype)
+    return weight if logical.row_scales is None else weight * logical.row_scales[:, None]
+
+
+def _by_groups(logical: LogicalWeight, act_dtype: torch.dtype) -> torch.Tensor:
     spec = logical.spec
     features = torch.arange(logical.codes.shape[1], device=logical.codes.device)
     groups = (features + logical.phase) // spec.group_size

@@ -23,17 +23,24 @@ class Problem:
 
 
 def random_logical(n: int, k: int, spec: QuantSpec, phase: int = 0, seed: int = 0) -> LogicalWeight:
-    """Uniform codes (but NaN) and zero points, scales around 0.01 that differ in every group."""
+    """Uniform codes (but NaN) and zero points, scales around 0.01 that differ in every group.
+
+    8-bit scales cover six octaves; scales of rows lie around 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     grouped = (n, count_groups(k, spec.group_size, phase))
     bound = 1 << spec.weight_type.bits
     codes = torch.randint(0, bound, (n, k), generator=generator, dtype=torch.uint8)
     codes = without_nan(codes, spec.weight_type)
     scales = (torch.rand(grouped, generator=generator) + 0.5) * 0.01
+    if spec.scale_dtype.itemsize == 1:
+        scales = torch.rand(grouped, generator=generator).mul_(6).sub_(9).exp2_()
     zeros = None
     if spec.has_zero_points:
         zeros = torch.randint(0, bound, grouped, generator=generator, dtype=torch.uint8)
-    return LogicalWeight(codes, scales.to(spec.scale_dtype.torch), zeros, spec, phase)
+    row_scales = torch.rand(n, generator=generator).add_(0.5) if spec.row_scaled else None
+    scales = scales.to(spec.scale_dtype.torch)
+    return LogicalWeight(codes, scales, zeros, spec, phase, row_scales=row_scales)
 
 
 def without_nan(codes: torch.Tensor, weight_type: WeightType) -> torch.Tensor:

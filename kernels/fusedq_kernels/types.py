@@ -21,8 +21,8 @@ class WeightType(Enum):
     `value` is the name, `encoding` what it means. `uint4` and `uint8` are unsigned codes with an
     explicit zero point per group, `uint4b8` and `uint8b128` unsigned codes with the constant zero
     points 8 and 128: a signed integer is stored as the code that lies its zero point higher. The
-    codes of `nf4` and `fp4` number the entries of a codebook, those of `float8_e4m3fn` are numbers
-    themselves; neither have a zero point.
+    codes of `nf4` and `fp4` number the entries of a codebook, those of `float8_e4m3fn` and
+    `float4_e2m1f` are numbers themselves; neither have a zero point.
     """
 
     UINT4 = "uint4", Codes(4, zero=STORED)
@@ -32,6 +32,7 @@ class WeightType(Enum):
     NF4 = "nf4", Codebook(4, NF4_VALUES)
     FP4 = "fp4", Codebook(4, FP4_VALUES)
     FLOAT8_E4M3FN = "float8_e4m3fn", Floats(4, 3, nan=True)
+    FLOAT4_E2M1F = "float4_e2m1f", Floats(2, 1, nan=False)
 
     encoding: Codes | Codebook | Floats
 
@@ -89,6 +90,7 @@ TILED_LAYOUTS = {
     WeightType.NF4: Layout.PL4,
     WeightType.FP4: Layout.PL4,
     WeightType.FLOAT8_E4M3FN: Layout.P8,
+    WeightType.FLOAT4_E2M1F: Layout.P4,
 }
 """The tiled layout of each weight type, which the Triton and the striped CPU kernel read."""
 
@@ -107,12 +109,14 @@ class QuantSpec:
 
     `group_size` counts input features per scale and is resolved: a per-channel scheme has
     `group_size == in_features` of the unsharded layer, never -1. A torch dtype may be given as
-    `scale_dtype` and is kept by name.
+    `scale_dtype` and is kept by name. Where `row_scaled`, an fp32 scale of each row multiplies all
+    of its groups' scales (NVFP4's global scale).
     """
 
     weight_type: WeightType
     group_size: int
     scale_dtype: DType
+    row_scaled: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale_dtype", DType.of(self.scale_dtype))
@@ -210,8 +214,9 @@ class LogicalWeight:
     """A format-independent quantized weight, as one rank holds it.
 
     `codes` uint8 `[N, K]`; `scales` `[N, G]` in `spec.scale_dtype`; `zeros` uint8 `[N, G]` (the
-    value subtracted from a code) or None. Row k belongs to group `(k + phase) // group_size`, so
-    `G == ceil((K + phase) / group_size)`: a shard may begin and end inside a group.
+    value subtracted from a code) or None; `row_scales` fp32 `[N]` or None. Row k belongs to group
+    `(k + phase) // group_size`, so `G == ceil((K + phase) / group_size)`: a shard may begin and end
+    inside a group.
 
     With `perm`, int32 `[K]`, row k reads input feature `perm[k]` (activation reordering); a row of
     padding reads any feature and its code is worth zero. Without it row k reads feature k.
@@ -225,6 +230,7 @@ class LogicalWeight:
     phase: int = 0
     perm: "torch.Tensor | None" = None
     in_features: int = 0
+    row_scales: "torch.Tensor | None" = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "in_features", self.in_features or self.codes.shape[1])

@@ -17,6 +17,7 @@ FACTS = {
     "nf4": (4, None, False),
     "fp4": (4, None, False),
     "float8_e4m3fn": (8, None, False),
+    "float4_e2m1f": (4, None, False),
 }
 
 
@@ -65,3 +66,10 @@ def test_floats_are_those_of_torch():
         assert torch.equal(found[numbers].signbit(), values[numbers].signbit())
     assert WeightType.FLOAT8_E4M3FN.nan_codes == (0x7F, 0xFF)
     assert not WeightType.NF4.nan_codes
+
+
+def test_e2m1_is_that_of_the_ocp():
+    """Table 5 of the OCP's Microscaling Formats, version 1.0."""
+    sizes = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    assert WeightType.FLOAT4_E2M1F.codebook == (*sizes, *(-size for size in sizes))
+    assert not WeightType.FLOAT4_E2M1F.nan_codes

@@ -46,6 +46,9 @@ class Ptx:
     def xor_b32(self, a, b):
         return a ^ b
 
+    def mul_lo_u32(self, a, b):
+        return (a & MASK) * b
+
     def shl_b32(self, a, count):
         return a << count
 

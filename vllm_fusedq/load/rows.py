@@ -7,6 +7,8 @@ import torch
 from fusedq_kernels.layouts.stacked import alternate
 from fusedq_kernels.types import LogicalWeight
 
+_BY_ROWS = ("codes", "scales", "zeros", "row_scales")
+
 
 def stack(pieces: list[LogicalWeight]) -> LogicalWeight:
     """One below the other."""
@@ -22,28 +24,27 @@ def stack(pieces: list[LogicalWeight]) -> LogicalWeight:
         phase=first.phase,
         perm=first.perm,
         in_features=first.in_features,
+        row_scales=None if first.row_scales is None else torch.cat([p.row_scales for p in pieces]),
     )
 
 
 def alternated(gate: LogicalWeight, up: LogicalWeight) -> LogicalWeight:
     """By turns, as `stacked.alternate` has them."""
-    codes, scales, zeros = (
-        None if one is None else alternate(one, other)
-        for one, other in (
-            (gate.codes, up.codes),
-            (gate.scales, up.scales),
-            (gate.zeros, up.zeros),
-        )
-    )
-    return replace(gate, codes=codes, scales=scales, zeros=zeros)
+    alternating = {
+        name: alternate(one, getattr(up, name))
+        for name in _BY_ROWS
+        if (one := getattr(gate, name)) is not None
+    }
+    return replace(gate, **alternating)
 
 
 def padded(weight: LogicalWeight, rows: int) -> LogicalWeight:
     """`weight` with rows behind it whose every scale is zero."""
     if not rows:
         return weight
-    codes, scales, zeros = (
-        None if each is None else torch.cat([each, each.new_zeros(rows, each.shape[1])])
-        for each in (weight.codes, weight.scales, weight.zeros)
-    )
-    return replace(weight, codes=codes, scales=scales, zeros=zeros)
+    longer = {
+        name: torch.cat([each, each.new_zeros(rows, *each.shape[1:])])
+        for name in _BY_ROWS
+        if (each := getattr(weight, name)) is not None
+    }
+    return replace(weight, **longer)

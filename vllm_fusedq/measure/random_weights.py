@@ -17,11 +17,15 @@ def random_weight(
     options = {"generator": generator, "device": device, "dtype": torch.uint8}
     codes = without_nan(torch.randint(0, bound, (n, k), **options), spec.weight_type)
     scales = torch.rand(grouped, generator=generator, device=device).add_(0.5).mul_(0.01)
+    row_scales = None
+    if spec.row_scaled:
+        row_scales = torch.rand(n, generator=generator, device=device).add_(0.5)
     zeros = None
     if spec.has_zero_points:
         # Zero points lie near the middle in checkpoints; 1 and above, as GPTQ v1 can store.
         zeros = torch.randint(bound // 4, 3 * bound // 4, grouped, **options)
-    return LogicalWeight(codes, scales.to(spec.scale_dtype.torch), zeros, spec, phase)
+    scales = scales.to(spec.scale_dtype.torch)
+    return LogicalWeight(codes, scales, zeros, spec, phase, row_scales=row_scales)
 
 
 def random_tokens(

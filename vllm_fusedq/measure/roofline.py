@@ -73,6 +73,7 @@ _DECODE_INSTRUCTIONS = {
     WeightType.NF4: 3.45,
     WeightType.FP4: 3.05,
     WeightType.FLOAT8_E4M3FN: 3.50,
+    WeightType.FLOAT4_E2M1F: 2.40,
 }
 
 

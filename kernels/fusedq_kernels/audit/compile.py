@@ -30,7 +30,10 @@ from fusedq_kernels.types import DeviceSpec, QuantSpec
 # In-features of an audited weight: groups of this size or more are one group per channel.
 AUDIT_K = 1 << 16
 TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-_SCALE_NAMES = {DType.FLOAT16: "fp16", DType.BFLOAT16: "bf16", DType.FLOAT32: "fp32"}
+_SCALE_NAMES = {
+    **{DType.FLOAT16: "fp16", DType.BFLOAT16: "bf16", DType.FLOAT32: "fp32"},
+    **{DType.FLOAT8_E4M3FN: "e4m3", DType.FLOAT8_E8M0FNU: "e8m0"},
+}
 
 _SCALE_WORDS = {DType.INT32: "i32", DType.FLOAT32: "fp32"}
 _ALIGNED = [["tt.divisibility", gemm.ALIGNMENT]]

@@ -20,6 +20,7 @@ import torch
 
 from fusedq_kernels.audit.compile import AUDIT_K, audited_groups
 from fusedq_kernels.audit.fused import Variant
+from fusedq_kernels.call import SCALES_OF
 from fusedq_kernels.catalogue import TRITON_GEMM, refusals
 from fusedq_kernels.choose import tuning
 from fusedq_kernels.choose.device import KNOWN_DEVICES
@@ -38,7 +39,6 @@ from fusedq_kernels.types import (
 
 STEPS = (8, 16, 32, 64, 128)
 COUNTS = (1, 2, 16)
-_SCALE_DTYPES = (DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32)
 
 
 def group_sizes() -> tuple[int, ...]:
@@ -67,8 +67,9 @@ def specs(device: DeviceSpec) -> Iterator[QuantSpec]:
     """Every scheme that runs there, with groups of each kind."""
     for weight_type in WeightType:
         for group_size in group_sizes():
-            for scale_dtype in _SCALE_DTYPES:
-                spec = QuantSpec(weight_type, group_size, scale_dtype)
+            for scale_dtype in SCALES_OF[weight_type]:
+                by_rows = scale_dtype is DType.FLOAT8_E4M3FN
+                spec = QuantSpec(weight_type, group_size, scale_dtype, by_rows)
                 if not refusals(TRITON_GEMM, 128, AUDIT_K, spec, 0):
                     yield spec
 

@@ -6,7 +6,7 @@ names those of its own.
 
 from __future__ import annotations
 
-from fusedq_kernels.call import ACT_DTYPES, SCALE_DTYPES
+from fusedq_kernels.call import ACT_DTYPES, FLOAT_SCALES, SCALES_OF
 from fusedq_kernels.choose.boards import HIP_ARCHES
 from fusedq_kernels.choose.device import MIN_CAPABILITY
 from fusedq_kernels.dtype import DType
@@ -45,7 +45,7 @@ def of_device(device: DeviceSpec, act_dtype: DType) -> tuple[Reason, ...]:
     return tuple(reasons)
 
 
-def of_scales(spec: QuantSpec, supported: tuple[DType, ...] = SCALE_DTYPES) -> tuple[Reason, ...]:
+def of_scales(spec: QuantSpec, supported: tuple[DType, ...] = FLOAT_SCALES) -> tuple[Reason, ...]:
     """Against scales in another dtype than those that are `supported`."""
     if spec.scale_dtype in supported:
         return ()
@@ -56,7 +56,7 @@ def of_scales(spec: QuantSpec, supported: tuple[DType, ...] = SCALE_DTYPES) -> t
 
 def of_tiled_scales(spec: QuantSpec) -> tuple[Reason, ...]:
     """A tiled layout keeps scale and zero point in one 32-bit word."""
-    return of_scales(spec, SCALE_DTYPES[:2] if spec.has_zero_points else SCALE_DTYPES)
+    return of_scales(spec, SCALES_OF[spec.weight_type])
 
 
 def of_tensor_core_groups(k: int, spec: QuantSpec, phase: int) -> tuple[Reason, ...]:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from fusedq_kernels.types import PackedWeight
 
 # `Codes` and `ScaleKind` of ../native/.
-_INT4, _INT4_ZEROS, _CODEBOOK4, _INT8, _FLOAT_E4M3 = range(5)
-_FLOATS_OF = {WeightType.FLOAT8_E4M3FN: _FLOAT_E4M3}
+_INT4, _INT4_ZEROS, _CODEBOOK4, _INT8, _FLOAT_E4M3, _FLOAT_E2M1 = range(6)
+_FLOATS_OF = {WeightType.FLOAT8_E4M3FN: _FLOAT_E4M3, WeightType.FLOAT4_E2M1F: _FLOAT_E2M1}
 _FLOATS, _PAIRS, _BESIDE_ZEROS = range(3)
 
 # Of a thread: sums, a panel of decoded weights, the tokens beside it, scales of a block.
@@ -150,6 +150,7 @@ def arguments(
     numbers = [
         *(codes, weight_type.bias or 0, k, spec.group_size, geometry.step, geometry.pad),
         *(geometry.offset, geometry.num_groups - 1, kind, int(half)),
+        words.vectors if spec.row_scaled else -1,
     ]
     # Entries are what the activations' dtype makes of them, on every kernel
     entries = torch.tensor(table, dtype=torch.float64)

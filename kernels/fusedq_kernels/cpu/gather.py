@@ -60,6 +60,11 @@ def prepare(call: Call, tile: None = None) -> Callable[..., None]:
 
 def _values(rows: LogicalWeight, dtype: torch.dtype) -> torch.Tensor:
     """fp32 `[M, K]`; the entries of a codebook are rounded to `dtype` first."""
+    values = _by_groups(rows, dtype)
+    return values if rows.row_scales is None else values.mul_(rows.row_scales[:, None])
+
+
+def _by_groups(rows: LogicalWeight, dtype: torch.dtype) -> torch.Tensor:
     spec, k = rows.spec, rows.codes.shape[1]
     repeats = min(spec.group_size, k)
     scales, zeros = (

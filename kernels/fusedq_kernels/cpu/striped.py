@@ -43,6 +43,7 @@ def prepare(call: Call, tile: None = None) -> Callable[..., None]:
 
     A result is summed in fp32 and rounded once.
     """
+    from fusedq_kernels.layouts.scales import of_rows
     from fusedq_kernels.layouts.tiled import TILED
 
     codec, weight_type = TILED[call.layout], call.spec.weight_type
@@ -80,6 +81,8 @@ def prepare(call: Call, tile: None = None) -> Callable[..., None]:
                 weight.sub_(weight_type.bias if offsets is None else offsets[:, groups, None])
             weight.mul_(factors.to(torch.float32)[:, groups, None])
             part = tokens @ weight.flatten(1)[:, features].t()
+            if (rows := of_rows(packed)) is not None:
+                part *= rows[start:stop]
             if bias is not None:
                 part += bias[start:stop]
             out[:, start:stop] = part

@@ -16,8 +16,8 @@ from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, of_step
 from fusedq_kernels.cuda.gemm import FP_FUSION, weight_constants
 from fusedq_kernels.cuda.hooks import named_for_hooks
 from fusedq_kernels.cuda.launcher import Launcher
-from fusedq_kernels.cuda.metadata import row_metadata, scale_of, vector_of
-from fusedq_kernels.cuda.rounding import scaled
+from fusedq_kernels.cuda.metadata import num_vectors, row_metadata, row_scales, scale_of, vector_of
+from fusedq_kernels.cuda.rounding import scaled, scaled_by_rows
 from fusedq_kernels.geometry import BLOCK_N, GroupGeometry, group_geometry, round_up
 from fusedq_kernels.types import QuantSpec
 
@@ -44,6 +44,7 @@ def gather_kernel(
     SCALE_DTYPE: tl.constexpr,
     VECTOR: tl.constexpr,
     PAIRED: tl.constexpr,
+    TAIL: tl.constexpr,
     WORDS: tl.constexpr,
     STEP: tl.constexpr,
     STEPS_PER_GROUP: tl.constexpr,
@@ -70,13 +71,20 @@ def gather_kernel(
     first = (block.to(tl.int64) * n_padded + rows) * WORDS
     words = tl.load(qweight_ptr + first[:, None] + tl.arange(0, WORDS)[None, :])
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * K
+    if TAIL > 0:
+        behind = num_vectors(tl.num_programs(1), last_group, STEPS, VECTOR)
+        of_row = row_scales(scales_ptr, behind, rows, n_padded, known, VECTOR, PAIRED)
     for sub in tl.static_range(STEPS):
         vector = vector_of(block, sub, 0, last_group, STEPS, STEPS_PER_GROUP, VECTOR)
         metadata = row_metadata(
             scales_ptr, vector, rows, n_padded, known, sub % VECTOR, VECTOR, PAIRED
         )
         weight = DECODE(words, metadata, sub // PARTS, ROWS, DTYPE, INTERPRET)
-        values = scaled(weight, scale_of(metadata, SCALE_DTYPE), False, INTERPRET)
+        scale = scale_of(metadata, SCALE_DTYPE)
+        if TAIL > 0:
+            values = scaled_by_rows(weight, scale, of_row, INTERPRET)
+        else:
+            values = scaled(weight, scale, False, INTERPRET)
         columns = block * BLOCK_K + sub // PARTS * ROWS + offs_k
         mask_k = of_step(columns < K, offs_k, sub, STEP)
         if HAS_PERM:

@@ -20,8 +20,8 @@ from fusedq_kernels.cuda.launcher import ALIGNMENT, INTERPRETED, Launcher
 from fusedq_kernels.cuda.routed import UNROUTED, Routed
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, BLOCK_N, GroupGeometry, group_geometry, round_up
-from fusedq_kernels.layouts.resident import TILED_WORDS, scale_words
-from fusedq_kernels.types import TILED_LAYOUTS, QuantSpec, TileConfig
+from fusedq_kernels.layouts.resident import TILED_WORDS, kept_dtype, scale_words
+from fusedq_kernels.types import TILED_LAYOUTS, QuantSpec, TileConfig, WeightType
 
 # What a launch without experts passes for their tables and numbers.
 UNROUTED_ARGUMENTS = dict.fromkeys(("slots_ptr", "experts_ptr", "num_routed", "num_experts"))
@@ -51,11 +51,12 @@ def kernel_constants(
     routed: Routed = UNROUTED,
 ) -> dict[str, object]:
     """The constexpr arguments of `fused_gemm_kernel`; shared by the launchers and the audit."""
+    scale_weights = tile.scale_weights or (scales_exactly(spec, act_dtype) and not tile.scale_steps)
     return weight_constants(spec, groups) | {
-        "SCALE_WEIGHTS": tile.scale_weights,
+        "SCALE_WEIGHTS": scale_weights,
         "SCALE_STEPS": tile.scale_steps,
         "OWN_ROW": tile.scale_steps and tile.block_m >= _MIN_TCGEN05_TOKENS,
-        "NARROW_SCALE": tile.scale_weights and spec.scale_dtype.torch == act_dtype,
+        "NARROW_SCALE": scale_weights and is_narrow(spec.scale_dtype, act_dtype),
         "X_DESCRIPTOR": tile.x_descriptor,
         "HAS_BIAS": has_bias,
         "SPLIT_K": tile.split_k,
@@ -67,14 +68,32 @@ def kernel_constants(
     }
 
 
+def is_narrow(scale_dtype: DType, act_dtype: torch.dtype) -> bool:
+    """Whether every scale of its dtype is a number of the dtype of activations."""
+    if scale_dtype is DType.FLOAT8_E4M3FN:
+        return True
+    return kept_dtype(scale_dtype).torch == act_dtype
+
+
+def scales_exactly(spec: QuantSpec, act_dtype: torch.dtype) -> bool:
+    """Whether a weight times its group's scale is a number of the dtype of activations.
+
+    E2M1 times E4M3 has six significant bits, times a power of two two of them: no partial product
+    needs to be waited for.
+    """
+    narrow = spec.weight_type is WeightType.FLOAT4_E2M1F and spec.scale_dtype.itemsize == 1
+    return narrow and is_narrow(spec.scale_dtype, act_dtype)
+
+
 def weight_constants(spec: QuantSpec, groups: GroupGeometry) -> dict[str, object]:
     """The constexpr arguments of every kernel that reads a tiled weight."""
     words = scale_words(spec, groups)
     return {
         "DECODE": DECODERS[spec.weight_type],
-        "SCALE_DTYPE": _TL_DTYPES[spec.scale_dtype],
+        "SCALE_DTYPE": _TL_DTYPES[kept_dtype(spec.scale_dtype)],
         "VECTOR": words.vector,
         "PAIRED": words.rows == 2,
+        "TAIL": words.tail,
         "WORDS": TILED_WORDS[TILED_LAYOUTS[spec.weight_type]],
         "STEP": groups.step,
         "STEPS_PER_GROUP": spec.group_size // groups.step if groups.num_groups > 1 else 0,

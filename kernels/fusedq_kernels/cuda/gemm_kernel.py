@@ -33,6 +33,7 @@ from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, of_step
 from fusedq_kernels.cuda.hooks import named_for_hooks
 from fusedq_kernels.cuda.metadata import (
     num_vectors,
+    row_scales,
     scale_of,
     stored_scale,
     tile_metadata,
@@ -121,6 +122,7 @@ def fused_gemm_kernel(
     X_DESCRIPTOR: tl.constexpr,
     VECTOR: tl.constexpr,
     PAIRED: tl.constexpr,
+    TAIL: tl.constexpr,
     WORDS: tl.constexpr,
     STEP: tl.constexpr,
     STEPS_PER_GROUP: tl.constexpr,
@@ -143,10 +145,10 @@ def fused_gemm_kernel(
     """One `[BLOCK_M, BLOCK_N]` tile of y over one split of K, or over SEGMENTS of them in order.
 
     Grid: `gemm.launch_grid`. `first_step` is the group phase in units of STEP; STEPS_PER_GROUP is 0
-    when one group spans all of K. `metadata.py` explains VECTOR, PAIRED and OWN_ROW. With SPLIT_K
-    above 1, `partial_ptr` is fp32 `[SPLIT_K, M, N]` and `arrivals_ptr` int32, zero, one per tile.
-    SPLIT_K or SEGMENTS is 1; both cut K every `blocks_per_part` blocks and add the parts in the
-    same order.
+    when one group spans all of K. `metadata.py` explains VECTOR, PAIRED, TAIL and OWN_ROW. With
+    SPLIT_K above 1, `partial_ptr` is fp32 `[SPLIT_K, M, N]` and `arrivals_ptr` int32, zero, one per
+    tile. SPLIT_K or SEGMENTS is 1; both cut K every `blocks_per_part` blocks and add the parts in
+    the same order.
     With X_DESCRIPTOR, `x_ptr` is a tensor descriptor of x in blocks of `[BLOCK_M, STEP]`, which the
     tensor memory accelerator (sm_90 and newer) loads by one instruction; STEP is 16 at least then.
 
@@ -187,7 +189,7 @@ def fused_gemm_kernel(
         if not Y_SORTED:
             rows_y = offs_m
         qweight_ptr += expert * num_blocks * n_padded * WORDS
-        vectors_of_one = num_vectors(num_blocks, last_group, STEPS, VECTOR)
+        vectors_of_one = num_vectors(num_blocks, last_group, STEPS, VECTOR) + TAIL
         scales_ptr += expert * vectors_of_one * (n_padded // 2 if PAIRED else n_padded) * VECTOR
         if HAS_BIAS:
             bias_ptr += expert * N
@@ -267,6 +269,10 @@ def fused_gemm_kernel(
             total += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
     if SCALE_LAST:
         total *= scale_of(metadata, SCALE_DTYPE)[:, None]
+    if TAIL > 0:
+        behind = num_vectors(num_blocks, last_group, STEPS, VECTOR)
+        of_row = row_scales(scales_ptr, behind, offs_n, n_padded, offs_n < N, VECTOR, PAIRED)
+        total *= of_row[:, None]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
         total += bias.to(tl.float32)[:, None]

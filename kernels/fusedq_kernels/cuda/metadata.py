@@ -1,7 +1,8 @@
 """Scales and zero points inside the kernels: which group, which word, which half of it.
 
 A kernel loads whole words: `resident.scale_words` says how many rows of N share one (PAIRED: two)
-and how many groups lie side by side (VECTOR). What a decoder gets is the metadata of one group, 4
+and how many groups lie side by side (VECTOR). Scales of rows lie behind, in TAIL vectors. What a
+decoder gets is the metadata of one group, 4
 bytes a row: an fp32 scale, or a 16-bit scale in the upper half and a zero point, if any, in the
 lower one.
 """
@@ -47,11 +48,20 @@ def num_vectors(
     STEPS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """How many vectors a weight has: `resident.scale_words(..).vectors`."""
+    """How many vectors of groups a weight has: `resident.scale_words(..).vectors`."""
     if VECTOR > 1:
         return num_blocks * (STEPS // VECTOR)
     else:
         return last_group + 1
+
+
+@triton.jit
+def row_scales(
+    scales_ptr, vectors, rows, n_padded, mask, VECTOR: tl.constexpr, PAIRED: tl.constexpr
+):
+    """The fp32 scales of `rows` themselves, which lie behind `vectors` vectors of their groups'."""
+    words = vectors.to(tl.int64) * (n_padded // 2 if PAIRED else n_padded) * VECTOR + rows
+    return tl.load(scales_ptr + words, mask=mask, other=0).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -135,22 +135,45 @@ def _octets(block: _Block, codes: Codes) -> None:
         block.fma(f"${plane}", f"p{plane}", step, nothing)
 
 
-def float8_ptx(floats: Floats, dtype: torch.dtype) -> str:
-    """PTX of 8-bit floats: the planes `$0` and `$1` of a P8 word `$2`. NaN becomes a number."""
-    block, mantissa = _Block(dtype), _MANTISSA[dtype]
-    exponent = 15 - mantissa
-    shift = exponent - floats.exponent
+def float_ptx(floats: Floats, dtype: torch.dtype) -> str:
+    """PTX of floats of 4 or 8 bits: the planes `$0`, `$1` .. of a P4 word `$4` or a P8 word `$2`.
+
+    NaN becomes a number.
+    """
+    block, mantissa, count = _Block(dtype), _MANTISSA[dtype], 16 // floats.bits
+    exponent, word = 15 - mantissa, f"${count}"
+    down = exponent - floats.exponent
+    sizes = ((1 << 15) - (1 << (16 - floats.bits))) >> down
     biases = (1 << (exponent - 1)) - (1 << (floats.exponent - 1))
     lift, nothing = block.pair("lift", 2.0**biases), block.pair("nothing", -0.0)
-    low = block.put("low", "shl.b32", "$2", "8")
-    block.put("p0", "shl.b32", "$2", str(8 - shift))
-    block.put("p1", "shr.u32", "$2", str(shift))
-    for plane, word in enumerate((low, "$2")):
-        p = block.put(f"p{plane}", "and.b32", f"p{plane}", (0x7F00 >> shift) * 0x00010001)
-        block.put(p, "lop3.b32", word, 0x80008000, p, _AND_OR)
-    for plane in range(2):
+    if down >= floats.bits and count == 4:
+        _spread_nibbles(block, down, sizes)
+        count = 0
+    for plane in range(count):
+        up = 16 - floats.bits * (plane + 1)
+        p, sign = f"p{plane}", _shifted(block, "sign", word, up)
+        size = block.put(p, "and.b32", _shifted(block, p, word, up - down), sizes * 0x00010001)
+        block.put(p, "lop3.b32", sign, 0x80008000, size, _AND_OR)
+    for plane in range(16 // floats.bits):
         block.fma(f"${plane}", f"p{plane}", lift, nothing)
     return block.text()
+
+
+def _spread_nibbles(block: _Block, down: int, sizes: int) -> None:
+    """Planes `p0` to `p3`: a multiplication copies a nibble to where its sign and its size go."""
+    block.put("upper", "shr.u32", "$4", "8")
+    for plane in range(4):
+        p, at = f"p{plane}", 4 * (plane % 2)
+        block.put(p, "and.b32", "upper" if plane > 1 else "$4", 0x000F000F << at)
+        block.put(p, "mul.lo.u32", p, (1 << (12 - at)) + (1 << (12 - down - at)))
+        block.put(p, "and.b32", p, (0x8000 | sizes) * 0x00010001)
+
+
+def _shifted(block: _Block, target: str, word: str, up: int) -> str:
+    """`word` by so many bits to the left, or to the right below zero."""
+    if up == 0:
+        return word
+    return block.put(target, "shl.b32" if up > 0 else "shr.u32", word, str(abs(up)))
 
 
 def lookup_ptx(table: Sequence[int]) -> str:

@@ -20,6 +20,13 @@ def to_output(acc, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def scaled_by_rows(weight, scale, of_row, INTERPRET: tl.constexpr):
+    """`weight * scale` times the row's own scale, in fp32, then rounded to `weight`'s dtype."""
+    values = weight.to(tl.float32) * scale[:, None] * of_row[:, None]
+    return to_output(values, weight.dtype, INTERPRET)
+
+
+@triton.jit
 def scaled(weight, scale, NARROW_SCALE: tl.constexpr, INTERPRET: tl.constexpr):
     """`weight * scale`, rounded once to the dtype of `weight`; scale in any float dtype.
 

@@ -20,11 +20,11 @@ import triton.language as tl
 from fusedq_kernels.call import Call
 from fusedq_kernels.choose.slices import slice_rows
 from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, of_step
-from fusedq_kernels.cuda.gemm import FP_FUSION, weight_constants
+from fusedq_kernels.cuda.gemm import FP_FUSION, is_narrow, weight_constants
 from fusedq_kernels.cuda.hooks import named_for_hooks
 from fusedq_kernels.cuda.launcher import Launcher
-from fusedq_kernels.cuda.metadata import row_metadata, scale_of, vector_of
-from fusedq_kernels.cuda.rounding import scaled
+from fusedq_kernels.cuda.metadata import num_vectors, row_metadata, row_scales, scale_of, vector_of
+from fusedq_kernels.cuda.rounding import scaled, scaled_by_rows
 from fusedq_kernels.geometry import BLOCK_N as LAYOUT_BLOCK_N
 from fusedq_kernels.geometry import GroupGeometry, group_geometry, round_up
 from fusedq_kernels.types import PackedWeight, QuantSpec
@@ -50,6 +50,7 @@ def dequantize_slice_kernel(
     SCALE_DTYPE: tl.constexpr,
     VECTOR: tl.constexpr,
     PAIRED: tl.constexpr,
+    TAIL: tl.constexpr,
     NARROW_SCALE: tl.constexpr,
     WORDS: tl.constexpr,
     STEP: tl.constexpr,
@@ -74,13 +75,20 @@ def dequantize_slice_kernel(
     qweight_ptrs = qweight_ptr + offs_words + tl.arange(0, WORDS)[None, :]
     words = tl.load(qweight_ptrs, mask=mask_n[:, None], other=0)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * K + offs_k[None, :]
+    if TAIL > 0:
+        behind = num_vectors(tl.num_programs(0), last_group, STEPS, VECTOR)
+        of_row = row_scales(scales_ptr, behind, offs_n, n_padded, mask_n, VECTOR, PAIRED)
     for sub in tl.static_range(STEPS):
         vector = vector_of(block, sub, first_step, last_group, STEPS, STEPS_PER_GROUP, VECTOR)
         metadata = row_metadata(
             scales_ptr, vector, offs_n, n_padded, mask_n, sub % VECTOR, VECTOR, PAIRED
         )
         weight = DECODE(words, metadata, sub // PARTS, ROWS, DTYPE, INTERPRET)
-        weight = scaled(weight, scale_of(metadata, SCALE_DTYPE), NARROW_SCALE, INTERPRET)
+        scale = scale_of(metadata, SCALE_DTYPE)
+        if TAIL > 0:
+            weight = scaled_by_rows(weight, scale, of_row, INTERPRET)
+        else:
+            weight = scaled(weight, scale, NARROW_SCALE, INTERPRET)
         k = block * BLOCK_K + sub // PARTS * ROWS - pad
         mask_k = of_step((k + offs_k >= 0) & (k + offs_k < K), offs_k, sub, STEP)
         tl.store(out_ptrs + k, weight, mask=mask_n[:, None] & mask_k[None, :])
@@ -91,7 +99,7 @@ def slice_constants(
 ) -> dict[str, object]:
     """The constexpr arguments of `dequantize_slice_kernel`; shared with the audit."""
     return weight_constants(spec, groups) | {
-        "NARROW_SCALE": spec.scale_dtype.torch == act_dtype,
+        "NARROW_SCALE": is_narrow(spec.scale_dtype, act_dtype),
         "BLOCK_N": BLOCK_N,
     }
 

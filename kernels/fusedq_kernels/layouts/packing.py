@@ -18,7 +18,7 @@ from fusedq_kernels.geometry import (
     group_geometry,
     wna16_geometry,
 )
-from fusedq_kernels.layouts import bits, resident, wna16
+from fusedq_kernels.layouts import bits, resident, scales, wna16
 from fusedq_kernels.layouts.tiled import TILED
 from fusedq_kernels.types import Layout, LogicalWeight, PackedWeight, QuantSpec
 
@@ -104,6 +104,8 @@ def pack_rows(packed: PackedWeight, start: int, rows: LogicalWeight) -> None:
     _check_rows(packed, start, rows)
     codec = _CODECS[packed.layout]
     codec.write_groups(packed, start, rows.scales, rows.zeros)
+    if rows.row_scales is not None:
+        scales.of_rows(packed)[start : start + len(rows.row_scales)] = rows.row_scales
     for first, last in stripes(rows.codes.shape[0], packed.k, packed.qweight.device):
         zeros = None if rows.zeros is None else rows.zeros[first:last]
         codes = rows.codes[first:last]
@@ -139,20 +141,23 @@ def unpack_rows(packed: PackedWeight, start: int, stop: int) -> LogicalWeight:
     """Outputs `[start, stop)` of `unpack(packed)`; `start` is a multiple of 32, and so is `stop`
     unless it is `packed.n`."""
     codec = _CODECS[packed.layout]
-    scales, zeros = codec.read_groups(packed, start, stop)
+    factors, zeros = codec.read_groups(packed, start, stop)
+    row_scales = scales.of_rows(packed)
     codes = packed.qweight.new_empty((stop - start, packed.k), dtype=torch.uint8)
     for first, last in stripes(stop - start, packed.k, packed.qweight.device):
         codes[first:last] = codec.read_codes(packed, start + first, start + last)
     return LogicalWeight(
-        codes, scales, zeros, packed.spec, packed.phase, packed.perm, packed.in_features
+        *(codes, factors, zeros, packed.spec, packed.phase, packed.perm, packed.in_features),
+        None if row_scales is None else row_scales[start:stop].clone(),
     )
 
 
 def gather(packed: PackedWeight, rows: torch.Tensor) -> LogicalWeight:
     """Outputs `rows`, int64 `[M]` below `packed.n`, of `unpack(packed)`; reads no other."""
-    codes, scales, zeros = _CODECS[packed.layout].gather(packed, rows)
+    found, row_scales = _CODECS[packed.layout].gather(packed, rows), scales.of_rows(packed)
     return LogicalWeight(
-        codes, scales, zeros, packed.spec, packed.phase, packed.perm, packed.in_features
+        *(*found, packed.spec, packed.phase, packed.perm, packed.in_features),
+        None if row_scales is None else row_scales[rows],
     )
 
 
@@ -197,6 +202,10 @@ def _check_rows(packed: PackedWeight, start: int, rows: LogicalWeight) -> None:
         expected["zeros"] = (grouped, torch.uint8)
     elif rows.zeros is not None:
         raise ValueError(f"{packed.spec.weight_type.value} has no zero points")
+    if packed.spec.row_scaled:
+        expected["row_scales"] = ((count,), torch.float32)
+    elif rows.row_scales is not None:
+        raise ValueError(f"rows of {packed.spec} have no scales of their own")
     for name, (shape, dtype) in expected.items():
         tensor = getattr(rows, name)
         if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:

@@ -32,6 +32,8 @@ WNA16_BLOCK_N = 16
 PERM_DTYPE = DType.INT32
 # A vector of scales is one 16-byte copy at most.
 _MAX_VECTOR = 4
+# 8-bit scales stay in 16 bits, which hold them exactly.
+KEPT_SCALES = {DType.FLOAT8_E4M3FN: DType.BFLOAT16, DType.FLOAT8_E8M0FNU: DType.BFLOAT16}
 
 
 class ResidentTensor(NamedTuple):
@@ -46,19 +48,21 @@ class ResidentTensor(NamedTuple):
 
 
 class ScaleWords(NamedTuple):
-    """How a tiled layout lays out its scales: `[vectors, n_padded // rows, vector]` of `dtype`.
+    """How a tiled layout lays out scales: `[vectors + tail, n_padded // rows, vector]` of `dtype`.
 
     `rows` neighbours of N (rows r and r + 8 of 16) share a word, `vector` neighbouring groups lie
-    side by side: those of a K block, which the kernel then fetches by one copy.
+    side by side: those of a K block, which the kernel then fetches by one copy. Scales of rows are
+    the first n_padded words of the `tail`.
     """
 
     rows: int
     vector: int
     vectors: int
     dtype: DType
+    tail: int = 0
 
     def shape(self, n_padded: int) -> tuple[int, int, int]:
-        return self.vectors, n_padded // self.rows, self.vector
+        return self.vectors + self.tail, n_padded // self.rows, self.vector
 
 
 def scale_words(spec: QuantSpec, groups: GroupGeometry) -> ScaleWords:
@@ -74,7 +78,13 @@ def scale_words(spec: QuantSpec, groups: GroupGeometry) -> ScaleWords:
         # Whole blocks, so that a load beyond the last group reads what nothing multiplies.
         vectors = groups.k_padded // (groups.step * vector)
     dtype = DType.FLOAT32 if spec.scale_dtype is DType.FLOAT32 else DType.INT32
-    return ScaleWords(1 if alone else 2, vector, vectors, dtype)
+    rows = 1 if alone else 2
+    return ScaleWords(rows, vector, vectors, dtype, -(-rows // vector) if spec.row_scaled else 0)
+
+
+def kept_dtype(scale_dtype: DType) -> DType:
+    """The dtype in which a tiled layout keeps scales: the same numbers, in 16 bits at least."""
+    return KEPT_SCALES.get(scale_dtype, scale_dtype)
 
 
 def resident_tensors(
@@ -92,6 +102,8 @@ def resident_tensors(
     """
     if not holds(layout, spec.weight_type):
         raise ValueError(f"layout {layout.value} does not hold {spec.weight_type.value}")
+    if spec.row_scaled and layout not in TILED_WORDS:
+        raise ValueError(f"layout {layout.value} does not hold scales of rows")
     return _SHAPES[layout](layout, n, k, spec, phase, DType.of(act_dtype))
 
 

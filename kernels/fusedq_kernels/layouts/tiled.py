@@ -15,13 +15,15 @@ PL4, 16 words: bits `8j + 4b .. 8j + 4b + 3` of word `[kb, n, w]` hold the code 
 `128 kb + 32 j + 2 w + b` (j < 4, b < 2): pairs are adjacent, so that a byte permute on two bytes
 yields whole pairs of values.
 
-scales, `[vectors, n_padded // rows, vector]` (`resident.scale_words`), words of 32 bits because
-the compiler does not pipeline a narrower load. Group g of row n is in vector `g // vector`, element
-`g % vector`:
+scales, `[vectors + tail, n_padded // rows, vector]` (`resident.scale_words`), words of 32 bits
+because the compiler does not pipeline a narrower load. Group g of row n is in vector `g // vector`,
+element `g % vector`:
   - with stored zero points int32, rows 1: `(16-bit scale << 16) | zero point`;
   - 16-bit scales without: int32, rows 2: word `8u + j` holds rows `16u + j` and, in its upper half,
     `16u + j + 8`, the two rows of 16 that a thread of a tensor core holds;
+  - 8-bit scales: like 16-bit ones, as bf16, which holds them exactly;
   - 32-bit scales: fp32, rows 1.
+Where rows have scales of their own, the first n_padded words of the tail are those, fp32.
 
 `packing.py` is the public side; `bits.py` moves the codes, `scales.py` the scales.
 """

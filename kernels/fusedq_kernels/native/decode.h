@@ -10,7 +10,7 @@
 
 namespace fusedq {
 
-enum class Codes { kInt4, kInt4Zeros, kCodebook4, kInt8, kFloatE4M3 };
+enum class Codes { kInt4, kInt4Zeros, kCodebook4, kInt8, kFloatE4M3, kFloatE2M1 };
 
 constexpr int kBlock = 128;
 constexpr int kRun = 32;
@@ -26,6 +26,13 @@ constexpr int run_at(Codes codes, int set, int plane) { return plane * sets_of(c
 // Whether a group has zero points that were read, rather than the constant of the type.
 constexpr bool reads_zeros(Codes codes) {
   return codes == Codes::kInt4Zeros || codes == Codes::kInt8;
+}
+
+// The number that a code is.
+inline float e2m1(int code) {
+  const int exponent = code >> 1 & 3, mantissa = code & 1;
+  const float size = exponent ? (2 + mantissa) * 0.25f * (1 << exponent) : mantissa * 0.5f;
+  return code & 8 ? -size : size;
 }
 
 // fp32 products: what every machine has, and exact for activations of 16 bits.
@@ -50,7 +57,9 @@ struct Fp32 {
   static Tables tables(Codes codes, const float* codebook) {
     Tables tables;
     for (int i = 0; i < 16; i++)
-      tables.entries[i] = codes == Codes::kCodebook4 ? codebook[i] : i - 8;
+      tables.entries[i] = codes == Codes::kCodebook4   ? codebook[i]
+                          : codes == Codes::kFloatE2M1 ? e2m1(i)
+                                                       : i - 8;
     return tables;
   }
   static Words zero_operand(Codes, Floats zeros) { return (Words)zeros; }
@@ -68,12 +77,12 @@ struct Fp32 {
     } else if constexpr (codes == Codes::kInt4Zeros) {
       return {integer<4>(word, 4 * plane) - zero, integer<4>(word, 4 * plane + 16) - zero};
     } else {
-#if defined(__AVX512F__)
+#if !defined(__AVX512F__)
+      if constexpr (codes == Codes::kInt4)
+        return {integer<4>(word, 4 * plane) - 8.0f, integer<4>(word, 4 * plane + 16) - 8.0f};
+#endif
       return {lookup(tables.entries, (Words)((Bits)word >> 4 * plane)),
               lookup(tables.entries, (Words)((Bits)word >> (4 * plane + 16)))};
-#else
-      return {integer<4>(word, 4 * plane) - 8.0f, integer<4>(word, 4 * plane + 16) - 8.0f};
-#endif
     }
   }
 
@@ -117,6 +126,7 @@ struct Bf16 {
       const float value = codes == Codes::kCodebook4   ? codebook[i & 15]
                           : codes == Codes::kInt4Zeros ? i - 16.0f
                           : codes == Codes::kFloatE4M3 ? i * 0x1p-9f
+                          : codes == Codes::kFloatE2M1 ? e2m1(i & 15)
                                                        : (i & 15) - 8.0f;
       uint32_t bits;
       std::memcpy(&bits, &value, 4);

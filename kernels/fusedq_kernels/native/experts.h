@@ -99,8 +99,9 @@ void multiply(const Stack& stack, const std::vector<Slots>& chosen, const uint16
                    stack.told.numbers[Described::kFeatures],
                    stack.told.numbers[Described::kPad],
                    rows ? rows + each.first : nullptr};
-    const Output out{y + each.first * n, n, half, stack.bias_of(each.expert)};
     const Weight weight = stack.told.weight(stack.qweight, stack.scales, each.expert);
+    const Output out{y + each.first * n, n, half, stack.told.row_scales(weight),
+                     stack.bias_of(each.expert)};
     products.emplace_back(weight, in, each.count, out, shares);
     ends.push_back((ends.empty() ? 0 : ends.back()) + products.back().pieces());
     at.push_back(at.back() + products.back().arranged_bytes());

@@ -122,6 +122,7 @@ struct Output {
   uint16_t* y;
   int64_t n;
   bool half;
+  const float* row_scales;  // of all outputs, padding too, or none
   const uint16_t* bias;
 };
 
@@ -132,6 +133,7 @@ void finish(const Output& out, const Part& part, int64_t start, int64_t tokens) 
       typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
       const int64_t lanes = std::min<int64_t>(kLanes, count - n);
       Floats value = load<Floats>(part.totals + m * part.stride + n);
+      if (out.row_scales) value *= load<Floats>(out.row_scales + part.first + n);
       if (out.bias) {
         Halves bias = {};
         std::memcpy(&bias, out.bias + part.first + n, 2 * lanes);
@@ -282,6 +284,8 @@ void with_codes(Codes codes, const Run& run) {
       return run.template operator()<Machine, Codes::kInt8>();
     case Codes::kFloatE4M3:
       return run.template operator()<Machine, Codes::kFloatE4M3>();
+    case Codes::kFloatE2M1:
+      return run.template operator()<Machine, Codes::kFloatE2M1>();
   }
 }
 
@@ -296,9 +300,11 @@ void dispatch(Codes codes, bool half, const Run& run) {
 
 // What an operator is told of a weight beside its tensors (../cpu/fused.py has the numbers' order):
 // codes, zero point, K, group size, step, pad, offset, last group, kind of scales, whether they are
-// fp16.
+// fp16, the vector with which scales of rows begin or -1.
 struct Described {
-  enum { kCodes, kZero, kFeatures, kGroupSize, kStep, kPad, kOffset, kLastGroup, kKind, kHalf };
+  enum {
+    kCodes, kZero, kFeatures, kGroupSize, kStep, kPad, kOffset, kLastGroup, kKind, kHalf, kRows
+  };
   const std::vector<int64_t>& numbers;
   float table[16] = {};
 
@@ -309,6 +315,12 @@ struct Described {
   }
 
   Codes codes() const { return (Codes)numbers[kCodes]; }
+
+  const float* row_scales(const Weight& weight) const {
+    const int64_t vectors = numbers[kRows];
+    if (vectors < 0) return nullptr;
+    return (const float*)weight.scales.at(vectors * weight.scales.vector, 0);
+  }
 
   // A weight, or expert `place` of a stack, whose tensors have one dimension more.
   Weight weight(const Tensor& qweight, const Tensor& scales, int64_t place = 0) const {
@@ -342,7 +354,7 @@ void matmul_out(Tensor out, const Tensor& x, const Tensor& qweight, const Tensor
                  perm ? (const int32_t*)perm->const_data_ptr() : nullptr,
                  numbers[Described::kFeatures],
                  numbers[Described::kPad]};
-  const Output to{(uint16_t*)out.mutable_data_ptr(), out.size(1), half,
+  const Output to{(uint16_t*)out.mutable_data_ptr(), out.size(1), half, told.row_scales(weight),
                   bias ? (const uint16_t*)bias->const_data_ptr() : nullptr};
   dispatch(told.codes(), half, [&]<typename Machine, Codes codes>() {
     run<Machine, codes>(weight, in, tokens, to, told.table);

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fusedq_kernels.audit import variants
 from fusedq_kernels.audit.compile import AUDIT_K
+from fusedq_kernels.call import SCALES_OF
 from fusedq_kernels.catalogue import TRITON_GEMM, refusals
 from fusedq_kernels.choose import heuristics, tuning
 from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
@@ -59,8 +60,10 @@ def devices(draw: st.DrawFn) -> DeviceSpec:
 @st.composite
 def specs(draw: st.DrawFn, k: int) -> QuantSpec:
     group_size = draw(st.sampled_from([32, 64, 128, k]) | st.integers(1, 128).map(lambda i: 8 * i))
-    scale_dtype = draw(st.sampled_from([DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32]))
-    return QuantSpec(draw(st.sampled_from(WeightType)), group_size, scale_dtype)
+    weight_type = draw(st.sampled_from(WeightType))
+    scale_dtype = draw(st.sampled_from(SCALES_OF[weight_type]))
+    by_rows = scale_dtype is DType.FLOAT8_E4M3FN
+    return QuantSpec(weight_type, group_size, scale_dtype, by_rows)
 
 
 @settings(max_examples=500, deadline=None)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fusedq_kernels.call import SCALES_OF
 from fusedq_kernels.catalogue import KERNELS, kernel_for, refusals
 from fusedq_kernels.choose.boards import BOARDS, hip_device
 from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
@@ -17,7 +18,7 @@ CPU = DeviceSpec("cpu", "cpu", cpu_isa="avx2")
 
 SPEC = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
 ZERO_SPEC = QuantSpec(WeightType.UINT4, 128, torch.float16)
-SPECS = [QuantSpec(each, 128, torch.float16) for each in WeightType]
+SPECS = [QuantSpec(each, 128, SCALES_OF[each][0]) for each in WeightType]
 RESHARD = "choose another tensor-parallel size, or leave"
 REGROUP = "choose another tensor-parallel size, or quantize"
 REQUANTIZE = "quantize the model again with scales"

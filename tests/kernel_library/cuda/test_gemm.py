@@ -37,6 +37,7 @@ SCALE_DTYPES = {
     WeightType.NF4: (torch.float32, torch.float16),
     WeightType.FP4: (torch.float32, torch.bfloat16),
     WeightType.FLOAT8_E4M3FN: (torch.float32, torch.bfloat16),
+    WeightType.FLOAT4_E2M1F: (torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float16),
 }
 # Each group geometry meets one shape, split and scale dtype; the strides are coprime to the cycles.
 EXACT_CASES = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusedq_kernels.cuda.codebook import table_bits
-from fusedq_kernels.cuda.ptx import float8_ptx, integer_ptx, lookup_ptx
+from fusedq_kernels.cuda.ptx import float_ptx, integer_ptx, lookup_ptx
 from fusedq_kernels.encodings import STORED, Codebook, Codes, Floats
 from fusedq_kernels.types import WeightType
 from ptx_emulation import Ptx, fma
@@ -23,8 +23,16 @@ WORDS = torch.cat([HALVES | (HALVES * 40503 & 0xFFFF) << 16, HALVES << 16 | HALV
 TEXTS = [
     *(lookup_ptx(table_bits(each, dtype)) for each in CODEBOOKS for dtype in DTYPES),
     *(integer_ptx(each.encoding, dtype) for each in INTEGERS for dtype in DTYPES),
-    *(float8_ptx(each.encoding, dtype) for each in FLOATS for dtype in DTYPES),
+    *(float_ptx(each.encoding, dtype) for each in FLOATS for dtype in DTYPES),
 ]
+
+_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+NUMBERS = {
+    WeightType.FLOAT8_E4M3FN: (
+        torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist()
+    ),
+    WeightType.FLOAT4_E2M1F: [*_E2M1, *(-size for size in _E2M1)],
+}
 
 by_name = pytest.mark.parametrize("weight_type", INTEGERS, ids=lambda t: t.value)
 with_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -112,15 +120,15 @@ def test_every_integer_less_every_zero_point_is_exact(weight_type, dtype):
 @pytest.mark.parametrize("weight_type", FLOATS, ids=lambda t: t.value)
 def test_every_float_is_exact_at_every_place(weight_type, dtype):
     """Down to the sign of zero, whatever else the word holds; NaN has no answer."""
-    ptx = Ptx(**{"$2": WORDS})
-    ptx.run(float8_ptx(weight_type.encoding, dtype))
-    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    table = bits_of(numbers.float(), dtype)
-    for plane in range(2):
+    bits, planes = weight_type.bits, 16 // weight_type.bits
+    ptx = Ptx(**{f"${planes}": WORDS})
+    ptx.run(float_ptx(weight_type.encoding, dtype))
+    table = bits_of(torch.tensor(NUMBERS[weight_type]), dtype)
+    for plane in range(planes):
         for shift in (0, 16):
-            code = (WORDS >> (8 * plane + shift)) & 255
-            known = code & 127 != 127
+            code = (WORDS >> (bits * plane + shift)) & ((1 << bits) - 1)
             found = (ptx.values[f"${plane}"] >> shift) & 0xFFFF
+            known = ~torch.tensor(NUMBERS[weight_type]).isnan()[code]
             assert torch.equal(found[known], table[code[known]])
 
 
