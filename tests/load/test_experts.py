@@ -55,7 +55,8 @@ def worth(packed: StackedWeight, place: int) -> torch.Tensor:
     scales = logical.scales.double()[:, groups]
     codes = logical.codes.double()
     if (table := packed.spec.weight_type.codebook) is not None:
-        return torch.tensor(table, dtype=torch.float32)[logical.codes.long()].double() * scales
+        values = torch.tensor(table, dtype=torch.float32)[logical.codes.long()].double() * scales
+        return values if logical.row_scales is None else values * logical.row_scales[:, None]
     zeros = packed.spec.weight_type.bias if logical.zeros is None else logical.zeros[:, groups]
     values = (codes - zeros) * scales
     if logical.perm is None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from builders import autoround, awq, bitsandbytes, compressed_tensors, float8, gptq
+from builders import autoround, awq, bitsandbytes, compressed_tensors, float4, float8, gptq
 from builders.awq import AWQ_BUILDS
 from builders.compressed_tensors import compressed_tensors_config
 from builders.compressed_tensors import pack_quantized_tensors as compressed_tensors_tensors
@@ -24,6 +24,7 @@ __all__ = [
     "AWQ_BUILDS",
     "BITSANDBYTES_BUILDS",
     "BUILDS",
+    "FLOAT4_BUILDS",
     "FLOAT_BUILDS",
     "ORDERED_BUILDS",
     "WIDTH_BUILDS",
@@ -65,9 +66,11 @@ BITSANDBYTES_BUILDS = bitsandbytes.BUILDS
 FLOAT_BUILDS = float8.BUILDS
 """8-bit floats, by every tool."""
 
-ALL_BUILDS = (
-    BUILDS | WIDTH_BUILDS | AWQ_BUILDS | BITSANDBYTES_BUILDS | FLOAT_BUILDS | ORDERED_BUILDS
-)
+FLOAT4_BUILDS = float4.BUILDS
+"""E2M1, in groups of one size."""
+
+ALL_BUILDS = BUILDS | WIDTH_BUILDS | AWQ_BUILDS | BITSANDBYTES_BUILDS
+ALL_BUILDS |= FLOAT_BUILDS | FLOAT4_BUILDS | ORDERED_BUILDS
 
 
 def write_checkpoint(

@@ -27,6 +27,7 @@ DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
 }
 
 
@@ -81,11 +82,15 @@ def check(layer: LayerFormat, tensors: Tensors, region: Region, truth: Truth) ->
     assert weight.codes.dtype == torch.uint8
     assert torch.equal(weight.codes, codes)
     assert weight.scales.dtype == layer.spec.scale_dtype.torch
-    assert torch.equal(weight.scales, scales)
+    assert weight.scales.dtype == scales.dtype
+    # PyTorch does not compare 8-bit floats
+    assert torch.equal(weight.scales.double(), scales.double())
     assert weight.phase == region.k_start % truth.group_size
     assert weight.spec == layer.spec
     assert weight.codes.is_contiguous()
     assert weight.scales.is_contiguous()
+    if weight.row_scales is not None:
+        assert torch.equal(weight.row_scales, torch.full((region.n,), truth.scale_of_all))
     if zeros is None:
         assert weight.zeros is None
     else:

@@ -51,7 +51,10 @@ def assert_exact(loader: LayerLoader, truths: dict[str, Truth]) -> None:
         codes, zeros, scales = truths[part.module].slice(r.n_start, r.n_stop, r.k_start, r.k_stop)
         rows = slice(offset, offset + r.n)
         torch.testing.assert_close(logical.codes[rows], codes, rtol=0, atol=0)
-        torch.testing.assert_close(logical.scales[rows].to(scales.dtype), scales, rtol=0, atol=0)
+        found = logical.scales[rows].to(scales.dtype)
+        torch.testing.assert_close(found.float(), scales.float(), rtol=0, atol=0)
+        if logical.row_scales is not None:
+            assert (logical.row_scales[rows] == truths[part.module].scale_of_all).all()
         if zeros is not None:
             torch.testing.assert_close(logical.zeros[rows], zeros, rtol=0, atol=0)
         offset += r.n

@@ -19,7 +19,7 @@ from vllm_fusedq.errors import CheckpointError, UnsupportedCheckpoint
 INDEX_FILE = "model.safetensors.index.json"
 # Where config.json may hold the quantization section, and other files that may.
 QUANT_SECTIONS = ("quantization_config", "compression_config")
-QUANT_CONFIG_FILES = ("quantize_config.json", "quant_config.json")
+QUANT_CONFIG_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 # PEFT's name for a LoRA adapter, and what begins the names of its tensors
 ADAPTER_FILE, ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model."
 # Mistral's name for its own format: where vLLM finds such a file it loads no other, unless told to

@@ -20,6 +20,7 @@ from vllm_fusedq.formats.layer import (
     TensorLayout,
     stored_slices,
 )
+from vllm_fusedq.formats.modelopt import ModelOptFormat
 from vllm_fusedq.formats.packing import Packing
 from vllm_fusedq.formats.shared.findings import Finding, settle
 
@@ -45,6 +46,7 @@ FORMATS: dict[str, type[CheckpointFormat]] = {
     "bitsandbytes": BitsAndBytesFormat,
     "fp8": Fp8Format,
     "fbgemm_fp8": FbgemmFp8Format,
+    "modelopt": ModelOptFormat,
     "fusedq": FusedQFormat,
 }
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
@@ -21,6 +21,13 @@ from vllm_fusedq.formats.compressed_tensors_packing import (
     CompressedTensorsPacking,
     WordPacking,
 )
+from vllm_fusedq.formats.float4_packing import (
+    MXFP4,
+    MXFP4_GROUP,
+    NVFP4,
+    NVFP4_GROUP,
+    Float4Packing,
+)
 from vllm_fusedq.formats.float8_packing import BLOCKS, Float8Packing, ScaleOf, is_block
 from vllm_fusedq.formats.headers import unread
 from vllm_fusedq.formats.layer import Scheme
@@ -28,10 +35,17 @@ from vllm_fusedq.formats.shared.rows import Support, bit_widths
 from vllm_fusedq.formats.shared.vocabulary import is_input_embedding
 from vllm_fusedq.names import without_prefix
 
+_Packing: TypeAlias = CompressedTensorsPacking | Float4Packing | Float8Packing
+
 BITS = range(2, 9)
 WORDS, BYTES = "pack-quantized", ("int-quantized", "naive-quantized")
 FLOAT = "float-quantized"
-PACKINGS = (WORDS, *BYTES, FLOAT)
+# What a group of them has to be: its strategy and size
+FLOATS4 = {
+    "nvfp4-pack-quantized": (NVFP4, "tensor_group", NVFP4_GROUP),
+    "mxfp4-pack-quantized": (MXFP4, "group", MXFP4_GROUP),
+}
+PACKINGS = (WORDS, *BYTES, FLOAT, *FLOATS4)
 # Of weights only, the package calls floats naive-quantized
 FLOAT_PACKINGS = (FLOAT, "naive-quantized")
 FLOAT_BITS = 8
@@ -81,6 +95,15 @@ class CompressedTensorsFormat(CheckpointFormat):
             "8 bits (E4M3)",
             "floats",
             groups="multiples of 8, blocks, per channel, per tensor",
+        ),
+        *(
+            Support(
+                f'compressed-tensors `{name}`, weight-only, or W4A4 by `"activations": "16-bit"`',
+                "4 bits (E2M1)",
+                "floats",
+                groups=str(group),
+            )
+            for name, (_, _, group) in FLOATS4.items()
         ),
     )
     exclusion = "ignore"
@@ -162,8 +185,10 @@ class CompressedTensorsFormat(CheckpointFormat):
 
     def _read_weights(
         self, name: str, weights: dict[str, Any], stored_as: str
-    ) -> tuple[CompressedTensorsPacking | Float8Packing, bool, int]:
+    ) -> tuple[_Packing, bool, int]:
         """Packing, whether it is symmetric, and group size."""
+        if stored_as in FLOATS4:
+            return self._read_floats4(name, weights, stored_as)
         if weights.get("type") == "float" and stored_as in FLOAT_PACKINGS:
             return self._read_floats(name, weights)
         bits = weights.get("num_bits")
@@ -213,6 +238,24 @@ class CompressedTensorsFormat(CheckpointFormat):
         if strategy == "tensor":
             scale_of = ScaleOf.TENSOR
         packing = Float8Packing(name=FLOAT, scale=SCALE.name, scale_of=scale_of, rows=rows)
+        return packing, True, group_size
+
+    def _read_floats4(
+        self, name: str, weights: dict[str, Any], stored_as: str
+    ) -> tuple[Float4Packing, bool, int]:
+        """`_read_weights` of floats of 4 bits."""
+        packing, strategy, group_size = FLOATS4[stored_as]
+        expected = {"num_bits": 4, "type": "float", "strategy": strategy, "group_size": group_size}
+        found = {key: weights.get(key) for key in expected}
+        if (
+            found != expected
+            or weights.get("dynamic")
+            or weights.get("symmetric", True) is not True
+        ):
+            raise self.refusal(
+                f"format {stored_as} with {found} in {name}",
+                f"static symmetric weights, {expected}",
+            )
         return packing, True, group_size
 
     def _word_packing(self, bits: int, ordered: bool, name: str) -> WordPacking:
@@ -271,7 +314,7 @@ class _Group(NamedTuple):
 
     targets: list[str]
     unprefixed: frozenset[str]
-    packing: CompressedTensorsPacking | Float8Packing
+    packing: _Packing
     symmetric: bool
     group_size: int
     activations: str

@@ -2,7 +2,8 @@
 
 Written by `load/convert.py`. For each module: qweight int32 `[ceil(K / 128), N, words]`, which is
 layout P4, P8 or PL4 of `fusedq_kernels.layouts.tiled` without the padding of N; scales `[G, N]` in
-their own dtype; zeros uint8 `[G, N]` where the weight type has zero points; with activation
+their own dtype; zeros uint8 `[G, N]` where the weight type has zero points; row_scales fp32 `[N]`
+where rows have scales of their own; with activation
 reordering perm int32 `[K]`, the in_feature of each row, rows sorted by group. Nothing depends on a
 tensor-parallel size: N can be cut anywhere, K between blocks of 128, and a rank that begins
 elsewhere decodes and packs again, as from any other format.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K
@@ -37,6 +38,7 @@ from vllm_fusedq.formats.layer import (
     Region,
     Scheme,
     TensorLayout,
+    check_finite,
     check_slices,
     with_all_groups,
 )
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 LAYOUT_VERSION = 1
 CONVERT_AGAIN = "convert the original checkpoint again with `fusedq convert`"
 QWEIGHT, SCALES, ZEROS, PERM = "qweight", "scales", "zeros", "perm"
+ROW_SCALES, ROW_SCALED = "row_scales", "row_scaled"
+KEPT_SCALES = (*SCALE_DTYPES, DType.FLOAT8_E4M3FN, DType.FLOAT8_E8M0FNU)
 
 
 class FusedQFormat(CheckpointFormat):
@@ -98,40 +102,51 @@ class FusedQFormat(CheckpointFormat):
 
     def scheme(self, module: str) -> Scheme:
         scheme, n, k = self.layers[module]
-        weight_type, group_size, ordered = scheme
+        weight_type, group_size, ordered, row_scaled = scheme
         words = TILED_WORDS[TILED_LAYOUTS[weight_type]]
         blocks = Dim(None, size=-(-k // BLOCK_K)) if ordered else Dim("k", BLOCK_K)
         layouts = [
             TensorLayout(QWEIGHT, (blocks, Dim("n"), Dim(None, size=words)), (DType.INT32,)),
-            TensorLayout(SCALES, (Dim("g"), Dim("n")), SCALE_DTYPES),
+            TensorLayout(SCALES, (Dim("g"), Dim("n")), KEPT_SCALES),
         ]
         if weight_type.has_zero_points:
             layouts.append(TensorLayout(ZEROS, (Dim("g"), Dim("n")), (DType.UINT8,)))
+        if row_scaled:
+            layouts.append(TensorLayout(ROW_SCALES, (Dim("n"),), (DType.FLOAT32,)))
         if ordered:
             # Rows are sorted: which of them a rank needs, only perm tells
             layouts = list(with_all_groups(tuple(layouts), -(-k // group_size)))
             layouts.append(TensorLayout(PERM, (Dim(None, size=k),), (DType.INT32,)))
         packing = TiledPacking(bits=weight_type.bits, ordered=ordered)
-        return Scheme(packing, weight_type, group_size, tuple(layouts), SCALES, sizes=(n, k))
+        return Scheme(
+            *(packing, weight_type, group_size, tuple(layouts), SCALES),
+            sizes=(n, k),
+            row_scaled=row_scaled,
+        )
 
-    def _read_scheme(self, scheme: Any) -> tuple[WeightType, int, bool]:
+    def _read_scheme(self, scheme: Any) -> _Scheme:
         types = {each.value: each for each in WeightType}
         if not isinstance(scheme, dict) or scheme.get("weight_type") not in list(types):
             raise self.refusal(
                 f"the scheme {scheme!r:.80}", f"weight_type {', '.join(types)}", CONVERT_AGAIN
             )
-        group_size, ordered = scheme.get("group_size"), scheme.get("ordered")
-        if type(group_size) is not int or group_size < 1 or not isinstance(ordered, bool):
+        group_size = scheme.get("group_size")
+        flags = scheme.get("ordered"), scheme.get(ROW_SCALED, False)
+        if (
+            type(group_size) is not int
+            or group_size < 1
+            or {type(flag) for flag in flags} != {bool}
+        ):
             raise self.refusal(
                 f"the scheme {scheme!r:.80}",
-                "a group_size and ordered true or false",
+                f"a group_size, ordered and {ROW_SCALED} true or false",
                 CONVERT_AGAIN,
             )
-        return types[scheme["weight_type"]], group_size, ordered
+        return _Scheme(types[scheme["weight_type"]], group_size, *flags)
 
     def _read_module(
-        self, name: str, entry: Any, schemes: list[tuple[WeightType, int, bool]]
-    ) -> tuple[tuple[WeightType, int, bool], int, int]:
+        self, name: str, entry: Any, schemes: list[_Scheme]
+    ) -> tuple[_Scheme, int, int]:
         numbers = entry if isinstance(entry, list) and len(entry) == 3 else []
         if not numbers or any(type(each) is not int for each in numbers):
             raise self.refusal(f"{name} as {entry!r:.80}", "scheme, N and K", CONVERT_AGAIN)
@@ -139,6 +154,13 @@ class FusedQFormat(CheckpointFormat):
         if not 0 <= scheme < len(schemes) or min(n, k) < 1:
             raise self.refusal(f"{name} as {entry!r:.80}", "a scheme and sizes", CONVERT_AGAIN)
         return schemes[scheme], n, k
+
+
+class _Scheme(NamedTuple):
+    weight_type: WeightType
+    group_size: int
+    ordered: bool
+    row_scaled: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +178,8 @@ class TiledPacking(Packing):
             first = region.k_start % BLOCK_K
             codes = codes[:, first : first + region.k].contiguous()
             phase = region.k_start % layer.spec.group_size
-            return LogicalWeight(codes, scales, zeros, layer.spec, phase)
+            row_scales = _read_row_scales(tensors, layer)
+            return LogicalWeight(codes, scales, zeros, layer.spec, phase, row_scales=row_scales)
         perm = _read_perm(tensors[PERM], layer)
         if region.k == layer.k:
             codes = codes[:, : layer.k].contiguous()
@@ -178,8 +201,12 @@ class TiledPacking(Packing):
         if not self._lies_as_in(packed, layer, region):
             return None
         check_slices(tensors, layer, region, SCALES)
+        from fusedq_kernels.layouts.scales import of_rows
+
         zeros = _read_zeros(tensors, layer)
         _codec(layer).write_groups(packed, start, tensors[SCALES].T.contiguous(), zeros)
+        if (row_scales := _read_row_scales(tensors, layer)) is not None:
+            of_rows(packed)[start : start + region.n] = row_scales
         packed.qweight[:, start : start + region.n].copy_(tensors[QWEIGHT])
         return Placed(_read_perm(tensors[PERM], layer).int() if self.ordered else None)
 
@@ -211,6 +238,15 @@ def _read_zeros(tensors: Mapping[str, torch.Tensor], layer: LayerFormat) -> torc
             f"{bound}; {CONVERT_AGAIN}"
         )
     return zeros
+
+
+def _read_row_scales(
+    tensors: Mapping[str, torch.Tensor], layer: LayerFormat
+) -> torch.Tensor | None:
+    if not layer.spec.row_scaled:
+        return None
+    check_finite(tensors[ROW_SCALES], layer.module, ROW_SCALES)
+    return tensors[ROW_SCALES]
 
 
 def _read_perm(stored: torch.Tensor, layer: LayerFormat) -> torch.Tensor:

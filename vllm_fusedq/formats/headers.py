@@ -44,7 +44,9 @@ def describe_layer(
         exclusion=exclusion,
         module=module,
         packing=scheme.packing,
-        spec=QuantSpec(scheme.weight_type, group_size, scale_dtype or DType.FLOAT16),
+        spec=QuantSpec(
+            *(scheme.weight_type, group_size, scale_dtype or DType.FLOAT16), scheme.row_scaled
+        ),
         n=n,
         k=k,
         tensors=scheme.layouts,

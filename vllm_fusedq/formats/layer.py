@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Axis = Literal["n", "k", "g"]
 
 DTYPES = {
+    "F8_E8M0": DType.FLOAT8_E8M0FNU,
     "F64": DType.FLOAT64,
     "F32": DType.FLOAT32,
     "F16": DType.FLOAT16,
@@ -178,7 +179,7 @@ class Scheme:
 
     `layouts[0]` is the packed weight, whose dims give N and K unless `sizes` does. `group_size`
     may be -1: all of K. `scales` is the tensor whose dtype the scales have, unless `scale_dtype`
-    says otherwise.
+    says otherwise. Where `row_scaled`, rows have a scale beside those of their groups.
     """
 
     packing: Packing
@@ -188,6 +189,7 @@ class Scheme:
     scales: str
     sizes: tuple[int, int] | None = None
     scale_dtype: DType | None = None
+    row_scaled: bool = False
 
 
 def stored_slices(layout: TensorLayout, region: Region, group_size: int) -> tuple[slice, ...]:
@@ -248,6 +250,8 @@ def check_slices(
 
 def check_finite(scales: torch.Tensor, module: str, name: str) -> None:
     """Raise WeightLoadError where a scale is NaN or inf."""
+    # PyTorch has no isfinite of 8-bit floats
+    scales = scales if scales.itemsize > 1 else scales.to(torch.float32)
     if not bool(torch.isfinite(scales).all()):
         count = int((~torch.isfinite(scales)).sum())
         raise WeightLoadError(

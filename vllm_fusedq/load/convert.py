@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from fusedq_kernels.catalogue import CPU_STRIPED, Op
 from fusedq_kernels.dtype import DType
+from fusedq_kernels.layouts.scales import of_rows
 from fusedq_kernels.layouts.tiled import TILED
 from fusedq_kernels.types import DeviceSpec
 from vllm_fusedq.checkpoint.read import (
@@ -33,7 +34,16 @@ from vllm_fusedq.checkpoint.safetensors_header import read_header
 from vllm_fusedq.errors import CheckpointError, PreflightError, UnsupportedCheckpoint
 from vllm_fusedq.formats import Finding, format_for, settle
 from vllm_fusedq.formats.base import CheckpointFormat
-from vllm_fusedq.formats.fusedq import LAYOUT_VERSION, PERM, QWEIGHT, SCALES, ZEROS, FusedQFormat
+from vllm_fusedq.formats.fusedq import (
+    LAYOUT_VERSION,
+    PERM,
+    QWEIGHT,
+    ROW_SCALED,
+    ROW_SCALES,
+    SCALES,
+    ZEROS,
+    FusedQFormat,
+)
 from vllm_fusedq.formats.kv_cache import KV_CACHE_SCHEME
 from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.formats.shared.vocabulary import is_input_embedding
@@ -224,6 +234,8 @@ def _converted(
         found[ZEROS] = zeros.T
     if packed.perm is not None:
         found[PERM] = packed.perm
+    if (row_scales := of_rows(packed)) is not None:
+        found[ROW_SCALES] = row_scales[: packed.n]
     return {f"{item.name}.{suffix}": tensor.contiguous() for suffix, tensor in found.items()}
 
 
@@ -261,6 +273,8 @@ def _config(
             "group_size": item.plan.spec.group_size,
             "ordered": item.plan.ordered,
         }
+        if item.plan.spec.row_scaled:
+            scheme[ROW_SCALED] = True
         if scheme not in schemes:
             schemes.append(scheme)
         modules[item.name] = [schemes.index(scheme), item.plan.n, item.plan.k]
