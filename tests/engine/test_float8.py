@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 
 GROUP_SIZE = 96
 # At two ranks q, k, v, gate and up are cut inside a block's rows, and down inside its columns.
-CASES = [("ct-float-channel", 1), ("fp8-tensor", 1), ("fp8-block", 2), ("fbgemm-fp8", 1)]
+CASES = [("ct-float-channel", 1), ("fp8-block", 2), ("fbgemm-fp8", 1), ("modelopt-fp8", 1)]
 
 
 def write_quantized(build: str, path: Path) -> dict[str, Truth]:

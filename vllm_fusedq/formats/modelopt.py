@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
 from vllm_fusedq.formats.float4_packing import MODELOPT_NVFP4, NVFP4_GROUP, Float4Packing
+from vllm_fusedq.formats.float8_packing import Float8Packing, ScaleOf
 from vllm_fusedq.formats.headers import unread
 from vllm_fusedq.formats.layer import Scheme
 from vllm_fusedq.formats.shared.rows import Support
 from vllm_fusedq.names import without_prefix
 
 MIXED = "MIXED_PRECISION"
+SCALE = "weight_scale"
+BLOCK = 128
 # Of activations, whose quantization is not followed
 INPUT_SCALE = "input_scale"
 # vLLM builds these without quantization, whatever a config says
@@ -32,16 +35,35 @@ NEVER_QUANTIZED = ("vision_tower", "vision_model", "vit_large_projector")
 class Algorithm(NamedTuple):
     """How a module is stored, and what was done to its activations, in words."""
 
-    packing: Float4Packing
+    packing: Float4Packing | Float8Packing
     group_size: int
     activations: str
 
 
+_TENSOR, _CHANNEL, _BLOCK = (
+    Float8Packing(name=name, scale=SCALE, scale_of=scale_of, rows=rows)
+    for name, scale_of, rows in (
+        ("fp8", ScaleOf.TENSOR, 1),
+        ("fp8", ScaleOf.CHANNEL, 1),
+        (f"fp8 {BLOCK}x{BLOCK}", ScaleOf.BLOCK, BLOCK),
+    )
+)
+NVFP4 = "NVFP4"
 ALGORITHMS = {
-    "NVFP4": Algorithm(MODELOPT_NVFP4, NVFP4_GROUP, "4-bit float"),
+    NVFP4: Algorithm(MODELOPT_NVFP4, NVFP4_GROUP, "4-bit float"),
     "W4A16_NVFP4": Algorithm(MODELOPT_NVFP4, NVFP4_GROUP, ""),
+    "FP8": Algorithm(_TENSOR, -1, "8-bit float"),
+    "FP8_PER_CHANNEL_PER_TOKEN": Algorithm(_CHANNEL, -1, "8-bit float, per token"),
+    # Weights only
+    "FP8_PB_WO": Algorithm(_BLOCK, BLOCK, ""),
 }
 """By `quant_algo`."""
+
+
+def _names(bits: int) -> str:
+    """The algorithms whose codes have so many bits."""
+    of_bits = (name for name, each in ALGORITHMS.items() if each.packing.bits == bits)
+    return ", ".join(f"`{name}`" for name in of_bits)
 
 
 class ModelOptFormat(CheckpointFormat):
@@ -50,14 +72,19 @@ class ModelOptFormat(CheckpointFormat):
     name = "modelopt"
     other_names = ("modelopt_fp4", "modelopt_mixed")
     config_sources = ("hf_quant_config.json",)
-    markers = frozenset({"weight_scale", "weight_scale_2", INPUT_SCALE})
+    markers = frozenset({SCALE, "weight_scale_2", INPUT_SCALE})
     support = (
         Support(
-            f"ModelOpt `{'`, `'.join(ALGORITHMS)}`, `{MIXED}` of these; W4A4 by "
-            '`"activations": "16-bit"`',
+            f'ModelOpt {_names(4)}; W4A4 by `"activations": "16-bit"`',
             "4 bits (E2M1)",
             "floats",
             groups=str(NVFP4_GROUP),
+        ),
+        Support(
+            f'ModelOpt {_names(8)}, `{MIXED}` of all; W8A8 by `"activations": "16-bit"`',
+            "8 bits (E4M3)",
+            "floats",
+            groups=f"per tensor, per channel, blocks of {BLOCK} x {BLOCK}",
         ),
     )
     exclusion = "exclude_modules (ignore)"
@@ -72,7 +99,7 @@ class ModelOptFormat(CheckpointFormat):
             raise self._refused_algorithm(found)
         key = "ignore" if "ignore" in self.section else "exclude_modules"
         self.excluded = self.check_names(key, self.section)
-        self._check_group_size(self.section)
+        self._check_group_size(self.section, NVFP4 if self.algorithm == MIXED else self.algorithm)
         listed = self.section.get("quantized_layers") or {}
         if self.algorithm == MIXED and (not isinstance(listed, dict) or not listed):
             raise self.refusal(
@@ -132,12 +159,13 @@ class ModelOptFormat(CheckpointFormat):
         if not isinstance(algorithm, str):
             raise self.refusal(f"{entry!r:.80} in quantized_layers of {name}", "a quant_algo")
         if algorithm.upper() in ALGORITHMS:
-            self._check_group_size(entry)
+            self._check_group_size(entry, algorithm.upper())
         return algorithm.upper()
 
-    def _check_group_size(self, section: dict[str, Any]) -> None:
-        if (found := section.get("group_size")) not in (None, NVFP4_GROUP):
-            raise self.refusal(f"group_size {found!r:.80}", f"group_size {NVFP4_GROUP}")
+    def _check_group_size(self, section: dict[str, Any], algorithm: str) -> None:
+        found, size = section.get("group_size"), ALGORITHMS[algorithm].group_size
+        if size != -1 and found not in (None, size):
+            raise self.refusal(f"group_size {found!r:.80}", f"group_size {size} of {algorithm}")
 
     def _refused_algorithm(self, found: object) -> Exception:
         known = f"quant_algo {', '.join((*ALGORITHMS, MIXED))}"

@@ -35,7 +35,7 @@ class FloatTruth(Truth):
 class FloatBuild:
     """A `Build` whose scales are of a `shape`: "tensor", "channel" or "block"; `scale` names them.
 
-    `config` is asked for a group size of -1 where there are no blocks. `more` tensors lie beside.
+    A `block` of 0 columns has a group's. `more` tensors lie beside.
     """
 
     shape: str
@@ -43,6 +43,7 @@ class FloatBuild:
     scale: str = "weight_scale"
     scale_dims: int = 1
     scale_dtype: torch.dtype | None = None
+    block: tuple[int, int] = (ROWS, 0)
     more: tuple[str, ...] = ()
     symmetric: bool = True
     ordered: bool = False
@@ -72,12 +73,15 @@ class FloatBuild:
 
     def block_of(self, n: int, k: int, group_size: int) -> tuple[int, int]:
         """The out_features and in_features that share a scale."""
-        group = group_size if self.shape == "block" and group_size != -1 else k
-        return {"tensor": n, "channel": 1, "block": ROWS}[self.shape], group
+        columns = self.block[1] or group_size
+        group = columns if self.shape == "block" and columns != -1 else k
+        return {"tensor": n, "channel": 1, "block": self.block[0]}[self.shape], group
 
     def truth_of(self, codes: np.ndarray, grid: torch.Tensor, group: int) -> FloatTruth:
         rows = self.block_of(*codes.shape, group)[0]
         scales = grid.repeat_interleave(rows, 0)[: len(codes)].contiguous()
+        if self.scale_dims == 4:
+            grid = grid[:, None, :, None]
         if self.shape != "block":
             grid = grid.reshape([-1, *[1] * (self.scale_dims - 1)] if self.scale_dims else [])
         return FloatTruth(
@@ -131,6 +135,20 @@ def fbgemm_fp8(shape: str, group_size: int) -> dict[str, Any]:
     }
 
 
+def modelopt(shape: str, group_size: int) -> dict[str, Any]:
+    algorithms = {
+        "tensor": "FP8",
+        "channel": "FP8_PER_CHANNEL_PER_TOKEN",
+        "block": "FP8_PB_WO",
+    }
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": algorithms[shape],
+        "ignore": ["lm_head"],
+        "producer": {"name": "modelopt", "version": "0.44.0"},
+    }
+
+
 BUILDS = {
     "ct-float-tensor": FloatBuild("tensor", compressed_tensors),
     "ct-float-channel": FloatBuild("channel", compressed_tensors, scale_dims=2),
@@ -138,4 +156,11 @@ BUILDS = {
     "fp8-tensor": FloatBuild("tensor", fp8, scale_dims=0, more=("input_scale",)),
     "fp8-block": FloatBuild("block", fp8, scale="weight_scale_inv", scale_dtype=torch.float32),
     "fbgemm-fp8": FloatBuild("channel", fbgemm_fp8, scale_dims=2, scale_dtype=torch.float32),
+    "modelopt-fp8": FloatBuild(
+        "tensor", modelopt, scale_dims=0, scale_dtype=torch.float32, more=("input_scale",)
+    ),
+    "modelopt-fp8-channel": FloatBuild("channel", modelopt, scale_dtype=torch.float32),
+    "modelopt-fp8-block": FloatBuild(
+        "block", modelopt, scale_dims=4, scale_dtype=torch.float32, block=(128, 128)
+    ),
 }
