@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from builders.float8 import ROWS
 from checkpoints import ALL_BUILDS, FLOAT_BUILDS, Tensors, add, drop, put, write_checkpoint
 from fusedq_kernels import reference
+from kv_scales import kv_scales
 from layers import MODULE, cut, describe, problems_of
 from tiny_models import UNQUANTIZED, asset
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import FusedQError, PreflightError, WeightLoadError
 from vllm_fusedq.formats import LayerFormat, Region, format_for
+from vllm_fusedq.plan.kv_cache import served_kv_dtype
 
 UP = "model.layers.0.mlp.up_proj"
 STRATEGIES = {
@@ -153,6 +155,15 @@ def test_the_lm_head_and_embeddings_may_be_floats(tmp_path: Path) -> None:
     fmt = format_for(read_checkpoint(tmp_path))
     assert fmt.layer_of("lm_head").description.startswith("fp8 24x32 8-bit g32")
     assert fmt.layer_of("model.embed_tokens") is not None
+
+
+def test_a_static_kv_cache_of_autofp8(tmp_path: Path) -> None:
+    config = {"activation_scheme": "static", "kv_cache_scheme": "static"}
+    edits = [kv_scales((0.03, 0.03), spelling="shared")]
+    write_checkpoint(tmp_path, "fp8-tensor", config=config, edits=edits)
+    fmt = format_for(read_checkpoint(tmp_path))
+    assert served_kv_dtype(fmt, "auto") == "fp8"
+    assert fmt.layer_of(UP).activations == "8-bit float, static"
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -92,7 +92,9 @@ def test_every_build_is_resident_exactly(tmp_path: Path, build: str) -> None:
     assert_holds(load(tmp_path, plans_of(tmp_path)), mixture, (0, inner))
 
 
-@pytest.mark.parametrize("build", ["awq", "gptq-sym", "ct-asym", "bnb-nf4-nested", *ORDERED_BUILDS])
+@pytest.mark.parametrize(
+    "build", ["awq", "gptq-sym", "ct-asym", "bnb-nf4-nested", "fp8-block", *ORDERED_BUILDS]
+)
 def test_a_rank_inside_a_group_is_resident_exactly(tmp_path: Path, build: str) -> None:
     mixture = write_mixture(tmp_path, build)
     for rank in range(2):

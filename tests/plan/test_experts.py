@@ -13,7 +13,7 @@ from fusedq_kernels.call import ExpertsCall
 from fusedq_kernels.catalogue import Op
 from fusedq_kernels.choose import expert_memory, experts
 from fusedq_kernels.choose.device import cpu_device, device_by_name
-from fusedq_kernels.types import DeviceSpec, Launch, Layout
+from fusedq_kernels.types import TILED_LAYOUTS, DeviceSpec, Launch
 from mixtures import COUNT, HIDDEN, INNER, write_mixture
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import PreflightError, Problem
@@ -44,7 +44,7 @@ def problems(path: Path, tp_size: int = 1, split: ExpertSplit = CUT) -> tuple[Pr
     return error.value.problems
 
 
-@pytest.mark.parametrize("build", [*BUILDS, *BITSANDBYTES_BUILDS])
+@pytest.mark.parametrize("build", [*BUILDS, *BITSANDBYTES_BUILDS, "fp8-block"])
 def test_a_layer_of_experts_is_two_weights(tmp_path: Path, build: str) -> None:
     write_mixture(tmp_path, build)
     w13, w2 = stacks(tmp_path)
@@ -55,7 +55,7 @@ def test_a_layer_of_experts_is_two_weights(tmp_path: Path, build: str) -> None:
         assert [part.shard_id for part in plan.shard.parts] == COUNT * list(parts)
         assert plan.shard.ops == (Op.EXPERTS,)
         assert plan.main.call.kernel == "cpu-fused"
-        assert plan.layout in (Layout.P4, Layout.PL4)
+        assert plan.layout is TILED_LAYOUTS[plan.spec.weight_type]
         assert plan.weight_bytes == COUNT * plan.of_expert(0).weight_bytes
     assert [part.module for part in w13.of_expert(2).shard.parts] == [
         f"{STACK}.2.gate_proj",

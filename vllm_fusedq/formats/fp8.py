@@ -2,12 +2,13 @@
 
 weight_scale_inv `[ceil(N / rows), ceil(K / columns)]` multiplies each block of `weight_block_size`
 (its name notwithstanding); without blocks weight_scale or weight_scale_inv is one number. Source:
-`Fp8LinearMethod` of vLLM and `FP8Linear` of transformers.
+`Fp8LinearMethod` of vLLM, `FP8Linear` of transformers, and AutoFP8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.formats.float8 import Float8Format
@@ -16,6 +17,8 @@ from vllm_fusedq.formats.shared.rows import Support
 
 SCALE, BLOCK_SCALE = "weight_scale", "weight_scale_inv"
 ACTIVATION_SCHEMES = ("dynamic", "static")
+# What AutoFP8 calls "static"
+KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor"}
 
 
 class Fp8Format(Float8Format):
@@ -51,6 +54,11 @@ class Fp8Format(Float8Format):
 
     def activations(self, module: str) -> str:
         return f"8-bit float, {self.activation_scheme}"
+
+    @property
+    def kv_cache_scheme(self) -> dict[str, Any] | None:
+        found = super().kv_cache_scheme
+        return KV_CACHE if found == "static" else found
 
     def packing_of(self, stored: Mapping[str, TensorInfo]) -> tuple[Float8Packing, int]:
         scale = BLOCK_SCALE if BLOCK_SCALE in stored else SCALE
