@@ -49,9 +49,8 @@ int main(int, char** arguments) {
     const auto numbers = read<int64_t>(problems), sizes = read<int64_t>(problems);
     const auto words = read<int32_t>(problems), scales = read<int32_t>(problems);
     const auto x = read<uint16_t>(problems), bias = read<uint16_t>(problems);
-    const auto codebook = read<float>(problems);
-    float table[16] = {};
-    std::copy(codebook.begin(), codebook.end(), table);
+    const auto codebook = read<double>(problems);
+    const fusedq::Described told(numbers, codebook);
     const int64_t tokens = sizes[0], n = sizes[5];
     const bool half = sizes[6];
     fusedq::Weight weight;
@@ -61,11 +60,10 @@ int main(int, char** arguments) {
     weight.groups = {numbers[3], numbers[6], numbers[7], (int)numbers[4]};
     const fusedq::Input in{x.data(), numbers[2], half, nullptr, numbers[2], numbers[5]};
     std::vector<uint16_t> y(tokens * n);
-    const fusedq::Output out{y.data(), n, half, bias.data()};
-    fusedq::dispatch((fusedq::Codes)numbers[0], half,
-                     [&]<typename Machine, fusedq::Codes codes>() {
-                       fusedq::run<Machine, codes>(weight, in, tokens, out, table);
-                     });
+    const fusedq::Output out{y.data(), n, half, told.row_scales(weight), bias.data()};
+    fusedq::dispatch(told.codes(), half, [&]<typename Machine, fusedq::Codes codes>() {
+      fusedq::run<Machine, codes>(weight, in, tokens, out, told.table);
+    });
     fwrite(y.data(), 2, y.size(), answers);
   }
   fclose(answers);

@@ -49,7 +49,7 @@ def bytes_of(problem: testing.Problem) -> bytes:
     x, weight_type = problem.x, problem.logical.spec.weight_type
     packed = pack(problem.logical, TILED_LAYOUTS[weight_type], x.dtype)
     size = (packed.layout, packed.spec, packed.k, packed.phase)
-    numbers, codebook = fused._arguments(*size, DType.of(x.dtype))
+    numbers, codebook = fused.arguments(*size, DType.of(x.dtype))
     weight, scales = packed.qweight, packed.scales
     sizes = [len(x), *weight.shape[:2], scales.stride(0), scales.shape[2], packed.n]
     half = x.dtype == torch.float16
@@ -57,7 +57,7 @@ def bytes_of(problem: testing.Problem) -> bytes:
         torch.tensor(numbers),
         torch.tensor([*sizes, int(half)]),
         *(weight, scales, x, problem.bias),
-        torch.tensor(codebook, dtype=torch.float32),
+        torch.tensor(codebook, dtype=torch.float64),
     ]
     raw = [part.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for part in parts]
     return b"".join(len(each).to_bytes(8, "little") + each for each in raw)
