@@ -119,6 +119,23 @@ def test_a_table_folds_experts(tmp_path: Path) -> None:
     assert found.unquantized == 2 * COUNT * HIDDEN * 2
 
 
+@pytest.mark.parametrize("build", ["awq", "bnb-nf4"])
+def test_what_other_ranks_hold_is_no_ranks_memory(tmp_path: Path, build: str) -> None:
+    bias = torch.zeros(INNER, dtype=torch.float16)
+    names = [f"{number}.{name}" for number in range(COUNT) for name in ("gate_proj", "up_proj")]
+    edits = [add(f"{STACK}.{name}.bias", bias.clone()) for name in names]
+    write_mixture(tmp_path, build, edits=edits)
+    checkpoint = read_checkpoint(tmp_path)
+    found = {
+        split.parallel: capacity_of(
+            checkpoint, plan_model(checkpoint, CPU, 2, split=split), CPU.act_dtype, Demand(), None
+        )
+        for split in (CUT, SPREAD)
+    }
+    # The router, on every rank
+    assert found[True].unquantized == found[False].unquantized == COUNT * HIDDEN * 2
+
+
 def test_w2_may_be_quantized_otherwise_than_w13(tmp_path: Path) -> None:
     rule = {r"+:.*down_proj": {"group_size": 16}}
 

@@ -4,7 +4,7 @@ Sizes are those of the models' published config.json files.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,61 @@ Stored = dict[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Those of each layer from `first` on, which asks `top_k` of them; `config` has the model's own
+    names for it. What `unquantized` names is stored in 16 bits: {module: (n, k)}, and `ignored` is
+    how the quantization config says so."""
+
+    count: int
+    inner: int
+    top_k: int
+    config: dict[str, Any]
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    block: str = "mlp"
+    first: int = 0
+    unquantized: dict[str, tuple[int, int]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Model(ModelShape):
-    """A decoder's published sizes; `tied` embeddings have no lm_head."""
+    """A decoder's published sizes; `tied` embeddings have no lm_head.
+
+    With `experts` a block's other layers of feed-forward are left out, and its attention where it
+    is `plain`: the experts' `unquantized` then has it.
+    """
 
     max_positions: int = 32768
     tied: bool = False
+    experts: Experts | None = None
+    plain_attention: bool = False
+    group_size: int = 128
+
+    @property
+    def fused(self) -> int:
+        """How many layers of vLLM's are quantized; one of experts has two weights."""
+        if self.experts is None:
+            return 4 * self.layers
+        attention = 0 if self.plain_attention else 2 * self.layers
+        return attention + 2 * (self.layers - self.experts.first)
+
+    def quantized(self, layer: int) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of each module below a block, as checkpoints name it."""
+        found, experts = self.unfused_linears(), self.experts
+        if experts is None:
+            return found
+        if self.plain_attention:
+            found = {}
+        found = {name: size for name, size in found.items() if name.startswith("self_attn")}
+        for number in range(experts.count if layer >= experts.first else 0):
+            for name, size in zip(experts.names, _sizes(experts.inner, self.hidden), strict=True):
+                found[f"{experts.block}.experts.{number}.{name}"] = size
+        return found
+
+
+def _sizes(inner: int, hidden: int) -> tuple[tuple[int, int], ...]:
+    """Gate, up and down."""
+    return (inner, hidden), (inner, hidden), (hidden, inner)
 
 
 def _published(name: str, **more: Any) -> Model:
@@ -52,6 +102,70 @@ MODELS = {
     "Llama-3.1-405B": Model(
         *(16384, 53248, 126, 128, 8, 128, 128256),
         max_positions=131072,
+    ),
+    "Qwen3-30B-A3B": Model(
+        *(2048, 6144, 48, 32, 4, 128, 151936),
+        model_type="qwen3",
+        max_positions=40960,
+        experts=Experts(
+            *(128, 768, 8),
+            {
+                "architectures": ["Qwen3MoeForCausalLM"],
+                "model_type": "qwen3_moe",
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+            },
+            unquantized={"mlp.gate": (128, 2048)},
+        ),
+    ),
+    "Mixtral-8x7B": Model(
+        *(4096, 14336, 32, 32, 8, 128, 32000),
+        experts=Experts(
+            *(8, 14336, 2),
+            {
+                "architectures": ["MixtralForCausalLM"],
+                "model_type": "mixtral",
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+            },
+            names=("w1", "w3", "w2"),
+            block="block_sparse_moe",
+            unquantized={"block_sparse_moe.gate": (8, 4096)},
+        ),
+    ),
+    # Kimi K2: routed experts in groups of 32, all else in bf16
+    "Kimi-K2": Model(
+        *(7168, 18432, 61, 64, 64, 128, 163840),
+        max_positions=131072,
+        plain_attention=True,
+        group_size=32,
+        experts=Experts(
+            *(384, 2048, 8),
+            {
+                "architectures": ["DeepseekV3ForCausalLM"],
+                "model_type": "kimi_k2",
+                "n_routed_experts": 384,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 2048,
+                "first_k_dense_replace": 1,
+                "kv_lora_rank": 512,
+                "qk_rope_head_dim": 64,
+            },
+            first=1,
+            ignored=("lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"),
+            unquantized={
+                "self_attn.q_a_proj": (1536, 7168),
+                "self_attn.q_b_proj": (64 * 192, 1536),
+                "self_attn.kv_a_proj_with_mqa": (576, 7168),
+                "self_attn.kv_b_proj": (64 * 256, 512),
+                "self_attn.o_proj": (7168, 64 * 128),
+                "mlp.gate": (384, 7168),
+                "mlp.shared_experts.gate_proj": (2048, 7168),
+                "mlp.shared_experts.up_proj": (2048, 7168),
+                "mlp.shared_experts.down_proj": (7168, 2048),
+            },
+        ),
     ),
 }
 
@@ -138,20 +252,28 @@ FORMATS = {
 QUANTIZED_HEADS = frozenset({"gptq-head"})
 
 
-def config_of(model: Model, fmt: str, group_size: int = 128) -> dict[str, Any]:
-    return config(model, FORMATS[fmt][1](group_size)) | {
-        "max_position_embeddings": model.max_positions,
-        "tie_word_embeddings": model.tied,
-    }
+def config_of(model: Model, fmt: str, group_size: int | None = None) -> dict[str, Any]:
+    quantization = FORMATS[fmt][1](group_size or model.group_size)
+    if model.experts is not None and model.experts.ignored:
+        quantization["ignore"] = list(model.experts.ignored)
+    return (
+        config(model, quantization)
+        | {"max_position_embeddings": model.max_positions, "tie_word_embeddings": model.tied}
+        | (model.experts.config if model.experts is not None else {})
+    )
 
 
-def tensors_of(model: Model, fmt: str, group_size: int = 128) -> Stored:
+def tensors_of(model: Model, fmt: str, group_size: int | None = None) -> Stored:
     """Every tensor of the checkpoint: name -> (dtype, shape)."""
     stored: Stored = {"model.embed_tokens.weight": ("BF16", (model.vocab, model.hidden))}
     for layer in range(model.layers):
         prefix = f"model.layers.{layer}"
-        for name, (n, k) in model.unfused_linears().items():
-            for suffix, tensor in FORMATS[fmt][0](n, k, group_size).items():
+        plain = model.experts.unquantized if model.experts is not None else {}
+        if model.experts is not None and layer < model.experts.first:
+            plain = {name: size for name, size in plain.items() if not name.startswith("mlp")}
+        stored |= {f"{prefix}.{name}.weight": ("BF16", size) for name, size in plain.items()}
+        for name, (n, k) in model.quantized(layer).items():
+            for suffix, tensor in FORMATS[fmt][0](n, k, group_size or model.group_size).items():
                 stored[f"{prefix}.{name}.{suffix}"] = tensor
             if model.qkv_bias and name[-6:] in ("q_proj", "k_proj", "v_proj"):
                 stored[f"{prefix}.{name}.bias"] = ("BF16", (n,))
@@ -161,7 +283,7 @@ def tensors_of(model: Model, fmt: str, group_size: int = 128) -> Stored:
         stored |= {f"{prefix}.{name}.weight": ("BF16", (size,)) for name, size in norms.items()}
     stored["model.norm.weight"] = ("BF16", (model.hidden,))
     if fmt in QUANTIZED_HEADS:
-        packed = FORMATS[fmt][0](model.vocab, model.hidden, group_size)
+        packed = FORMATS[fmt][0](model.vocab, model.hidden, group_size or model.group_size)
         stored |= {f"lm_head.{suffix}": tensor for suffix, tensor in packed.items()}
     elif not model.tied:
         stored["lm_head.weight"] = ("BF16", (model.vocab, model.hidden))
@@ -169,7 +291,7 @@ def tensors_of(model: Model, fmt: str, group_size: int = 128) -> Stored:
 
 
 def write_headers(
-    path: Path, model: Model, fmt: str = "gptq", group_size: int = 128, shards: int = 1
+    path: Path, model: Model, fmt: str = "gptq", group_size: int | None = None, shards: int = 1
 ) -> None:
     """Write the checkpoint; its weights are holes in sparse files, which take no room."""
     path.mkdir(parents=True, exist_ok=True)

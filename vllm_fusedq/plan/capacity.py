@@ -220,14 +220,25 @@ def workspace_bytes(plan: LayerPlan) -> int:
 
 
 def _loaded_as_stored(checkpoint: Checkpoint, plan: ModelPlan) -> list[TensorInfo]:
-    """All but the stored tensors of quantized layers."""
+    """All but the stored tensors of quantized layers, other ranks' experts included."""
     packed = {
         f"{fmt.module}.{stored.name}"
         for layer in plan.layers
         for fmt in layer.formats
         for stored in fmt.tensors
     }
-    return [info for name, info in checkpoint.tensors.items() if name not in packed]
+    stacks = {layer.prefix for layer in plan.layers if layer.experts is not None}
+    return [
+        info
+        for name, info in checkpoint.tensors.items()
+        if name not in packed and not (stacks and _stack_of(name) in stacks)
+    ]
+
+
+def _stack_of(tensor: str) -> str | None:
+    """What a tensor's name says of the layer of experts that it belongs to."""
+    _, _, rest = tensor.partition(".experts.")
+    return tensor[: -len(rest) - 1] if rest else None
 
 
 def _stages_of(

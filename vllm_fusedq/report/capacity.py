@@ -18,7 +18,7 @@ def capacity_table(capacity: Capacity, demand: Demand) -> Table:
         (capacity.weights, "packed weights"),
         (capacity.metadata, "scales, zero points, activation order"),
         (capacity.unquantized, "layers that are not quantized, at the activations' dtype"),
-        (capacity.workspace, "workspace of split K and sliced prefill"),
+        (capacity.workspace, "workspace of split K, sliced prefill, experts"),
         (capacity.activations, estimate),
         (capacity.kv_cache, _kv_label(capacity, demand)),
         (capacity.remains, _rest_label(capacity, demand)),
