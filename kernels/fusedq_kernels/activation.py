@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 _GATED = ("silu", "gelu", "gelu_tanh", "swiglustep", "situ")
-_PLAIN = ("silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul", "relu2_no_mul")
-ACTIVATIONS = _GATED + _PLAIN
+PLAIN = ("silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul", "relu2_no_mul")
+"""Those of one number."""
+ACTIVATIONS = _GATED + PLAIN
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,8 @@ def test_answers_as_plain_models(tmp_path: Path, request: pytest.FixtureRequest,
         # vLLM's own model of it answers otherwise eagerly on one rank, plain or not
         plain_path = write_dequantized(tmp_path / "plain", model)
         plainly = engine | {"quantization": None, "dtype": "float32"}
+        # vLLM's own experts on a CPU die where some are on another rank
+        plainly.pop("enable_expert_parallel", None)
         answers = serve(tmp_path, plain_path, prompts, **plainly)
         expected = [answer["prompt_logprobs"] for answer in answers]
         tokens = [answer["tokens"][0] for answer in answers]

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from fusedq_kernels import reference, testing
-from fusedq_kernels.activation import SILU
+from fusedq_kernels.activation import PLAIN, SILU, Activation
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.choose.experts import Load, select
 from fusedq_kernels.cpu.activations import activated
@@ -355,6 +355,53 @@ def test_activations_are_vllms(name: str) -> None:
     gate, up = sums.chunk(2, dim=1)
     alternating = stacked.alternate(gate.T, up.T).T
     torch.testing.assert_close(activated(activation, alternating), expected)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_activations_are_vllms(name: str) -> None:
+    from vllm.model_executor.layers.fused_moe.activation import (
+        MoEActivation,
+        apply_moe_activation,
+    )
+
+    from vllm_fusedq.integration.activations import activation_of
+
+    value = MoEActivation(name)
+    assert not value.is_gated
+    sums = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * 4
+    expected = torch.empty_like(sums)
+    apply_moe_activation(value, expected, sums)
+    activation = activation_of(SimpleNamespace(activation=value))
+    torch.testing.assert_close(activated(activation, sums), expected)
+
+
+def test_experts_without_gates_load_as_w1_and_run(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Nemotron's, of which vLLM itself runs none on a CPU."""
+    from vllm.model_executor.layers.fused_moe import config as layer_config
+
+    def two_matrices(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".gate_proj." in name]:
+            del tensors[name]
+
+    mixture = write_mixture(tmp_path, edits=[two_matrices])
+    with pytest.raises(PreflightError, match="experts without gates in the checkpoint; supported"):
+        make(read_checkpoint(tmp_path))
+    monkeypatch.setattr(type(layer_config.current_platform), "is_cuda_alike", lambda self: True)
+    names = {"up_proj": ("w13", "w1"), "down_proj": ("w2", "w2")}
+    monkeypatch.setitem(globals(), "NAMES", names)
+    named = {"activation": "relu2_no_mul", "ckpt_names": ("up_proj", "down_proj", None)}
+    layer = make(read_checkpoint(tmp_path), **named)
+    load(layer, tmp_path)
+    layer.quant_method.process_weights_after_loading(layer)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn((5, HIDDEN), generator=generator).half()
+    ids, weights = torch.tensor([[0, 1], [3, 2], [2, 1], [1, 0], [3, 1]]), torch.rand((5, 2))
+    truths = {number: truth(mixture, number) for number in range(COUNT)}
+    both = {number: each._replace(gate=each.up) for number, each in truths.items()}
+    expected = reference.experts(x, weights, ids, both, Activation("relu2_no_mul"))
+    testing.assert_close(layer.forward_modular(x, weights, ids), expected, 8e-3, 2e-3)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -242,13 +242,13 @@ def test_damaged_experts_of_all_layers_fold(tmp_path: Path) -> None:
 
 
 def test_experts_of_other_kinds(tmp_path: Path) -> None:
-    """One matrix on the way in, a matrix of an unknown name, all experts in one tensor."""
+    """One matrix alone, a matrix of an unknown name, all experts in one tensor."""
     without = [
-        drop(f"{STACK}.{number}.gate_proj.{name}") for number in range(COUNT) for name in SUFFIXES
+        drop(f"{STACK}.{number}.up_proj.{name}") for number in range(COUNT) for name in SUFFIXES
     ]
     write_mixture(tmp_path / "plain", edits=without)
     (found,) = problems(tmp_path / "plain")
-    assert found.found == "experts without w1 (only down_proj, up_proj)"
+    assert found.found == "experts without w3 (only down_proj, gate_proj)"
     other = [rename(f"{STACK}.{number}.up_proj", f"{STACK}.{number}.v1") for number in range(COUNT)]
     write_mixture(tmp_path / "other", edits=other)
     (found,) = problems(tmp_path / "other")
@@ -259,6 +259,34 @@ def test_experts_of_other_kinds(tmp_path: Path) -> None:
     (found,) = problems(tmp_path / "one")
     assert found.layer == f"{STACK}.gate_up_proj"
     assert found.found == "packed tensors of all experts of a layer at once"
+
+
+@pytest.mark.parametrize("target", [CPU, H200], ids=["cpu", "h200"])
+def test_experts_without_gates(tmp_path: Path, target: Target) -> None:
+    """vLLM's loaders call the way up of Nemotron's experts w1."""
+    edits = [
+        drop(f"{STACK}.{number}.gate_proj.{name}") for number in range(COUNT) for name in SUFFIXES
+    ]
+    write_mixture(tmp_path, edits=edits)
+    w13, w2 = stacks(tmp_path, tp_size=2, rank=1, target=target)
+    assert (w13.n, w13.k, w2.n, w2.k) == (INNER // 2, HIDDEN, HIDDEN, INNER // 2)
+    assert {(part.shard_id, part.module[-7:]) for part in w13.shard.parts} == {("w1", "up_proj")}
+    assert not w13.shard.alternating
+    lacking = [*edits, *(drop(f"{STACK}.2.up_proj.{name}") for name in SUFFIXES)]
+    write_mixture(tmp_path / "lacking", edits=lacking)
+    (found,) = problems(tmp_path / "lacking")
+    assert (found.layer, found.found) == (
+        f"{STACK}.2.up_proj",
+        "no such module, where 3 experts have a quantized one",
+    )
+    one_gate = [edit for edit, number in zip(edits, GATES, strict=True) if number != 1]
+    write_mixture(tmp_path / "one", edits=one_gate)
+    assert [each.layer for each in problems(tmp_path / "one")] == [
+        f"{STACK}.0,2-3.gate_proj (3 layers)"
+    ]
+
+
+GATES = [number for number in range(COUNT) for _ in ("qweight", "qzeros", "scales")]
 
 
 def test_a_router_is_unquantized_whatever_the_config_says(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fusedq_kernels.activation import Activation
+from fusedq_kernels.activation import PLAIN, Activation
 
 
 class Options(NamedTuple):
@@ -37,8 +37,9 @@ ACTIVATIONS: dict[str, Callable[[Options], Activation]] = {
     "swigluoai_uninterleave": _clamped,
     "swiglustep": lambda given: Activation("swiglustep", 7.0),
     "situ": _situ,
+    **{name: lambda given, name=name: Activation(name) for name in PLAIN},
 }
-"""By the values of vLLM's `MoEActivation` that take gate and up."""
+"""By the values of vLLM's `MoEActivation`; gpt-oss's interleaves gate and up."""
 
 
 def activation_of(moe_config: Any) -> Activation | None:

@@ -170,7 +170,7 @@ def check_parallel(vllm_config: Any, layer: str) -> None:
 
 
 def check_layer(layer: RoutedExperts, prefix: str, stack: ExpertStack) -> None:
-    """Refuse a layer that does something else than its config's sizes and gated experts.
+    """Refuse a layer that does something else than its config's sizes and activation.
 
     Raises:
         PreflightError: every reason.
@@ -192,6 +192,11 @@ def check_layer(layer: RoutedExperts, prefix: str, stack: ExpertStack) -> None:
         f"{sizes[0]} experts of [{sizes[1]}, {sizes[2]}] in the checkpoint": (
             sizes != asked,
             f"{asked[0]} of [{asked[1]}, {asked[2]}], which the model's config asks for",
+            "config.json and the weights are not of the same model; download both again",
+        ),
+        f"experts {'with' if stack.is_gated else 'without'} gates in the checkpoint": (
+            stack.is_gated != config.activation.is_gated,
+            f"those that activation {activation} of the model asks for",
             "config.json and the weights are not of the same model; download both again",
         ),
         f"experts with the activation {activation}": (

@@ -1,12 +1,13 @@
 """The experts of one layer: all there, all alike, and which of them, or what of each, a rank holds.
 
 vLLM's layer of experts has two weights: w13, gate (w1) and up (w3) by turns, and w2, the way back.
+Where experts have no gate, w13 is the way up alone, and vLLM's loaders call it w1.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from fusedq_kernels.catalogue import Op
@@ -31,7 +32,7 @@ TOP_K = (
 GATE, UP, DOWN = "w1", "w3", "w2"
 PARTS = (GATE, UP, DOWN)
 W13, W2 = "w13", "w2"
-WEIGHTS = {W13: (GATE, UP), W2: (DOWN,)}
+WEIGHTS = (W13, W2)
 BIAS = "bias"
 _NAMES = tuple(name for name in EXPERT_PARTS if name.endswith("proj"))
 _ALIKE = "experts whose gate, up and down projections are all quantized, each kind in one way"
@@ -54,7 +55,7 @@ class ExpertSplit:
 
 @dataclass(frozen=True, slots=True)
 class ExpertStack:
-    """The experts of one layer in the checkpoint: of each, by number, three matrices by part."""
+    """The experts of one layer in the checkpoint: of each, by number, its matrices by part."""
 
     name: str
     experts: tuple[Mapping[str, LayerFormat], ...]
@@ -69,12 +70,16 @@ class ExpertStack:
         return {each.module: each for expert in self.experts for each in expert.values()}
 
     @property
+    def is_gated(self) -> bool:
+        return GATE in self.experts[0]
+
+    @property
     def hidden(self) -> int:
-        return self.experts[0][GATE].k
+        return self.experts[0][UP].k
 
     @property
     def inner(self) -> int:
-        return self.experts[0][GATE].n
+        return self.experts[0][UP].n
 
 
 def expert_stacks(
@@ -110,12 +115,14 @@ def expert_stack(
             raise AssertionError(f"{module} is no part of an expert")
         found[expert.index][expert.part] = layer
         named[expert.part] = expert.name
-    if absent := [part for part in PARTS if part not in named]:
+    absent = [part for part in PARTS if part not in named]
+    if absent not in ([], [GATE]):
         raise PreflightError.single(
             layer=name,
             found=f"experts without {' and '.join(absent)} "
             f"(only {', '.join(sorted(named.values()))})",
-            supported=f"experts of three matrices ({', '.join(_NAMES)} or {', '.join(PARTS)})",
+            supported=f"experts of three matrices ({', '.join(_NAMES)} or {', '.join(PARTS)}), or "
+            "of two without a gate",
             fix=_WITHOUT,
         )
     count = max(checkpoint.number(*_COUNTS) or 0, max(found) + 1)
@@ -125,16 +132,16 @@ def expert_stack(
         )
         for index in range(count)
         for part in PARTS
-        if part not in found.get(index, {})
+        if part in named and part not in found.get(index, {})
     ]
     if not problems:
         problems = _unlike(found)
     if not problems:
-        problems = _misfits(name, found[0])
+        problems = _misfits(name, found[0][UP], found[0][DOWN])
     if problems:
         raise PreflightError(problems)
     biased = []
-    for weight, parts in WEIGHTS.items():
+    for weight, parts in _weights(named).items():
         modules = [expert[part].module for expert in found.values() for part in parts]
         with_bias = [module for module in modules if BIAS in checkpoint.modules()[module]]
         problems += _bias_problems(checkpoint, modules, with_bias)
@@ -146,6 +153,11 @@ def expert_stack(
     return ExpertStack(name, experts, frozenset(biased), top_k)
 
 
+def _weights(parts: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The parts that each weight is made of, for experts of these."""
+    return {W13: tuple(part for part in (GATE, UP) if part in parts), W2: (DOWN,)}
+
+
 def _missing(checkpoint: Checkpoint, module: str, others: int) -> Problem:
     stored = checkpoint.modules().get(module, {})
     what = "an unquantized weight" if "weight" in stored else "no such module"
@@ -155,7 +167,7 @@ def _missing(checkpoint: Checkpoint, module: str, others: int) -> Problem:
 def _unlike(found: Mapping[int, Mapping[str, LayerFormat]]) -> list[Problem]:
     """Experts whose w13 or w2 is not quantized as most are, or not of their size."""
     problems = []
-    for parts in WEIGHTS.values():
+    for parts in _weights(found[0]).values():
         kinds = {
             (index, part): (expert[part].spec, expert[part].ordered, expert[part].n, expert[part].k)
             for index, expert in found.items()
@@ -192,11 +204,10 @@ def _told(layer: LayerFormat) -> str:
     return f"[{layer.n}, {layer.k}] {layer.description}, scales in {scales}"
 
 
-def _misfits(name: str, expert: Mapping[str, LayerFormat]) -> list[Problem]:
-    gate, down = expert[GATE], expert[DOWN]
-    if (gate.n, gate.k) == (down.k, down.n):
+def _misfits(name: str, up: LayerFormat, down: LayerFormat) -> list[Problem]:
+    if (up.n, up.k) == (down.k, down.n):
         return []
-    sizes = f"[{gate.n}, {gate.k}] on the way in and [{down.n}, {down.k}] on the way back"
+    sizes = f"[{up.n}, {up.k}] on the way in and [{down.n}, {down.k}] on the way back"
     return [Problem(name, f"experts of {sizes}", "matrices that fit each other", REDO)]
 
 
@@ -238,13 +249,18 @@ def stack_shards(
     """
     into, back = Region(*inner, 0, stack.hidden), Region(0, stack.hidden, *inner)
     shards = []
-    for (weight, parts), region in zip(WEIGHTS.items(), (into, back), strict=True):
+    first = stack.experts[0]
+    for (weight, parts), region in zip(_weights(first).items(), (into, back), strict=True):
         shard = LayerShard(
             prefix=prefix,
             style=ParallelStyle.COLUMN if weight == W13 else ParallelStyle.ROW,
             tp_size=tp_size,
             parts=tuple(
-                PartShard(stack.experts[index][part].module, part, region)
+                PartShard(
+                    stack.experts[index][part].module,
+                    GATE if part == UP and not stack.is_gated else part,
+                    region,
+                )
                 for index in held
                 for part in parts
             ),
