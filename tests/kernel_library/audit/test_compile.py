@@ -166,6 +166,7 @@ assert compiled[0].asm["cubin"] == audited.asm["cubin"]
 AMD = {
     "mi300x-uint4": ("mi300x", "uint4", 128, 64),
     "mi300x-nf4": ("mi300x", "nf4", 64, 32),
+    "mi300x-float4": ("mi300x", "float4_e2m1f", 32, 16),
     "mi300x-finest": ("mi300x", "uint4b8", 8, 16),
     "mi355x-uint8b128": ("mi355x", "uint8b128", 1 << 16, 16),
     "mi355x-float8": ("mi355x", "float8_e4m3fn", 1 << 16, 64),
