@@ -171,6 +171,8 @@ def resident_values(loader: LayerLoader) -> torch.Tensor:
         values = weight.codes.double() - weight.zeros.double()[:, group_of]
     if codebook is None:
         values *= weight.scales.double()[:, group_of]
+    if weight.row_scales is not None:
+        values *= weight.row_scales.double()[:, None]
     if weight.perm is None:
         return values
     dense = values.new_zeros(values.shape[0], weight.in_features)
