@@ -21,7 +21,7 @@ import torch
 import triton
 
 from fusedq_kernels.audit import everything, slices
-from fusedq_kernels.audit.compile import TRITON_NAMES, architectures, audited_groups
+from fusedq_kernels.audit.compile import TRITON_NAMES, architectures, audited_groups, usual_spec
 from fusedq_kernels.audit.fused import audit_tile
 from fusedq_kernels.audit.rows import (
     RESOURCE_COLUMNS,
@@ -38,7 +38,6 @@ from fusedq_kernels.cuda import gemm
 from fusedq_kernels.types import (
     TILED_LAYOUTS,
     DeviceSpec,
-    QuantSpec,
     TileConfig,
     WeightType,
 )
@@ -63,8 +62,8 @@ def audit(
     `tiles` names the tiles to keep ("16x128", "128x128s" where the scale multiplies the weights) of
     all those that `select` can return for the device and group size. A group size of at least
     `compile.AUDIT_K` stands for per-channel scales, `scale_dtype` None for that of the
-    activations. With `batch_invariant` only the tile for more than 64 tokens, adding up 4 segments
-    of K: the others are those of any layer.
+    activations, or of NVFP4 beside its weights. With `batch_invariant` only the tile for more than
+    64 tokens, adding up 4 segments of K: the others are those of any layer.
     """
     device = device_by_name(target)
     return [
@@ -72,7 +71,7 @@ def audit(
         for group_size in group_sizes
         for weight_type in weight_types
         for act_dtype in act_dtypes
-        for spec in [QuantSpec(weight_type, group_size, scale_dtype or act_dtype)]
+        for spec in [usual_spec(weight_type, group_size, scale_dtype or act_dtype)]
         for tile in _tiles(device, weight_type, audited_groups(spec).step, batch_invariant)
         if tiles is None or tile_name(tile) in tiles
     ]

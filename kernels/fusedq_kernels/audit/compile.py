@@ -20,12 +20,13 @@ from fusedq_kernels.audit.flow import loops
 from fusedq_kernels.audit.hazards import count_registers, find_hazards
 from fusedq_kernels.audit.rows import WARP_SIZE
 from fusedq_kernels.audit.sass import parse
+from fusedq_kernels.call import NARROW_SCALES, SCALES_OF
 from fusedq_kernels.choose.device import KNOWN_DEVICES
 from fusedq_kernels.cuda import gemm
 from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import GroupGeometry, group_geometry
 from fusedq_kernels.layouts.resident import scale_words
-from fusedq_kernels.types import DeviceSpec, QuantSpec
+from fusedq_kernels.types import DeviceSpec, QuantSpec, WeightType
 
 # In-features of an audited weight: groups of this size or more are one group per channel.
 AUDIT_K = 1 << 16
@@ -80,6 +81,15 @@ def scheme_cells(spec: QuantSpec, act_dtype: torch.dtype) -> dict[str, object]:
         "scale_dtype": _SCALE_NAMES[spec.scale_dtype],
         "group_size": spec.group_size,
     }
+
+
+def usual_spec(
+    weight_type: WeightType, group_size: int, scale_dtype: DType | torch.dtype
+) -> QuantSpec:
+    """A scheme with these scales, or with the first that such weights come with."""
+    known, found = SCALES_OF[weight_type], DType.of(scale_dtype)
+    found = known[0] if known[0] in NARROW_SCALES and found not in known else found
+    return QuantSpec(weight_type, group_size, found, found is DType.FLOAT8_E4M3FN)
 
 
 def pointer_types(spec: QuantSpec, act_dtype: torch.dtype) -> dict[str, str]:

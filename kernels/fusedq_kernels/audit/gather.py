@@ -23,6 +23,7 @@ from fusedq_kernels.audit.compile import (
     opcode,
     pointer_types,
     target_of,
+    usual_spec,
     variant,
 )
 from fusedq_kernels.audit.rows import WARP_SIZE, CompiledRow
@@ -63,7 +64,7 @@ def audit_gather(
 ) -> list[GatherRow]:
     """Compile each combination for `target`, a name known to `device_by_name`."""
     return [
-        audit_lookup(target, QuantSpec(weight_type, group_size, act_dtype), act_dtype, has_perm)
+        audit_lookup(target, usual_spec(weight_type, group_size, act_dtype), act_dtype, has_perm)
         for weight_type in weight_types
         for act_dtype in act_dtypes
         for group_size in group_sizes

@@ -38,7 +38,7 @@ _ZERO_POINTS_GROUPS_OF_32 = 0.3
 # codebook more permutes, the sign of a float a path of its own.
 _BEYOND = {
     **{"uint4": 0, "uint4b8": 0, "uint8": 0.3, "uint8b128": 0.2, "nf4": 1.3, "fp4": 1.1},
-    **{"float8_e4m3fn": 0.9, "float4_e2m1f": 0.9},
+    **{"float8_e4m3fn": 0.9, "float4_e2m1f": 1.2},
 }
 
 

@@ -17,6 +17,7 @@ from fusedq_kernels.audit.compile import (
     opcode,
     pointer_types,
     target_of,
+    usual_spec,
     variant,
 )
 from fusedq_kernels.audit.rows import (
@@ -73,7 +74,7 @@ def audit_slices(
 ) -> list[SliceRow]:
     """Compile each combination for `target`, a name known to `device_by_name`."""
     return [
-        audit_slice(target, QuantSpec(weight_type, group_size, act_dtype), act_dtype)
+        audit_slice(target, usual_spec(weight_type, group_size, act_dtype), act_dtype)
         for group_size in group_sizes
         for weight_type in weight_types
         for act_dtype in act_dtypes

@@ -50,6 +50,10 @@ RUNS = {
         "--target sm_90 --act-dtype bf16 --weight-type float8_e4m3fn --tile 16x128 64x128 "
         "--group-size 128 131072"
     ),
+    "sm_90-float4": (
+        "--target sm_90 --act-dtype bf16 --weight-type float4_e2m1f --tile 16x128 64x128 "
+        "--group-size 16 32"
+    ),
     "sm_90-fine": "--target sm_90 --act-dtype bf16 --weight-type uint4b8 --group-size 48",
     "sm_90-no-bias": (
         "--target sm_90 --act-dtype bf16 --weight-type uint4b8 --tile 16x128 64x128s 256x128s "
@@ -80,6 +84,9 @@ RUNS = {
     "sm_103": "--target sm_103 --act-dtype bf16 --weight-type uint4 --tile 64x256",
     "sm_110": "--target sm_110 --act-dtype fp16 --weight-type nf4 --tile 16x128",
     "sm_121": "--target sm_121 --act-dtype bf16 --weight-type uint4 --tile 64x256",
+    "sm_86-float4": (
+        "--target sm_86 --act-dtype bf16 --weight-type float4_e2m1f --tile 16x128 --group-size 16"
+    ),
     "sm_86-float": "--target sm_86 --act-dtype bf16 --weight-type float8_e4m3fn --tile 16x128",
     "sm_89": "--target sm_89 --act-dtype bf16 --weight-type uint4 --tile 64x128",
     "sm_100": "--target sm_100 --act-dtype bf16 --weight-type uint4 --tile 16x128 32x128 64x256",
