@@ -21,7 +21,9 @@ class Float4Truth(Truth):
 
     def values(self, n0: int, n1: int, k0: int, k1: int) -> torch.Tensor:
         codes = torch.from_numpy(self.codes[n0:n1, k0:k1].astype(np.int64))
-        scales = self.scales[n0:n1].double()[:, np.arange(k0, k1) // self.group_size]
+        # A region may be larger than the layer, where a test exchanged tensors
+        group_of = np.arange(self.codes.shape[1])[k0:k1] // self.group_size
+        scales = self.scales[n0:n1].double()[:, group_of]
         return VALUES[codes] * scales * (self.scale_of_all or 1.0)
 
     def slice(self, n0: int, n1: int, k0: int, k1: int) -> tuple[torch.Tensor, None, torch.Tensor]:

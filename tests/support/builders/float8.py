@@ -22,7 +22,7 @@ class FloatTruth(Truth):
     def values(self, n0: int, n1: int, k0: int, k1: int) -> torch.Tensor:
         """What a region is worth, multiplied in fp32: exact for scales in 16 bits."""
         numbers = torch.from_numpy(self.codes[n0:n1, k0:k1].copy()).view(torch.float8_e4m3fn)
-        scales = self.scales[n0:n1][:, np.arange(k0, k1) // self.group_size]
+        scales = self.scales[n0:n1][:, np.arange(self.codes.shape[1])[k0:k1] // self.group_size]
         return (numbers.float() * scales.float()).double()
 
     def slice(self, n0: int, n1: int, k0: int, k1: int) -> tuple[torch.Tensor, None, torch.Tensor]:
