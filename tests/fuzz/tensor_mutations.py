@@ -43,6 +43,8 @@ def rename_tensor(draft: Draft, rng: random.Random) -> None:
     draft.tensors[new] = draft.tensors.pop(name)
     draft.may_change(module)
     about(draft, module)
+    if all(draft.tensors[each].ndim < 2 for each in draft.modules()[module]):
+        draft.may_lose_modules = True  # a weight of one dimension is a norm's
 
 
 def rename_module(draft: Draft, rng: random.Random) -> None:
