@@ -237,8 +237,8 @@ class LogicalWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """The kernel ABI: the only resident form of a quantized weight.
+class ResidentWeight:
+    """What stays in memory of quantized weights, one or many of a shape and scheme.
 
     Shapes and dtypes of the tensors depend on `layout` (see `packing.packed_shapes`). `n` and `k`
     are the logical sizes, without padding. `perm` and `in_features` are those of `LogicalWeight`.
@@ -260,26 +260,16 @@ class PackedWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class StackedWeight:
+class PackedWeight(ResidentWeight):
+    """The kernel ABI: the only resident form of a quantized weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class StackedWeight(ResidentWeight):
     """Weights of one shape and scheme, one for each expert that a rank holds.
 
-    Tensors are those of `PackedWeight` with a leading dimension of experts; everything else is that
-    of one expert.
+    Tensors have a leading dimension of experts; everything else is that of one expert.
     """
-
-    qweight: "torch.Tensor"
-    scales: "torch.Tensor"
-    zeros: "torch.Tensor | None"
-    layout: Layout
-    spec: QuantSpec
-    n: int
-    k: int
-    phase: int = 0
-    perm: "torch.Tensor | None" = None
-    in_features: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "in_features", self.in_features or self.k)
 
     @property
     def count(self) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from fusedq_kernels.call import ALTERNATION
 from fusedq_kernels.dtype import DType
-from fusedq_kernels.layouts.packing import PERM_DTYPE, packed_shapes
+from fusedq_kernels.layouts.packing import empty_packed
 from fusedq_kernels.types import Layout, QuantSpec, StackedWeight
 
 
@@ -24,16 +24,13 @@ def empty_stacked(
     ordered: bool = False,
 ) -> StackedWeight:
     """`packing.empty_packed` for `count` experts at once."""
-    shapes = packed_shapes(layout, n, k, spec, phase, act_dtype)
-    tensors = {
-        name: torch.zeros((count, *shape), dtype=dtype, device=device)
-        for name, (shape, dtype) in shapes.items()
-    }
-    perm = torch.zeros((count, k), dtype=PERM_DTYPE, device=device) if ordered else None
-    return StackedWeight(
-        *(tensors["qweight"], tensors["scales"], tensors.get("zeros")),
-        *(layout, spec, n, k, phase, perm, in_features),
+    size = (n, k, spec, phase, act_dtype)
+    one = empty_packed(layout, *size, "meta", in_features=in_features, ordered=ordered)
+    qweight, scales, zeros, perm = (
+        None if t is None else torch.zeros((count, *t.shape), dtype=t.dtype, device=device)
+        for t in (one.qweight, one.scales, one.zeros, one.perm)
     )
+    return StackedWeight(qweight, scales, zeros, layout, spec, n, k, phase, perm, one.in_features)
 
 
 def alternate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
