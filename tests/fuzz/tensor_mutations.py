@@ -13,6 +13,9 @@ DTYPES = (
 )
 
 
+PLAIN = (torch.float16, torch.bfloat16, torch.float32)
+
+
 def pick(draft: Draft, rng: random.Random) -> tuple[str, str]:
     """A quantized module and the full name of one of its tensors."""
     modules = {module: names for module, names in draft.modules().items() if names}
@@ -40,11 +43,11 @@ def rename_tensor(draft: Draft, rng: random.Random) -> None:
     module, name = pick(draft, rng)
     suffixes = ["weight", "bias", "qweight", "scales", "g_idx", "x", "weight_scale", "", "SCALES"]
     new = f"{module}.{rng.choice(suffixes)}"
-    draft.tensors[new] = draft.tensors.pop(name)
+    renamed = draft.tensors[new] = draft.tensors.pop(name)
     draft.may_change(module)
     about(draft, module)
-    if all(draft.tensors[each].ndim < 2 for each in draft.modules()[module]):
-        draft.may_lose_modules = True  # a weight of one dimension is a norm's
+    if new == f"{module}.weight" and renamed.dtype in PLAIN:
+        draft.may_lose_modules = True  # scales in a weight's place are one that is not quantized
 
 
 def rename_module(draft: Draft, rng: random.Random) -> None:
