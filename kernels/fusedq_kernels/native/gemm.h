@@ -142,6 +142,10 @@ template <typename Machine, Codes codes, int tokens, bool whole>
 void tile(const Panel<Machine>& panel, int blocks, int step, const Spread& spread,
           const typename Machine::Activation* x, int64_t block_stride, float* totals, int64_t stride) {
   const int part = whole ? kRun : step;
+  Floats total[tokens][kTileUnits];
+  FUSEDQ_UNROLL for (int m = 0; m < tokens; m++)
+    FUSEDQ_UNROLL for (int u = 0; u < kTileUnits; u++)
+      total[m][u] = load<Floats>(totals + m * stride + u * kLanes);
   for (int block = 0; block < blocks; block++)
     for (int order = 0; order < kRuns; order++) {
       const int run = run_at(codes, order / runs_of_set(codes), order % runs_of_set(codes));
@@ -160,13 +164,14 @@ void tile(const Panel<Machine>& panel, int blocks, int step, const Spread& sprea
         const int64_t at = (block * (kBlock / step) + (kRun * run + start) / step) * spread.stride;
         FUSEDQ_UNROLL for (int u = 0; u < kTileUnits; u++) {
           const Floats scale = load<Floats>(spread.scales + at + u * kLanes);
-          FUSEDQ_UNROLL for (int m = 0; m < tokens; m++) {
-            float* total = totals + m * stride + u * kLanes;
-            store(total, multiply_add(sum[m][u], scale, load<Floats>(total)));
-          }
+          FUSEDQ_UNROLL for (int m = 0; m < tokens; m++)
+            total[m][u] = multiply_add(sum[m][u], scale, total[m][u]);
         }
       }
     }
+  FUSEDQ_UNROLL for (int m = 0; m < tokens; m++)
+    FUSEDQ_UNROLL for (int u = 0; u < kTileUnits; u++)
+      store(totals + m * stride + u * kLanes, total[m][u]);
 }
 
 // Many tokens times the blocks of one panel, which start at `first_block`; `x` starts there as well.

@@ -27,8 +27,8 @@ char* scratch(size_t bytes) {
   return held.get();
 }
 
-constexpr int64_t kTokensAtOnce = 128;
-constexpr int64_t kTotalsBytes = 768 << 10;
+constexpr int64_t kTokensAtOnce = 256;
+constexpr int64_t kTotalsBytes = 512 << 10;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
