@@ -16,11 +16,12 @@ MEANING = frozenset(
     | {"sym", "symmetric", "zero_point", "desc_act", "static_groups", "actorder"}
     | {"group_size", "q_group_size", "strategy", "meta", "dynamic", "quant_method", "config_groups"}
     | {"group_0", "weights", "schemes", "weight_type", "ordered", "packing_format"}
+    | {"pack_method"}
 )
 # Entries that may make a planner see less: what is left must still be right.
 SELECTION = frozenset(
     {"dynamic", "ignore", "targets", "modules_to_not_convert", "modules_in_block_to_quantize"}
-    | {"llm_int8_skip_modules", "config_groups", "group_0", "modules"}
+    | {"llm_int8_skip_modules", "config_groups", "group_0", "modules", "exclude"}
 )
 JUNK: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 3, 8, 16, 7, 64, 2**31, 2**63, 2**70, -(2**63), 10**30),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from builders import autoround, awq, bitsandbytes, compressed_tensors, float4, float8, gptq
+from builders import autoround, awq, bitsandbytes, compressed_tensors, float4, float8, gptq, quark
 from builders.awq import AWQ_BUILDS
 from builders.compressed_tensors import compressed_tensors_config
 from builders.compressed_tensors import pack_quantized_tensors as compressed_tensors_tensors
@@ -27,6 +27,7 @@ __all__ = [
     "FLOAT4_BUILDS",
     "FLOAT_BUILDS",
     "ORDERED_BUILDS",
+    "QUARK_BUILDS",
     "WIDTH_BUILDS",
     "Build",
     "Edit",
@@ -69,8 +70,11 @@ FLOAT_BUILDS = float8.BUILDS
 FLOAT4_BUILDS = float4.BUILDS
 """E2M1, in groups of one size."""
 
+QUARK_BUILDS = quark.BUILDS
+"""Integers in groups."""
+
 ALL_BUILDS = BUILDS | WIDTH_BUILDS | AWQ_BUILDS | BITSANDBYTES_BUILDS
-ALL_BUILDS |= FLOAT_BUILDS | FLOAT4_BUILDS | ORDERED_BUILDS
+ALL_BUILDS |= FLOAT_BUILDS | FLOAT4_BUILDS | ORDERED_BUILDS | QUARK_BUILDS
 
 
 def write_checkpoint(

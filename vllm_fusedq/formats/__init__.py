@@ -22,6 +22,7 @@ from vllm_fusedq.formats.layer import (
 )
 from vllm_fusedq.formats.modelopt import ModelOptFormat
 from vllm_fusedq.formats.packing import Packing
+from vllm_fusedq.formats.quark import QuarkFormat
 from vllm_fusedq.formats.shared.findings import Finding, settle
 
 __all__ = [
@@ -47,6 +48,7 @@ FORMATS: dict[str, type[CheckpointFormat]] = {
     "fp8": Fp8Format,
     "fbgemm_fp8": FbgemmFp8Format,
     "modelopt": ModelOptFormat,
+    "quark": QuarkFormat,
     "fusedq": FusedQFormat,
 }
 
