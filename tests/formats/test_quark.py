@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders.quark import FLAVOURS, layer_config, tensor_config
+from builders.quark import FLAVOURS, FLOAT8, layer_config, tensor_config
 from checkpoints import (
+    ALL_BUILDS,
     QUARK_BUILDS,
     Tensors,
     Truth,
@@ -30,6 +31,9 @@ from vllm_fusedq.plan.kv_cache import kv_cache_problems, served_kv_dtype
 UP, DOWN = (f"model.layers.0.mlp.{name}_proj" for name in ("up", "down"))
 INT4 = {**tensor_config("int4", "per_group"), "group_size": 32, "symmetric": True}
 FP8 = tensor_config("fp8_e4m3", "per_tensor")
+FLOAT8_NAMES = dict.fromkeys(FLOAT8, "fp8 8-bit per channel")
+FLOAT8_NAMES["quark-fp8-block"] = "fp8 24x32 8-bit g32"
+W8A8 = ", activations in 16 bits, not fp8_e4m3, static"
 SHIFTS = {
     "reorder": torch.tensor([0, 16, 4, 20, 8, 24, 12, 28]),
     "order": torch.arange(0, 32, 4),
@@ -86,14 +90,28 @@ def test_any_region(flavour: str, data: st.DataObject) -> None:
     check(layer, tensors, Region(n0, n1, k0, k1), truth)
 
 
+@pytest.mark.parametrize(("build", "name"), FLOAT8_NAMES.items())
+def test_floats_of_8_bits(build: str, name: str) -> None:
+    made = FLOAT8[build]
+    truth = made.truth(40, 64, 32)
+    tensors = made.tensors(truth)
+    layer, _ = describe("quark-sym", None, 32, tensors, **made.config(32))
+    region = Region(8, 28, 16, 56)
+    check(layer, tensors, region, truth)
+    assert layer.description == f"quark {name}{W8A8}"
+
+
 def test_descriptions() -> None:
     found = {
-        build: describe(build, made.truth(8, 64, 32), 32)[0].description
-        for build, made in QUARK_BUILDS.items()
+        build: describe(build, made.truth(16, 64, 32), 32)[0].description
+        for build, made in ALL_BUILDS.items()
+        if build.startswith("quark")
     }
     assert found == {
         "quark-sym": "quark 4-bit g32, symmetric",
         "quark-asym": "quark 4-bit g32, zero points",
+        "quark-mxfp4": "quark mxfp4 4-bit g32",
+        "quark-fp8": f"quark fp8 8-bit per channel{W8A8}",
     }
 
 
@@ -255,6 +273,14 @@ def test_rotations_that_are_merged_are_the_weights(tmp_path: Path) -> None:
         (global_config({"group_size": 12}), "group_size 12; supported: multiples of 8"),
         (global_config({"group_size": -1}), "group_size -1; supported: multiples of 8"),
         (global_config({}, weight=[INT4, FP8]), "weights of int4 over fp8_e4m3 None; "),
+        (global_config({"dtype": "fp4", "group_size": 16}), "fp4 weights with group_size 16; sup"),
+        (global_config({"dtype": "fp4"}), "fp4 weights with scale_format None; supported: scale_"),
+        (
+            global_config({**FP8, "qscheme": "per_channel", "ch_axis": 1}),
+            "fp8_e4m3 weights with ch",
+        ),
+        (global_config({**FP8, "qscheme": "per_block"}), "block_size None; supported: two sizes ["),
+        (global_config({**FP8, "dtype": "fp6_e2m3"}), "weights of fp6_e2m3 per_tensor; supported"),
         (global_config({}, weight="x"), "weights of 'x' None; supported: int4 per_group, uint4"),
         (global_config({}, bias=FP8), "quantized bias (fp8_e4m3); supported: bias null"),
         (

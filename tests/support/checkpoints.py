@@ -64,10 +64,10 @@ ORDERED_BUILDS = gptq.ORDERED_BUILDS | compressed_tensors.ORDERED_BUILDS
 BITSANDBYTES_BUILDS = bitsandbytes.BUILDS
 """Codebooks; the sizes are known to a tensor only."""
 
-FLOAT_BUILDS = float8.BUILDS
+FLOAT_BUILDS = float8.BUILDS | quark.FLOAT_BUILDS
 """8-bit floats, by every tool."""
 
-FLOAT4_BUILDS = float4.BUILDS
+FLOAT4_BUILDS = float4.BUILDS | quark.FLOAT4_BUILDS
 """E2M1, in groups of one size."""
 
 QUARK_BUILDS = quark.BUILDS

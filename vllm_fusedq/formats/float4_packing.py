@@ -7,7 +7,7 @@ its reciprocal as weight_global_scale `[1]`, ModelOpt the scale itself as weight
 of a fused layer may have different ones: here it is a scale of each row.
 
 Source: `pack_fp4_to_uint8` and `mx_utils` of the compressed_tensors package, `NVFP4QTensor` of
-ModelOpt.
+ModelOpt, `Pack_fp4` of Quark.
 """
 
 from __future__ import annotations
@@ -97,4 +97,5 @@ class Float4Packing(Packing):
 
 NVFP4 = Float4Packing(scale_of_all="weight_global_scale", reciprocal=True, name="nvfp4")
 MXFP4 = Float4Packing(name="mxfp4")
+QUARK_MXFP4 = Float4Packing(weight="weight", name="mxfp4")
 MODELOPT_NVFP4 = Float4Packing(weight="weight", scale_of_all="weight_scale_2", name="nvfp4")

@@ -17,6 +17,8 @@ from typing import Any
 
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
+from vllm_fusedq.formats.float4_packing import MXFP4_GROUP, QUARK_MXFP4, Float4Packing
+from vllm_fusedq.formats.float8_packing import BLOCKS, Float8Packing, ScaleOf, is_block
 from vllm_fusedq.formats.headers import unread
 from vllm_fusedq.formats.layer import Scheme
 from vllm_fusedq.formats.quark_packing import ORDERS, SCALE, ZERO_POINT, QuarkIntPacking
@@ -28,18 +30,31 @@ LINEAR = "Linear"
 # Of activations, whose quantization is not followed
 INPUT_SCALE = "input_scale"
 REGEX, WILD = "re:", frozenset("*?[")
-# Rotations of activations, where the weights alone are not the model
+# Rotations of activations: the weights alone are not the model
 ONLINE_ROTATIONS = ("r3", "r4", "online_r1_rotation")
 OUTPUTS = "output_tensors"
 NOT_FOLLOWED = (OUTPUTS, "bias")
 
+BLOCKED = ("fp8_e4m3", "per_block")
 _STATIC = {"is_dynamic": (False, None)}
 _ALONG_K = {**_STATIC, "ch_axis": (-1, 1, None)}
 KNOWN: dict[tuple[str, str], dict[str, tuple[Any, ...]]] = {
     ("int4", "per_group"): {**_ALONG_K, "symmetric": (True, False)},
     ("uint4", "per_group"): {**_ALONG_K, "symmetric": (False,)},
+    ("fp4", "per_group"): {**_ALONG_K, "group_size": (MXFP4_GROUP,), "scale_format": ("e8m0",)},
+    ("fp8_e4m3", "per_tensor"): _STATIC,
+    ("fp8_e4m3", "per_channel"): {**_STATIC, "ch_axis": (0,)},
+    BLOCKED: _STATIC,
 }
 """By dtype and qscheme of weights: what else their description has to say."""
+
+_FP8 = Float8Packing(name="fp8", scale=SCALE.name, scale_of=ScaleOf.BLOCK)
+FLOATS: dict[tuple[str, str], tuple[Float4Packing | Float8Packing, int]] = {
+    ("fp4", "per_group"): (QUARK_MXFP4, MXFP4_GROUP),
+    ("fp8_e4m3", "per_tensor"): (replace(_FP8, scale_of=ScaleOf.TENSOR), -1),
+    ("fp8_e4m3", "per_channel"): (replace(_FP8, scale_of=ScaleOf.CHANNEL), -1),
+}
+"""Packing and group size of the floats that need no more to be known."""
 
 REDO = f"quantize again with one of these, or {USE_VLLM}"
 KV_CACHE_SPEC = {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}
@@ -56,6 +71,18 @@ class QuarkFormat(CheckpointFormat):
             bit_widths((4,)),
             "symmetric and asymmetric",
             groups="multiples of 8",
+        ),
+        Support(
+            'Quark `fp4` (MXFP4), weight-only, or W4A4 and W4A8 by `"activations": "16-bit"`',
+            "4 bits (E2M1)",
+            "floats",
+            groups=str(MXFP4_GROUP),
+        ),
+        Support(
+            'Quark `fp8_e4m3`, weight-only, or W8A8 by `"activations": "16-bit"`',
+            "8 bits (E4M3)",
+            "floats",
+            groups="per tensor, per channel, blocks of any size",
         ),
     )
     exclusion = "exclude"
@@ -131,17 +158,28 @@ class QuarkFormat(CheckpointFormat):
                 raise PreflightError.single(
                     module, f"{dtype} weights with {key} {found!r:.80}", supported, REDO
                 )
-        return self._int_scheme(module, spec)
+        packing, group_size = self._packing(module, kind, spec)
+        return packing.scheme(self.checkpoint.modules()[module], group_size)
 
-    def _int_scheme(self, module: str, spec: dict[str, Any]) -> Scheme:
+    def _packing(
+        self, module: str, kind: tuple[str, str], spec: dict[str, Any]
+    ) -> tuple[QuarkIntPacking | Float4Packing | Float8Packing, int]:
+        """Packing and group size."""
+        if kind in FLOATS:
+            return FLOATS[kind]
+        if kind == BLOCKED:
+            block = spec.get("block_size")
+            if not is_block(block):
+                raise PreflightError.single(module, f"block_size {block!r:.80}", BLOCKS, REDO)
+            rows, columns = block
+            return replace(_FP8, name=f"fp8 {rows}x{columns}", rows=rows), columns
         group_size = spec.get("group_size")
         if type(group_size) is not int or group_size <= 0 or group_size % 8:
             raise PreflightError.single(
                 module, f"group_size {group_size!r:.80}", "multiples of 8", REDO
             )
         signed, symmetric = spec["dtype"] == "int4", bool(spec["symmetric"])
-        packing = QuarkIntPacking(order=self.order, signed=signed, symmetric=symmetric)
-        return packing.scheme(self.checkpoint.modules()[module], group_size)
+        return QuarkIntPacking(order=self.order, signed=signed, symmetric=symmetric), group_size
 
     def _config_of(self, module: str) -> dict[str, Any]:
         """What the config says of a linear; by its name, the first that matches, wins."""

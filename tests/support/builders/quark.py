@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from builders.float4 import Float4Build, Float4Truth, packed
+from builders.float8 import ROWS, FloatBuild
 from builders.truth import Build, Tensors, Truth
 
 REORDERED = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -108,3 +110,30 @@ BUILDS = {
     for name in ("quark-sym", "quark-asym")
 }
 """Groups have a size: none is per channel."""
+
+
+def floats(qscheme: str, group_size: int) -> dict[str, Any]:
+    """W8A8, as Quark quantizes to 8-bit floats."""
+    inputs = tensor_config("fp8_e4m3", "per_tensor")
+    block = {"block_size": [ROWS, group_size]} if qscheme == "block" else {}
+    return quark_config({**tensor_config("fp8_e4m3", f"per_{qscheme}"), **block}, inputs)
+
+
+def mxfp4_config() -> dict[str, Any]:
+    weight = tensor_config("fp4", "per_group")
+    return quark_config({**weight, "group_size": 32, "scale_format": "e8m0"})
+
+
+def mxfp4_tensors(truth: Float4Truth) -> Tensors:
+    scales = truth.scales.view(torch.uint8).clone()
+    return {"weight": packed(truth), "weight_scale": scales}
+
+
+FLOAT4_BUILDS = {"quark-mxfp4": Float4Build(32, mxfp4_tensors, mxfp4_config)}
+
+FLOAT8 = {
+    "quark-fp8": FloatBuild("tensor", floats, scale_dims=0, more=("input_scale",)),
+    "quark-fp8-channel": FloatBuild("channel", floats, scale_dtype=torch.float32),
+    "quark-fp8-block": FloatBuild("block", floats, scale_dtype=torch.float32),
+}
+FLOAT_BUILDS = {"quark-fp8": FLOAT8["quark-fp8"]}
