@@ -325,7 +325,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"schemes": [3]}, "found the scheme 3; supported by fusedq: weight_type uint4, "),
         (
             {"schemes": [{"weight_type": "uint4", "group_size": 0, "ordered": True}]},
-            "supported by fusedq: a group_size and ordered true or false",
+            "supported by fusedq: a group_size, ordered and row_scaled true or false",
         ),
         ({"modules": {DOWN: [7, 256, 384]}}, rf"{DOWN} as \[7, 256, 384\]; .*a scheme and sizes"),
         ({"modules": {DOWN: [0, 256]}}, rf"{DOWN} as \[0, 256\]; .*scheme, N and K"),
@@ -368,3 +368,14 @@ def test_values_that_cannot_be_right_are_refused(
     (tmp_path / "config.json").symlink_to(converted / "config.json")
     with pytest.raises(WeightLoadError, match=message):
         load(read_checkpoint(tmp_path), device, 1, 0)
+
+
+def test_codes_of_nan_are_refused_where_they_lie_and_where_they_are_decoded(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", "ct-float-channel", **SIZES)
+    convert(tmp_path / "source", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors[f"{DOWN}.qweight"].view(torch.uint8)[0, 3, 5] = 0xFF
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    for tp_size in (1, 2):
+        with pytest.raises(WeightLoadError, match=f"{DOWN}.qweight: found 1 codes of NaN"):
+            load(read_checkpoint(tmp_path / "out"), "gpu", tp_size, 0)

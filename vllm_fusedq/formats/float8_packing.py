@@ -41,6 +41,16 @@ def is_block(found: object) -> bool:
     return all(type(size) is int and size > 0 for size in sizes) and sizes[1] % 8 == 0
 
 
+def check_numbers(codes: torch.Tensor, module: str, name: str) -> None:
+    """Raise WeightLoadError where a code, uint8, is NaN, which kernels take for a number."""
+    missing = int(((codes & _NAN) == _NAN).sum())
+    if missing:
+        raise WeightLoadError(
+            f"{module}.{name}: found {missing} codes of NaN, expected numbers; the file is damaged "
+            "or the model was quantized from NaN: download or quantize it again"
+        )
+
+
 class ScaleOf(Enum):
     """What has a scale of its own."""
 
@@ -72,13 +82,7 @@ class Float8Packing(Packing):
     ) -> LogicalWeight:
         check_slices(tensors, layer, region, self.scale)
         codes = tensors[WEIGHT.name].contiguous().view(torch.uint8)
-        missing = int(((codes & _NAN) == _NAN).sum())
-        if missing:
-            raise WeightLoadError(
-                f"{layer.module}.{WEIGHT.name}: found {missing} codes of NaN, expected numbers; "
-                "the file is damaged or the model was quantized from NaN: download or quantize it "
-                "again"
-            )
+        check_numbers(codes, layer.module, WEIGHT.name)
         scales = tensors[self.scale]
         if self.scale_of is ScaleOf.TENSOR:
             scales = scales.reshape(1, 1).expand(region.n, 1)

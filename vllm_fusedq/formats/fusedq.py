@@ -31,6 +31,7 @@ from fusedq_kernels.types import (
 )
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats.base import CheckpointFormat
+from vllm_fusedq.formats.float8_packing import check_numbers
 from vllm_fusedq.formats.layer import (
     SCALE_DTYPES,
     Dim,
@@ -171,6 +172,7 @@ class TiledPacking(Packing):
         self, tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
     ) -> LogicalWeight:
         check_slices(tensors, layer, region, SCALES)
+        _check_codes(tensors[QWEIGHT], layer)
         codes = _codec(layer).decode(tensors[QWEIGHT])
         scales = tensors[SCALES].T.contiguous()
         zeros = _read_zeros(tensors, layer)
@@ -201,6 +203,7 @@ class TiledPacking(Packing):
         if not self._lies_as_in(packed, layer, region):
             return None
         check_slices(tensors, layer, region, SCALES)
+        _check_codes(tensors[QWEIGHT], layer)
         from fusedq_kernels.layouts.scales import of_rows
 
         zeros = _read_zeros(tensors, layer)
@@ -226,6 +229,14 @@ def _codec(layer: LayerFormat) -> TiledCodec:
     from fusedq_kernels.layouts.tiled import TILED
 
     return TILED[_layout(layer)]
+
+
+def _check_codes(qweight: torch.Tensor, layer: LayerFormat) -> None:
+    """Where the weight type has NaN, a code is a whole byte of the layout."""
+    if layer.spec.weight_type.nan_codes:
+        # A block of K at a time, because the layer may be large
+        for block in qweight:
+            check_numbers(block.contiguous().view(torch.uint8), layer.module, QWEIGHT)
 
 
 def _read_zeros(tensors: Mapping[str, torch.Tensor], layer: LayerFormat) -> torch.Tensor | None:
