@@ -157,7 +157,10 @@ def test_parts_of_one_fused_layer_must_share_their_scheme(tmp_path: Path) -> Non
     )
     problem = problems_of(tmp_path)[0]
     assert problem.layer == "model.layers.0.mlp.gate_up_proj"
-    assert problem.found.startswith("parts with different schemes in one fused layer (gate_proj")
+    assert problem.found == (
+        "parts with different schemes in one fused layer (gate_proj gptq 4-bit g32, symmetric, "
+        "scales in float16, up_proj gptq 4-bit g32, symmetric, scales in bfloat16)"
+    )
     assert problem.supported == "one scheme for all parts that vLLM fuses into a layer"
     assert problem.fix.endswith('or with all of them excluded by "-:regex" in dynamic')
 

@@ -14,8 +14,9 @@ def of_one_scheme(
     found = [(part.module, formats[part.module]) for part in shard.parts]
     specs = {(layer.spec, layer.ordered) if layer else None for _, layer in found}
     if len(specs) > 1 or None in specs:
+        dtypes = {layer.spec.scale_dtype for _, layer in found if layer is not None}
         listing = ", ".join(
-            f"{module.rpartition('.')[2]} {layer.description if layer else 'unquantized'}"
+            f"{module.rpartition('.')[2]} {_told(layer, len(dtypes) > 1)}"
             for module, layer in found
         )
         raise PreflightError.single(
@@ -37,6 +38,13 @@ def of_one_scheme(
             fix="download the checkpoint again or quantize the model again",
         )
     return layers
+
+
+def _told(layer: LayerFormat | None, with_scales: bool) -> str:
+    if layer is None:
+        return "unquantized"
+    scales = f", scales in {layer.spec.scale_dtype.value}" if with_scales else ""
+    return f"{layer.description}{scales}"
 
 
 def _by_exclusion(found: Sequence[tuple[str, LayerFormat | None]]) -> str:
