@@ -139,6 +139,7 @@ def test_a_quantized_kv_cache(tmp_path: Path) -> None:
     [
         (BUILD, {"ignore": "lm_head"}, "ignore 'lm_head'; .*a list of names"),
         ("modelopt-fp8-block", {"group_size": 64}, "group_size 64; .*group_size 128 of FP8_PB_WO"),
+        (BUILD, {"quantized_layers": ["a"]}, r"FP8 with quantized_layers \['a'\]; .*each layer"),
         (BUILD, {"quant_algo": "W4A16_AWQ"}, "quant_algo 'W4A16_AWQ'; .*FP8, .*MIXED_PRECISION"),
     ],
 )

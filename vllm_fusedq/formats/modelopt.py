@@ -101,9 +101,10 @@ class ModelOptFormat(CheckpointFormat):
         self.excluded = self.check_names(key, self.section)
         self._check_group_size(self.section, NVFP4 if self.algorithm == MIXED else self.algorithm)
         listed = self.section.get("quantized_layers") or {}
-        if self.algorithm == MIXED and (not isinstance(listed, dict) or not listed):
+        if not isinstance(listed, dict) or (self.algorithm == MIXED and not listed):
             raise self.refusal(
-                f"{MIXED} with quantized_layers {listed!r:.80}", "an algorithm for each layer"
+                f"{self.algorithm} with quantized_layers {listed!r:.80}",
+                "an algorithm for each layer",
             )
         self.listed = {name: self._read_layer(name, entry) for name, entry in listed.items()}
         cache = self.section.get("kv_cache_quant_algo")
