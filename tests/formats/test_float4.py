@@ -178,6 +178,17 @@ def test_compressed_tensors_refuses_other_floats(change: dict[str, Any], tmp_pat
         format_for(read_checkpoint(tmp_path))
 
 
+@pytest.mark.parametrize("build", ["ct-nvfp4", "ct-mxfp4"])
+def test_compressed_tensors_refuses_an_order_that_is_stored_nowhere(
+    build: str, tmp_path: Path
+) -> None:
+    config = ALL_BUILDS[build].config(16)
+    config["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    write_checkpoint(tmp_path, build, config=config)
+    with pytest.raises(UnsupportedCheckpoint, match="4-pack-quantized with actorder 'group' in"):
+        format_for(read_checkpoint(tmp_path))
+
+
 def test_static_scales_of_activations_are_loaded_and_not_looked_at(tmp_path: Path) -> None:
     edits = [add(f"{DOWN}.input_scale", torch.tensor(float("nan")))]
     write_checkpoint(tmp_path, "modelopt-nvfp4", edits=edits)

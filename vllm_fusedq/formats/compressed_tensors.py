@@ -247,6 +247,13 @@ class CompressedTensorsFormat(CheckpointFormat):
         packing, strategy, group_size = FLOATS4[stored_as]
         expected = {"num_bits": 4, "type": "float", "strategy": strategy, "group_size": group_size}
         found = {key: weights.get(key) for key in expected}
+        order = weights.get("actorder")
+        # The package stores no order of such weights, whatever the config says of one
+        if order not in HARMLESS_ORDERS:
+            raise self.refusal(
+                f"{stored_as} with actorder {order!r:.80} in {name}",
+                "actorder null, static or weight",
+            )
         if (
             found != expected
             or weights.get("dynamic")
