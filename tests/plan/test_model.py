@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import BUILDS, drop, replace, write_checkpoint
+from checkpoints import BUILDS, drop, make_plain, replace, write_checkpoint
 from fusedq_kernels.choose.device import KNOWN_DEVICES, cpu_device, device_by_name
 from fusedq_kernels.types import DeviceSpec, Policy, WeightType
 from vllm_fusedq.checkpoint.read import read_checkpoint
@@ -163,6 +163,21 @@ def test_parts_of_one_fused_layer_must_share_their_scheme(tmp_path: Path) -> Non
     )
     assert problem.supported == "one scheme for all parts that vLLM fuses into a layer"
     assert problem.fix.endswith('or with all of them excluded by "-:regex" in dynamic')
+
+
+@pytest.mark.parametrize(
+    ("build", "config"), [("fp8-tensor", {}), ("awq", {"modules_to_not_convert": ["q_proj"]})]
+)
+def test_a_part_that_is_left_unquantized_is_one_of_its_fused_layer(
+    tmp_path: Path, build: str, config: dict[str, list[str]]
+) -> None:
+    plain = make_plain("model.layers.0.self_attn.q_proj", 64, 64)
+    write_checkpoint(tmp_path, build, config=config, edits=[plain])
+    (problem,) = problems_of(tmp_path, dataclasses.replace(H200, keeps_activations=True))
+    assert problem.layer == "model.layers.0.self_attn.qkv_proj"
+    assert problem.found.startswith(
+        f"parts with different schemes in one fused layer (q_proj unquantized, k_proj {build[:3]} "
+    )
 
 
 V100 = dataclasses.replace(device_by_name("a100"), name="v100", capability=(7, 0))

@@ -168,7 +168,7 @@ def plan_layer(
 
     Args:
         shard: what the rank holds.
-        formats: for each part's module, how the checkpoint stores it; None if unquantized.
+        formats: for each part's module, how the checkpoint stores it; None or none if unquantized.
         target: device, activation dtype, insisted kernel.
 
     Raises:

@@ -11,7 +11,7 @@ def of_one_scheme(
     shard: LayerShard, formats: Mapping[str, LayerFormat | None]
 ) -> tuple[LayerFormat, ...]:
     """All parts' formats: a fused layer never mixes schemes silently."""
-    found = [(part.module, formats[part.module]) for part in shard.parts]
+    found = [(part.module, formats.get(part.module)) for part in shard.parts]
     specs = {(layer.spec, layer.ordered) if layer else None for _, layer in found}
     if len(specs) > 1 or None in specs:
         dtypes = {layer.spec.scale_dtype for _, layer in found if layer is not None}

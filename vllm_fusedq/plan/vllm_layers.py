@@ -1,7 +1,7 @@
 """vLLM's layers from a checkpoint's: siblings fused, experts stacked, each cut for a rank."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.errors import Problem
@@ -72,11 +72,28 @@ def _dense_shard(
         return shard_embedding(prefix, n, k, tp, rank, is_tied(checkpoint))
     if order := head_order(checkpoint, first, n) or state_rows(checkpoint, first, n):
         return LayerShard(prefix, style, tp, order.shard(first, k, tp, rank))
+    sizes = {module: (layers[module].n, layers[module].k) for module, _ in members}
+    sizes |= _fused_though_plain(checkpoint, prefix, sizes)
     parts = tuple(
-        shard_module(module, sid, layers[module].n, layers[module].k, style, tp, rank, heads)
-        for module, sid in _in_fused_order(members)
+        shard_module(module, sid, *sizes[module], style, tp, rank, heads)
+        for module, sid in _in_fused_order([(module, vllm_layer(module)[1]) for module in sizes])
     )
     return LayerShard(prefix, style, tp, parts)
+
+
+def _fused_though_plain(
+    checkpoint: Checkpoint, prefix: str, quantized: Collection[str]
+) -> dict[str, tuple[int, int]]:
+    """N and K of the unquantized matrices that vLLM fuses with the quantized ones of a layer."""
+    parent, _, name = prefix.rpartition(".")
+    stored = checkpoint.modules()
+    found = {}
+    for part, _ in FUSED_LAYERS.get(name, ()):
+        module = f"{parent}.{part}" if parent else part
+        weight = stored.get(module, {}).get("weight")
+        if module not in quantized and weight is not None and len(weight.shape) == 2:
+            found[module] = weight.shape
+    return found
 
 
 def _in_fused_order(
