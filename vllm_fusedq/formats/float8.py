@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import ClassVar
 
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
@@ -27,10 +28,18 @@ class Float8Format(CheckpointFormat):
     def tensor_names(self) -> frozenset[str]:
         return self.markers | set(self.of_activations)
 
+    @cached_property
+    def packed(self) -> dict[str, list[str]]:
+        # Without its scales too
+        floats = {
+            module: [WEIGHT.name]
+            for module, stored in self.checkpoint.modules().items()
+            if WEIGHT.name in stored and DTYPES.get(stored[WEIGHT.name].dtype) in WEIGHT.dtypes
+        }
+        return floats | super().packed
+
     def claims(self, module: str) -> bool:
-        weight = self.checkpoint.modules().get(module, {}).get(WEIGHT.name)
-        stored = None if weight is None else DTYPES.get(weight.dtype)
-        return module in self.packed or stored in WEIGHT.dtypes
+        return module in self.packed
 
     def claims_head(self, module: str) -> bool:
         return self.claims(module)

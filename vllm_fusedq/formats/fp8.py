@@ -61,7 +61,8 @@ class Fp8Format(Float8Format):
         return KV_CACHE if found == "static" else found
 
     def packing_of(self, stored: Mapping[str, TensorInfo]) -> tuple[Float8Packing, int]:
-        scale = BLOCK_SCALE if BLOCK_SCALE in stored else SCALE
+        names = (SCALE, BLOCK_SCALE) if self.block is None else (BLOCK_SCALE, SCALE)
+        scale = next((name for name in names if name in stored), names[0])
         if self.block is None:
             return Float8Packing(scale=scale, scale_of=ScaleOf.TENSOR), -1
         rows, group_size = self.block
