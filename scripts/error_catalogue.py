@@ -31,6 +31,7 @@ RAISED = {
     "OutputError",
     "ComparisonError",
     "EngineError",
+    "DeviceMemoryError",
     "MissingExtra",
     "SettingsError",
 }
@@ -67,6 +68,7 @@ The types, all `RuntimeError`s of `vllm_fusedq.errors`:
 | `OutputError` | a result that cannot be written |
 | `ComparisonError` | models or texts that allow no comparison |
 | `EngineError` | vLLM's engine ended without an answer |
+| `DeviceMemoryError` | what is to be measured does not fit the device |
 | `MissingExtra` | an optional dependency that is not installed |
 | `SettingsError` | a wrong `--additional-config` |
 """

@@ -57,6 +57,10 @@ class EngineError(FusedQError):
     """vLLM's engine ended without an answer: no memory, or a model that it does not take."""
 
 
+class DeviceMemoryError(FusedQError):
+    """What a command was asked to measure does not fit the memory of the device."""
+
+
 class MissingExtra(FusedQError):
     """An optional dependency that a command needs is not installed."""
 

@@ -158,5 +158,5 @@ def test_a_real_tokenizer_puts_its_mark_before_each_window() -> None:
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="its tokenizer cannot be read"):
+    with pytest.raises(CheckpointError, match="put the tokenizer files of the original model"):
         load_tokenizer(str(tmp_path))

@@ -323,3 +323,12 @@ def test_reading_is_of_all_its_bytes() -> None:
     assert isinstance(found, Contender)
     assert found.bytes == 1 << 20
     assert found.runs[0](torch.empty(0), torch.empty(0)) == found.bytes / 4
+
+
+def test_tokens_that_no_memory_holds_are_told() -> None:
+    result = fusedq(str(asset("tiny-llama-awq-g128")), "--tokens", "100000000000")
+    assert result.exit_code == 1, result.output
+    told = " ".join(result.stderr.split())
+    assert "model.layers.0-1." in told
+    assert "does not fit the memory of" in told
+    assert "ask for fewer --tokens, or raise -tp" in told

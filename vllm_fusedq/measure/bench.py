@@ -1,11 +1,13 @@
 """Every kind of layer of a plan at several numbers of tokens, on this machine, weights random."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
 from fusedq_kernels.catalogue import Op
+from vllm_fusedq.errors import DeviceMemoryError
 from vllm_fusedq.measure.contenders import (
     DENSE,
     FUSED,
@@ -35,6 +37,8 @@ ROUNDS = 15
 # On a CPU no round begins after so long, for one layer and number of tokens
 SECONDS = 3.0
 OnProgress = Callable[[int, int], None]
+# What the allocator for CPUs says
+_NO_MEMORY = "can't allocate memory"
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,11 @@ def bench(
     on_progress: OnProgress,
     rounds: int = ROUNDS,
 ) -> Bench:
-    """Time every distinct layer of `plans` beside the unquantized one and beside plain reading."""
+    """Time every distinct layer of `plans` beside the unquantized one and beside plain reading.
+
+    Raises:
+        DeviceMemoryError: a layer, or what it makes of so many tokens, does not fit.
+    """
     rows = plan_rows(plans)
     second = {row.plan.prefix: row for row in rows if row.plan.shard.weight == W2}
     kinds: list[tuple[PlanRow, PlanRow | None]] = []
@@ -140,14 +148,29 @@ def bench(
         kind = (kind, row.plan.ordered)
         if kind not in known:
             known[kind] = []
-            for each in _measure(row, partner, tokens, device, rounds):
-                known[kind].append(each)
-                on_progress(len(found) + len(known[kind]), total)
+            with _memory_told(row.name, device_name):
+                for each in _measure(row, partner, tokens, device, rounds):
+                    known[kind].append(each)
+                    on_progress(len(found) + len(known[kind]), total)
         named = {"layers": row.name, "count": row.count}
         found += [replace(each, **named) for each in known[kind]]
         on_progress(len(found), total)
     dtype = plans[0].main.call.dtype.value
     return Bench(device_name, dtype, tuple(found), tuple(skipped))
+
+
+@contextmanager
+def _memory_told(layers: str, device: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # PyTorch has an error of its own for GPUs alone
+        if not isinstance(error, torch.OutOfMemoryError) and _NO_MEMORY not in str(error):
+            raise
+        raise DeviceMemoryError(
+            f"{layers} does not fit the memory of {device}, beside the unquantized layer; ask for "
+            "fewer --tokens, or raise -tp"
+        ) from error
 
 
 def _pairs(up: LayerPlan) -> bool:

@@ -39,7 +39,10 @@ def load_tokenizer(model: str, revision: str | None = None) -> Tokenizer:
     # The tokenizers' library raises bare Exceptions
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{model}: its tokenizer cannot be read: {reason}") from error
+        raise CheckpointError(
+            f"{model}: its tokenizer cannot be read: {reason.rstrip(':')}; put the tokenizer files "
+            "of the original model beside the weights"
+        ) from error
 
 
 class Tokens(NamedTuple):
