@@ -1,6 +1,7 @@
 """The KV cache against vLLM: its models, specs and pool for the same config.json."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import vllm_kv_cache
 from attention_models import MODELS
 from fusedq_kernels.dtype import DType
 from vllm_fusedq.checkpoint.read import Checkpoint
@@ -17,6 +17,13 @@ from vllm_fusedq.plan.kv_pool import CPU_POOL, GPU_POOL, PoolSettings, pool_of
 from vllm_fusedq.plan.layer_caches import Keys, LayerCaches
 from vllm_fusedq.plan.states import State
 
+ORACLE = Path(__file__).parents[1] / "support" / "vllm_kv_cache.py"
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_PLUGINS": "",
+    "HF_HUB_OFFLINE": "1",
+}
 LENGTH = 32768
 POOLS = {"gpu": GPU_POOL, "cpu": CPU_POOL}
 # vLLM refuses query heads, and groups of a state, that ranks do not divide
@@ -42,9 +49,12 @@ ASKED = [
 def answers() -> dict[str, dict[str, int]]:
     """vLLM's bytes of a sequence for everything that is asked, in one process."""
     asked = [ask | {"config": MODELS[ask["name"]]} for ask in ASKED]
-    script = Path(vllm_kv_cache.__file__)
     run = subprocess.run(
-        [sys.executable, script], input=json.dumps(asked), capture_output=True, text=True
+        [sys.executable, ORACLE],
+        input=json.dumps(asked),
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
