@@ -86,7 +86,7 @@ def bloom(path: Path) -> None:
 
 # Name -> (how to make it, what the message must say). All are refused before a worker starts.
 IN_API_PROCESS: dict[str, tuple[Maker, str]] = {
-    "fp8": (edited("awq", quant_method="fp8"), "quant_method 'fp8'"),
+    "torchao": (edited("awq", quant_method="torchao"), "quant_method 'torchao'"),
     "gguf": (edited("awq", quant_method="gguf"), "supported: awq, gptq, compressed-tensors"),
     "9 bits": (edited("gptq-sym", bits=9), "bits 9"),
     "8-bit awq": (edited("awq", bits=8), "bits"),

@@ -5,7 +5,7 @@
 
 A library is named after its sources and flags, those of $CXXFLAGS too. It is looked for in the
 package, then in the cache of the user (`$XDG_CACHE_HOME` or `~/.cache`, folder `vllm-fusedq`), and
-compiled into the latter where it is in neither: a quarter of a minute, once. It uses PyTorch's
+compiled into the latter where it is in neither: 40 to 60 seconds of a core, once. It uses PyTorch's
 stable interface for C++, so that one library serves every PyTorch from 2.11 on.
 """
 
