@@ -8,10 +8,15 @@ import typer
 from rich.console import Console
 
 from vllm_fusedq.cli.options import (
+    ActDtypeOption,
     Activations,
     ActivationsOption,
+    DeviceOption,
     ExperimentalOption,
-    device_setting,
+    KernelOption,
+    check_act_dtype,
+    settings_section,
+    this_device,
 )
 from vllm_fusedq.cli.output import (
     ExitCode,
@@ -38,13 +43,9 @@ def bench(
         str, typer.Argument(help="a quantized checkpoint, or a repository of the hub: owner/name")
     ],
     tokens: Annotated[str, typer.Option(help="numbers of tokens M")] = "1,4,16,64,256,2048",
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, or auto: cuda where there is one")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="activation dtype: bfloat16 or float16")] = "bfloat16",
-    kernel: Annotated[
-        str, typer.Option(help='a kernel to insist on, as in additional-config "fusedq"')
-    ] = "auto",
+    device: DeviceOption = "auto",
+    dtype: ActDtypeOption = "bfloat16",
+    kernel: KernelOption = "auto",
     activations: ActivationsOption = Activations.AUTO,
     experimental_device: ExperimentalOption = False,
     tensor_parallel_size: Annotated[
@@ -73,20 +74,13 @@ def bench(
     """
     import torch
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise typer.BadParameter(f"device {device!r}; choose auto, cpu or cuda")
-    if dtype not in ("bfloat16", "float16"):
-        raise typer.BadParameter(f"dtype {dtype!r}; choose bfloat16 or float16")
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise typer.BadParameter("device 'cuda': torch finds no GPU; choose auto or cpu")
+    where = torch.device(this_device(device))
+    check_act_dtype(dtype)
     if serve and find_spec("vllm") is None:
         raise typer.BadParameter("--serve: vLLM is not installed; see the README")
     sizes = positive_sizes(tokens, "--tokens")
     at_a_time = positive_sizes(batches, "--batches")
-    where = torch.device("cuda" if device != "cpu" and has_gpu else "cpu")
-    section = {"kernel": kernel, "activations": activations.value}
-    section |= device_setting(experimental_device)
+    section = settings_section(kernel, activations, experimental_device)
     with refusing(console(stderr=True)):
         from vllm_fusedq.measure.extras import require
 

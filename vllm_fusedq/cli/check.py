@@ -11,6 +11,7 @@ from rich.markup import escape
 from vllm_fusedq.cli.options import (
     Activations,
     ActivationsOption,
+    Dtype,
     ExperimentalOption,
     TensorParallelSizes,
 )
@@ -34,14 +35,6 @@ if TYPE_CHECKING:
     from vllm_fusedq.plan.experts import ExpertSplit
     from vllm_fusedq.plan.layer import Target
     from vllm_fusedq.plan.model import ModelPlan
-
-
-class Dtype(StrEnum):
-    """Activation dtypes; `auto` is the checkpoint's, as in vLLM."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 class KvCacheDtype(StrEnum):

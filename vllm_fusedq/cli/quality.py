@@ -10,12 +10,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vllm_fusedq.cli.check import Dtype
 from vllm_fusedq.cli.options import (
     Activations,
     ActivationsOption,
+    Dtype,
     ExperimentalOption,
-    device_setting,
+    KernelOption,
+    settings_section,
 )
 from vllm_fusedq.cli.output import (
     ExitCode,
@@ -62,9 +63,7 @@ def quality(
         Path | None, typer.Option(help="a folder with more tasks of lm-evaluation-harness")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="auto: each checkpoint's own")] = Dtype.AUTO,
-    kernel: Annotated[
-        str, typer.Option(help='a kernel to insist on, as in additional-config "fusedq"')
-    ] = "auto",
+    kernel: KernelOption = "auto",
     activations: ActivationsOption = Activations.AUTO,
     experimental_device: ExperimentalOption = False,
     tensor_parallel_size: Annotated[
@@ -95,8 +94,7 @@ def quality(
         raise typer.BadParameter("vLLM is not installed, whose engine this runs; see the README")
     lengths = positive_sizes(max_length, "--max-length", least=2) if max_length else []
     wanted = [name for name in tasks.split(",") if name]
-    settings = {"kernel": kernel, "activations": activations.value}
-    settings |= device_setting(experimental_device)
+    settings = settings_section(kernel, activations, experimental_device)
     err = console(stderr=True)
     with refusing(err):
         from vllm_fusedq.measure.extras import require

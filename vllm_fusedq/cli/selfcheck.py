@@ -10,10 +10,15 @@ from rich.progress import track
 from rich.table import Table
 
 from vllm_fusedq.cli.options import (
+    ActDtypeOption,
     Activations,
     ActivationsOption,
+    DeviceOption,
     ExperimentalOption,
-    device_setting,
+    KernelOption,
+    check_act_dtype,
+    settings_section,
+    this_device,
 )
 from vllm_fusedq.cli.output import ExitCode, console, refusing, writing
 
@@ -23,37 +28,25 @@ if TYPE_CHECKING:
 
 def selfcheck(
     model: Annotated[Path, typer.Argument(help="a checkpoint directory")],
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, or auto: cuda where there is one")
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="activation dtype: bfloat16 or float16")] = "bfloat16",
-    kernel: Annotated[
-        str, typer.Option(help='a kernel to insist on, as in additional-config "fusedq"')
-    ] = "auto",
+    device: DeviceOption = "auto",
+    dtype: ActDtypeOption = "bfloat16",
+    kernel: KernelOption = "auto",
     only: Annotated[str, typer.Option(help="check layers whose name holds this")] = "",
     activations: ActivationsOption = Activations.AUTO,
     experimental_device: ExperimentalOption = False,
 ) -> None:
     """Check each layer of MODEL: resident bits against the file, fused kernel against PyTorch.
 
-    On a CPU the fused operator of an installed vLLM is used; without vLLM, kernel cpu-striped.
+    vLLM need not be installed, but for kernel cpu-wna16, which is its own.
     """
     import torch
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise typer.BadParameter(f"device {device!r}; choose auto, cpu or cuda")
-    if dtype not in ("bfloat16", "float16"):
-        raise typer.BadParameter(f"dtype {dtype!r}; choose bfloat16 or float16")
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise typer.BadParameter("device 'cuda': torch finds no GPU; choose auto or cpu")
-    if device == "auto":
-        device = "cuda" if has_gpu else "cpu"
+    where = torch.device(this_device(device))
+    check_act_dtype(dtype)
     out, err = console(), console(stderr=True)
     with refusing(err):
-        settings = {"kernel": kernel, "activations": activations.value}
-        settings |= device_setting(experimental_device)
-        failed = _run(model, torch.device(device), getattr(torch, dtype), settings, only, out, err)
+        settings = settings_section(kernel, activations, experimental_device)
+        failed = _run(model, where, getattr(torch, dtype), settings, only, out, err)
     raise typer.Exit(ExitCode.REFUSED if failed else ExitCode.FUSED)
 
 

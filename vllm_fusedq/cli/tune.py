@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from vllm_fusedq.cli.options import Activations, ActivationsOption, TensorParallelSizes
+from vllm_fusedq.cli.options import (
+    ActDtypeOption,
+    Activations,
+    ActivationsOption,
+    TensorParallelSizes,
+    check_act_dtype,
+)
 from vllm_fusedq.cli.output import (
     ExitCode,
     console,
@@ -27,7 +33,7 @@ def tune(
         str, typer.Argument(help="a checkpoint directory, or a repository of the hub: owner/name")
     ],
     tensor_parallel_size: TensorParallelSizes = "1",
-    dtype: Annotated[str, typer.Option(help="activation dtype: bfloat16 or float16")] = "bfloat16",
+    dtype: ActDtypeOption = "bfloat16",
     seconds: Annotated[
         float | None, typer.Option(min=0, help="stop after so long; the next run goes on")
     ] = None,
@@ -44,8 +50,7 @@ def tune(
     """
     import torch
 
-    if dtype not in ("bfloat16", "float16"):
-        raise typer.BadParameter(f"dtype {dtype!r}; choose bfloat16 or float16")
+    check_act_dtype(dtype)
     sizes = positive_sizes(tensor_parallel_size, "tensor-parallel sizes")
     out, err = console(), console(stderr=True)
     with refusing(err):

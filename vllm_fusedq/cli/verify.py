@@ -9,20 +9,21 @@ from rich import box
 from rich.table import Table
 
 from vllm_fusedq.cli.options import (
+    ActDtypeOption,
     Activations,
     ActivationsOption,
     ExperimentalOption,
-    device_setting,
+    KernelOption,
+    check_act_dtype,
+    settings_section,
 )
 from vllm_fusedq.cli.output import ExitCode, console, refusing, writing
 
 
 def verify(
     model: Annotated[Path, typer.Argument(help="a checkpoint directory")],
-    dtype: Annotated[str, typer.Option(help="activation dtype: bfloat16 or float16")] = "bfloat16",
-    kernel: Annotated[
-        str, typer.Option(help='a kernel to insist on, as in additional-config "fusedq"')
-    ] = "auto",
+    dtype: ActDtypeOption = "bfloat16",
+    kernel: KernelOption = "auto",
     max_model_len: Annotated[int, typer.Option(min=128, help="as in vllm serve")] = 256,
     activations: ActivationsOption = Activations.AUTO,
     experimental_device: ExperimentalOption = False,
@@ -37,12 +38,10 @@ def verify(
     from vllm_fusedq.integration.verify import SIZES
     from vllm_fusedq.integration.verify import verify as run
 
-    if dtype not in ("bfloat16", "float16"):
-        raise typer.BadParameter(f"dtype {dtype!r}; choose bfloat16 or float16")
+    check_act_dtype(dtype)
     out, err = console(), console(stderr=True)
     with refusing(err):
-        settings = {"kernel": kernel, "activations": activations.value}
-        settings |= device_setting(experimental_device)
+        settings = settings_section(kernel, activations, experimental_device)
         traces = run(str(model), dtype, settings, max_model_len)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in ("layer", "kernel", "seen as", "calls"):
