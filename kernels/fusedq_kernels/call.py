@@ -40,6 +40,8 @@ SCALES_OF = {
 # NVFP4, whose rows are scaled too, and MXFP4
 SCALES_OF[WeightType.FLOAT4_E2M1F] = NARROW_SCALES
 """The dtypes of scales that a plan takes beside weights of each type."""
+SCALED_BY_ROWS = (DType.FLOAT8_E4M3FN,)
+"""Those of groups whose rows have a scale too; no others do."""
 ACT_DTYPES = (DType.FLOAT16, DType.BFLOAT16)
 
 # So many rows of gate, then as many of up, and so on: both of a pair lie in one thread of a tensor

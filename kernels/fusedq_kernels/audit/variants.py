@@ -20,14 +20,13 @@ import torch
 
 from fusedq_kernels.audit.compile import AUDIT_K, audited_groups
 from fusedq_kernels.audit.fused import Variant
-from fusedq_kernels.call import SCALES_OF
+from fusedq_kernels.call import SCALED_BY_ROWS, SCALES_OF
 from fusedq_kernels.catalogue import TRITON_GEMM, refusals
 from fusedq_kernels.choose import tuning
 from fusedq_kernels.choose.device import KNOWN_DEVICES
 from fusedq_kernels.choose.heuristics import tiles_for
 from fusedq_kernels.choose.tiles import rules_for
 from fusedq_kernels.cuda import gemm
-from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import BLOCK_K, group_geometry
 from fusedq_kernels.types import (
     TILED_LAYOUTS,
@@ -68,7 +67,7 @@ def specs(device: DeviceSpec) -> Iterator[QuantSpec]:
     for weight_type in WeightType:
         for group_size in group_sizes():
             for scale_dtype in SCALES_OF[weight_type]:
-                by_rows = scale_dtype is DType.FLOAT8_E4M3FN
+                by_rows = scale_dtype in SCALED_BY_ROWS
                 spec = QuantSpec(weight_type, group_size, scale_dtype, by_rows)
                 if not refusals(TRITON_GEMM, 128, AUDIT_K, spec, 0):
                     yield spec

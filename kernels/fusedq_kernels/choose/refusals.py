@@ -6,7 +6,7 @@ names those of its own.
 
 from __future__ import annotations
 
-from fusedq_kernels.call import ACT_DTYPES, FLOAT_SCALES, SCALES_OF
+from fusedq_kernels.call import ACT_DTYPES, FLOAT_SCALES, SCALED_BY_ROWS, SCALES_OF
 from fusedq_kernels.choose.boards import HIP_ARCHES
 from fusedq_kernels.choose.device import MIN_CAPABILITY
 from fusedq_kernels.dtype import DType
@@ -56,7 +56,12 @@ def of_scales(spec: QuantSpec, supported: tuple[DType, ...] = FLOAT_SCALES) -> t
 
 def of_tiled_scales(spec: QuantSpec) -> tuple[Reason, ...]:
     """A tiled layout keeps scale and zero point in one 32-bit word."""
-    return of_scales(spec, SCALES_OF[spec.weight_type])
+    reasons = of_scales(spec, SCALES_OF[spec.weight_type])
+    if spec.row_scaled != (spec.scale_dtype in SCALED_BY_ROWS):
+        found = f"{'a' if spec.row_scaled else 'no'} scale of each row beside {spec.scale_dtype}"
+        supported = f"one beside {', '.join(SCALED_BY_ROWS)} alone, and always there"
+        reasons += (Reason(found, supported, "convert the checkpoint again, with this version"),)
+    return reasons
 
 
 def of_tensor_core_groups(k: int, spec: QuantSpec, phase: int) -> tuple[Reason, ...]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fusedq_kernels.activation import ACTIVATIONS, SILU, Activation
 from fusedq_kernels.audit import everything, experts
 from fusedq_kernels.audit.fused import Variant
-from fusedq_kernels.call import SCALE_DTYPES, Call, ExpertsCall
+from fusedq_kernels.call import SCALED_BY_ROWS, SCALES_OF, Call, ExpertsCall
 from fusedq_kernels.catalogue import TRITON_GEMM, refusals
 from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
 from fusedq_kernels.choose.experts import Load, select
@@ -179,7 +179,8 @@ def test_whatever_is_chosen_is_audited(data: st.DataObject, name: str) -> None:
     inner = 16 * data.draw(st.integers(1, 200))
     group = data.draw(st.sampled_from([32, 64, 128, 1 << 16]) | st.integers(1, 64).map(_eights))
     kind = data.draw(st.sampled_from(WeightType))
-    spec = QuantSpec(kind, group, data.draw(st.sampled_from(SCALE_DTYPES)))
+    scales = data.draw(st.sampled_from(SCALES_OF[kind]))
+    spec = QuantSpec(kind, group, scales, scales in SCALED_BY_ROWS)
     phase = 16 * data.draw(st.integers(0, 8)) % group
     dtype = data.draw(st.sampled_from([DType.FLOAT16, DType.BFLOAT16]))
     policy = Policy(batch_invariant=data.draw(st.booleans()))

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 
 from fusedq_kernels.audit import variants
 from fusedq_kernels.audit.compile import AUDIT_K
-from fusedq_kernels.call import SCALES_OF
+from fusedq_kernels.call import SCALED_BY_ROWS, SCALES_OF
 from fusedq_kernels.catalogue import TRITON_GEMM, refusals
 from fusedq_kernels.choose import heuristics, tuning
 from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
 from fusedq_kernels.choose.tiles import Rule, rules_for
-from fusedq_kernels.dtype import DType
 from fusedq_kernels.geometry import group_geometry
 from fusedq_kernels.types import (
     TILED_LAYOUTS,
@@ -62,8 +61,7 @@ def specs(draw: st.DrawFn, k: int) -> QuantSpec:
     group_size = draw(st.sampled_from([32, 64, 128, k]) | st.integers(1, 128).map(lambda i: 8 * i))
     weight_type = draw(st.sampled_from(WeightType))
     scale_dtype = draw(st.sampled_from(SCALES_OF[weight_type]))
-    by_rows = scale_dtype is DType.FLOAT8_E4M3FN
-    return QuantSpec(weight_type, group_size, scale_dtype, by_rows)
+    return QuantSpec(weight_type, group_size, scale_dtype, scale_dtype in SCALED_BY_ROWS)
 
 
 @settings(max_examples=500, deadline=None)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedq_kernels.call import SCALES_OF
+from fusedq_kernels.call import SCALED_BY_ROWS, SCALES_OF
 from fusedq_kernels.catalogue import KERNELS, kernel_for, refusals
 from fusedq_kernels.choose.boards import BOARDS, hip_device
 from fusedq_kernels.choose.device import KNOWN_DEVICES, device_by_name
@@ -18,7 +18,11 @@ CPU = DeviceSpec("cpu", "cpu", cpu_isa="avx2")
 
 SPEC = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
 ZERO_SPEC = QuantSpec(WeightType.UINT4, 128, torch.float16)
-SPECS = [QuantSpec(each, 128, SCALES_OF[each][0]) for each in WeightType]
+SPECS = [
+    QuantSpec(each, 128, scales[0], scales[0] in SCALED_BY_ROWS)
+    for each, scales in SCALES_OF.items()
+]
+NVFP4 = QuantSpec(WeightType.FLOAT4_E2M1F, 16, torch.float8_e4m3fn, row_scaled=True)
 RESHARD = "choose another tensor-parallel size, or leave"
 REGROUP = "choose another tensor-parallel size, or quantize"
 REQUANTIZE = "quantize the model again with scales"
@@ -80,6 +84,22 @@ def test_common_schemes_are_supported_everywhere(device, spec):
             {"spec": replace(SPEC, scale_dtype=torch.float64)},
             ("scales in float64", "float16, bfloat16, float32"),
             REQUANTIZE,
+        ),
+        (
+            {"spec": replace(NVFP4, row_scaled=False)},
+            (
+                "no scale of each row beside float8_e4m3fn",
+                "one beside float8_e4m3fn alone, and always there",
+            ),
+            "convert the checkpoint again",
+        ),
+        (
+            {"spec": replace(SPEC, row_scaled=True), "device": CPU},
+            (
+                "a scale of each row beside bfloat16",
+                "one beside float8_e4m3fn alone, and always there",
+            ),
+            "convert the checkpoint again",
         ),
         (
             {"spec": replace(SPEC, group_size=33), "device": CPU},
