@@ -15,14 +15,13 @@ _INDIRECT = frozenset({"BRX", "JMX"})
 def successors(program: Sequence[Instruction]) -> list[list[int]]:
     """By place in the program; a call leads to its target and to what follows it.
 
-    Raises:
-        ValueError: a branch goes where its text does not tell.
+    An indirect branch, whose table the text does not show, leads to every other branch's target and
+    behind everything that never goes on.
     """
     places = {each.address: at for at, each in enumerate(program)}
-    found = []
+    found: list[list[int]] = []
+    indirect = [at for at, each in enumerate(program) if is_indirect(each)]
     for at, each in enumerate(program):
-        if each.name in _INDIRECT:
-            raise ValueError(f"an indirect branch, which the audit cannot follow: {each}")
         # A jump may have its condition among its operands.
         always = not each.predicated and (
             each.name in _LEAVES or (each.name in _JUMPS and len(each.operands) == 1)
@@ -31,8 +30,18 @@ def successors(program: Sequence[Instruction]) -> list[list[int]]:
         target = _TARGET.search(each.text) if each.name in _BRANCHES else None
         if target:
             following.append(places[int(target[1], 16)])
-        found.append(following)
+        found.append([] if at in indirect else following)
+    if indirect:
+        ends = (at + 1 for at, to in enumerate(found[:-1]) if at + 1 not in to)
+        entries = sorted({*ends, *(each for to in found for each in to[1:])})
+        for at in indirect:
+            found[at] = entries
     return found
+
+
+def is_indirect(instruction: Instruction) -> bool:
+    """Whether its text does not tell where it leads."""
+    return instruction.name in _INDIRECT
 
 
 def loops(program: Sequence[Instruction]) -> list[tuple[int, int]]:

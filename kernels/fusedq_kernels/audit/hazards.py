@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from fusedq_kernels.audit.flow import successors
+from fusedq_kernels.audit.flow import is_indirect, successors
 from fusedq_kernels.audit.sass import Instruction, parse, read, wgmma_of, written
 
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)")
@@ -45,7 +45,7 @@ def find_hazards(instructions: Iterable[tuple[int, str]]) -> tuple[Hazard, ...]:
         instructions: all of them in order, each address and text, as `compile.disassemble` yields.
 
     Raises:
-        ValueError: a branch goes where its text does not tell.
+        ValueError: a wgmma may run where a branch goes where its text does not tell.
     """
     program = [parse(*each) for each in instructions]
     if not any(each.is_wgmma for each in program):
@@ -100,6 +100,9 @@ def _running_before(program: Sequence[Instruction]) -> list[_Running]:
             if merged != known:
                 before[successor] = merged
                 changed.append(successor)
+    for each, running in zip(program, before, strict=True):
+        if running and is_indirect(each):
+            raise ValueError(f"an indirect branch, which the audit cannot follow: {each}")
     return [each or {} for each in before]
 
 

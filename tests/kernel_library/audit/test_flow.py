@@ -54,6 +54,8 @@ def test_where_an_instruction_leads(text, places) -> None:
     assert successors(program)[0] == places
 
 
-def test_an_indirect_branch_cannot_be_followed() -> None:
-    with pytest.raises(ValueError, match=r"an indirect branch, .* 0x10 BRX R2 -0x40"):
-        successors([parse(0, "NOP"), parse(16, "BRX R2 -0x40")])
+def test_an_indirect_branch_leads_to_every_piece_of_code() -> None:
+    texts = ("NOP", "BRX R2 -0x40", "MOV R1, R2", "EXIT", "@P0 BRA 0x20", "EXIT", "NOP")
+    program = [parse(16 * at, text) for at, text in enumerate(texts)]
+    # Behind itself and both ends, and where the other branch leads.
+    assert successors(program) == [[1], [2, 4, 6], [3], [], [5, 2], [], []]

@@ -160,3 +160,10 @@ def test_every_instruction_of_the_kernels_is_known(name):
     assert {
         each.name for each in (sass.parse(*line) for line in recorded(name)) if not each.is_known
     } == set()
+
+
+def test_code_that_an_indirect_branch_leads_to_is_searched():
+    branch, leave = "BRX R2 -0x10", "EXIT"
+    assert found(branch, leave, FIRST, "MOV R40, RZ") == [("MOV R40, RZ", [40])]
+    with pytest.raises(ValueError, match=r"an indirect branch, .* 0x10 BRX R2 -0x10"):
+        found(FIRST, branch, leave, "MOV R1, RZ")
