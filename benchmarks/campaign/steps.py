@@ -87,6 +87,12 @@ FIRST: dict[str, Step] = {
         "cuda/ptx.py",
         limit=60,
     ),
+    "specialised": _experiments(
+        11,
+        changes="where it is right and 3 % ahead it becomes a kernel of kernels/fusedq_kernels/"
+        "cuda and a rule; where not, its files go",
+        limit=75,
+    ),
     "launch": Step(
         "what a layer call outside a CUDA graph costs the processor",
         (Command("bench_launch.py --csv {out}/launch.csv"),),

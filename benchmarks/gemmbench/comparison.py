@@ -22,6 +22,7 @@ from gemmbench.contender import Contender, Prepared, Unavailable
 from gemmbench.libraries import LIBRARIES
 from gemmbench.own import OWN, device_spec
 from gemmbench.results import Problem, Row
+from gemmbench.specialised import SPECIALISED
 from gemmbench.triton_kernels import load_only
 from gemmbench.vllm_linear import VLLM
 from gemmbench.weights import packed_bytes, packed_for_gpu
@@ -29,7 +30,7 @@ from vllm_fusedq.measure.random_weights import random_tokens, random_weight
 from vllm_fusedq.measure.roofline import rates_for, roofline
 from vllm_fusedq.measure.timing import Timing, copies_for, measure
 
-CONTENDERS: tuple[Contender, ...] = (*OWN, *VLLM, *LIBRARIES, *ABLATIONS)
+CONTENDERS: tuple[Contender, ...] = (*OWN, *SPECIALISED, *VLLM, *LIBRARIES, *ABLATIONS)
 YARDSTICK = "cublas"
 TWIN = "load-only"
 # Errors after which a CUDA context answers nothing any more. Torch adds advice to every CUDA error,

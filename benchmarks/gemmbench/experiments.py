@@ -181,6 +181,21 @@ EXPERIMENTS: dict[int, Experiment] = {
         ),
         ("fusedq", "without-dequant", "cublas"),
     ),
+    11: Experiment(
+        "Does a kernel whose warps have work of their own prefill at the speed of cuBLAS?",
+        "256x128 at 0.95 of cuBLAS and ahead of fusedq from 1,024 tokens on, as a block's decoding "
+        "is a tenth of what its products take and nothing waits for all warps; 128x128 better at "
+        "512 tokens and fewer",
+        "under 0.9 of cuBLAS at 4,096: what the tensor cores wait for is x from L2, not barriers",
+        (
+            Case((_O, _GATE_UP, _DOWN), (256, 512, 1024, 2048, 4096, 8192)),
+            Case((_O,), (2048,), WeightType.UINT4, 128, "float16"),
+        ),
+        names=(
+            *("fusedq", "fusedq-sliced", "cublas"),
+            *("warp-specialised 256x128", "warp-specialised 128x128"),
+        ),
+    ),
 }
 
 

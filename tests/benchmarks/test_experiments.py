@@ -89,9 +89,9 @@ def plain(output: str) -> str:
 
 
 def test_wrong_numbers_and_a_missing_gpu_are_named() -> None:
-    done = CliRunner().invoke(experiments.app, ["11", "--dry-run"])
+    done = CliRunner().invoke(experiments.app, ["12", "--dry-run"])
     assert done.exit_code == 2
-    assert "no experiment [11]; there are 1 to 10" in plain(done.output)
+    assert "no experiment [12]; there are 1 to 11" in plain(done.output)
     if not torch.cuda.is_available():
         done = CliRunner().invoke(experiments.app, ["1"])
         assert done.exit_code == 2

@@ -5,6 +5,7 @@ import re
 import torch
 
 MASK = 0xFFFFFFFF
+_PAIRS = {"f16x2": torch.float16, "bf16x2": torch.bfloat16}
 
 
 class Ptx:
@@ -22,9 +23,9 @@ class Ptx:
             target, *sources = operands
             arguments = [self._read(source) for source in sources]
             if name.startswith("fma.rn."):
-                found = fma(
-                    {"f16x2": torch.float16, "bf16x2": torch.bfloat16}[name[7:]], *arguments
-                )
+                found = fma(_PAIRS[name[7:]], *arguments)
+            elif name.startswith("mul.rn."):
+                found = multiplied(_PAIRS[name[7:]], *arguments)
             else:
                 found = getattr(self, name.replace(".", "_"))(*arguments)
             self.values[target] = found & MASK
@@ -86,6 +87,13 @@ def fma(dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -
         assert torch.equal(rounded.double(), exact), "rounds"
         result = result | ((rounded.view(torch.int16).long() & 0xFFFF) << shift)
     return result
+
+
+def multiplied(dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a * b` of both halves, rounded once."""
+    products = (_half(a >> shift, dtype) * _half(b >> shift, dtype) for shift in (0, 16))
+    low, high = (each.to(dtype).view(torch.int16).long() & 0xFFFF for each in products)
+    return low | (high << 16)
 
 
 def _half(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
