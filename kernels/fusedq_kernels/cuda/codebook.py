@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fusedq_kernels.cuda.planes import columns_of_four, four_planes_by_asm, halves, has_ptx
-from fusedq_kernels.cuda.ptx import bit_pattern, lookup_ptx
+from fusedq_kernels.cuda.ptx import PTX_DTYPES, bit_pattern, lookup_ptx
 from fusedq_kernels.encodings import Codebook
 from fusedq_kernels.types import WeightType
 
@@ -29,7 +29,7 @@ _TABLES = tl.constexpr(
         (weight_type.value, name): table_bits(weight_type, dtype)
         for weight_type in WeightType
         if isinstance(weight_type.encoding, Codebook)
-        for name, dtype in ((tl.bfloat16.name, torch.bfloat16), (tl.float16.name, torch.float16))
+        for name, dtype in PTX_DTYPES.items()
     }
 )
 _PTX = tl.constexpr({key: lookup_ptx(table) for key, table in _TABLES.value.items()})

@@ -24,7 +24,11 @@ import triton.language as tl
 
 from fusedq_kernels import geometry
 from fusedq_kernels.cuda.codebook import decode_fp4, decode_nf4
-from fusedq_kernels.cuda.floats import decode_float4_e2m1f, decode_float8_e4m3fn
+from fusedq_kernels.cuda.floats import (
+    decode_float4_e2m1f,
+    decode_float8_e4m3fn,
+    decode_unlifted_float4_e2m1f,
+)
 from fusedq_kernels.cuda.integers import (
     decode_uint4,
     decode_uint4b8,
@@ -62,3 +66,5 @@ DECODERS = {
     WeightType.FLOAT8_E4M3FN: decode_float8_e4m3fn,
     WeightType.FLOAT4_E2M1F: decode_float4_e2m1f,
 }
+# For weights that their scale lifts: `floats.lifted_scales`.
+UNLIFTED = {WeightType.FLOAT4_E2M1F: decode_unlifted_float4_e2m1f}

@@ -5,12 +5,15 @@ it converts them from sm_89 on. NVIDIA GPUs run the assembly of `ptx.py`; the in
 compiler run the same by way of fp32: exponent and mantissa are shifted to where the wider float has
 them, and a multiplication makes up for the difference of the exponents' biases, for subnormal
 numbers too. NaN becomes a number, so a checkpoint's are refused where it is read.
+
+Where the weight is multiplied by a scale of E4M3 anyway, that scale takes the other factor along,
+once for many weights: `decode_unlifted_float4_e2m1f` and `lifted_scales`. Their products are
+2**-HEADROOM of the weight's values, as the largest scale would leave the range of the dtype else.
 """
 
 # Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
 # ruff: noqa: RET505
 
-import torch
 import triton
 import triton.language as tl
 
@@ -23,7 +26,8 @@ from fusedq_kernels.cuda.planes import (
     has_ptx,
     two_planes_by_asm,
 )
-from fusedq_kernels.cuda.ptx import float_ptx
+from fusedq_kernels.cuda.ptx import PTX_DTYPES, float_ptx, missing_lift, scale_ptx
+from fusedq_kernels.cuda.rounding import to_output
 from fusedq_kernels.encodings import Floats
 from fusedq_kernels.types import WeightType
 
@@ -33,11 +37,22 @@ _FLOATS = tl.constexpr(
 )
 _PTX = tl.constexpr(
     {
-        (weight_type, name): float_ptx(floats, dtype)
+        (weight_type, name, lifted): float_ptx(floats, dtype, lifted)
         for weight_type, floats in _FLOATS.value.items()
-        for name, dtype in ((tl.bfloat16.name, torch.bfloat16), (tl.float16.name, torch.float16))
+        for name, dtype in PTX_DTYPES.items()
+        for lifted in (True, False)
     }
 )
+_E2M1 = WeightType.FLOAT4_E2M1F.encoding
+# E4M3 ends below 2**9, a dtype of exponent bias b below 2**(b + 1), and b - 1 doublings lack.
+HEADROOM = 7
+_SCALE_PTX = tl.constexpr(
+    {
+        name: scale_ptx(missing_lift(_E2M1, dtype) - HEADROOM, dtype)
+        for name, dtype in PTX_DTYPES.items()
+    }
+)
+_UNDER_HEADROOM = tl.constexpr(2.0**-HEADROOM)
 
 
 @triton.constexpr_function
@@ -56,8 +71,13 @@ def _lift_of(weight_type):
 
 
 @triton.constexpr_function
-def _ptx_of(weight_type, dtype):
-    return _PTX.value[weight_type, dtype.name]
+def _ptx_of(weight_type, dtype, lifted):
+    return _PTX.value[weight_type, dtype.name, lifted]
+
+
+@triton.constexpr_function
+def _scale_ptx_of(dtype):
+    return _SCALE_PTX.value[dtype.name]
 
 
 @triton.jit
@@ -80,12 +100,13 @@ def _floats(
     DTYPE: tl.constexpr,
     INTERPRET: tl.constexpr,
     WEIGHT_TYPE: tl.constexpr,
+    LIFTED: tl.constexpr,
 ):
     """The number that each code is."""
     if INTERPRET or not has_ptx():
         return portable_floats(words, SUB, STEP, DTYPE, WEIGHT_TYPE)
     else:
-        PTX: tl.constexpr = _ptx_of(WEIGHT_TYPE, DTYPE)
+        PTX: tl.constexpr = _ptx_of(WEIGHT_TYPE, DTYPE, LIFTED)
         if _bits_of(WEIGHT_TYPE) == 4:
             first, second, third, fourth = four_planes_by_asm((words,), PTX)
             pairs = columns_of_four(first, second, third, fourth, SUB, STEP)
@@ -105,7 +126,7 @@ def decode_float8_e4m3fn(
     INTERPRET: tl.constexpr,
 ):
     """E4M3."""
-    return _floats(words, SUB, STEP, DTYPE, INTERPRET, "float8_e4m3fn")
+    return _floats(words, SUB, STEP, DTYPE, INTERPRET, "float8_e4m3fn", True)
 
 
 @triton.jit
@@ -118,4 +139,35 @@ def decode_float4_e2m1f(
     INTERPRET: tl.constexpr,
 ):
     """E2M1."""
-    return _floats(words, SUB, STEP, DTYPE, INTERPRET, "float4_e2m1f")
+    return _floats(words, SUB, STEP, DTYPE, INTERPRET, "float4_e2m1f", True)
+
+
+@triton.jit
+def decode_unlifted_float4_e2m1f(
+    words,
+    metadata,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """E2M1, for scales that are `lifted_scales`."""
+    return _floats(words, SUB, STEP, DTYPE, INTERPRET, "float4_e2m1f", False)
+
+
+@triton.jit
+def lifted_scales(words, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Pairs of bf16 scales, numbers of E4M3, as pairs of DTYPE that lift unlifted weights.
+
+    Without assembly weights are lifted already: the scales give way to HEADROOM alone.
+    """
+    if INTERPRET or not has_ptx():
+        low = (words << 16).to(tl.float32, bitcast=True) * _UNDER_HEADROOM
+        high = (words & -65536).to(tl.float32, bitcast=True) * _UNDER_HEADROOM
+        low = to_output(low, DTYPE, INTERPRET).to(tl.int16, bitcast=True).to(tl.int32)
+        high = to_output(high, DTYPE, INTERPRET).to(tl.int16, bitcast=True).to(tl.int32)
+        return (low & 0xFFFF) | (high << 16)
+    else:
+        return tl.inline_asm_elementwise(
+            _scale_ptx_of(DTYPE), "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1
+        )

@@ -30,6 +30,7 @@ import triton.language as tl
 
 from fusedq_kernels.cuda.activations import activated, values_per_output
 from fusedq_kernels.cuda.decode import BLOCK_K, decoded_rows, of_step
+from fusedq_kernels.cuda.floats import lifted_scales
 from fusedq_kernels.cuda.hooks import named_for_hooks
 from fusedq_kernels.cuda.metadata import (
     num_vectors,
@@ -117,6 +118,7 @@ def fused_gemm_kernel(
     SCALE_DTYPE: tl.constexpr,
     SCALE_WEIGHTS: tl.constexpr,
     SCALE_STEPS: tl.constexpr,
+    HEADROOM: tl.constexpr,
     OWN_ROW: tl.constexpr,
     NARROW_SCALE: tl.constexpr,
     X_DESCRIPTOR: tl.constexpr,
@@ -222,6 +224,8 @@ def fused_gemm_kernel(
                             *(STEPS, STEPS_PER_GROUP, VECTOR),
                         )
                         vectors = tl.load(scales_ptrs + vector * stride_vector)
+                        if HEADROOM > 0:
+                            vectors = lifted_scales(vectors, DTYPE, INTERPRET)
                     metadata = tile_metadata(
                         vectors, sub % VECTOR, BLOCK_N, VECTOR, PAIRED, OWN_ROW
                     )
@@ -267,6 +271,8 @@ def fused_gemm_kernel(
         for split in tl.range(SPLIT_K, loop_unroll_factor=SUMS_IN_FLIGHT):
             ptrs = partial_ptr + split * split_size + offs_y
             total += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+    if HEADROOM > 0:
+        total *= 1 << HEADROOM
     if SCALE_LAST:
         total *= scale_of(metadata, SCALE_DTYPE)[:, None]
     if TAIL > 0:

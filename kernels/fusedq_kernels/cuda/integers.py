@@ -9,7 +9,6 @@ goes to the exponent of what is subtracted: 128 or 256.
 # Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
 # ruff: noqa: RET505, SIM300
 
-import torch
 import triton
 import triton.language as tl
 
@@ -21,7 +20,7 @@ from fusedq_kernels.cuda.planes import (
     has_ptx,
     two_planes_by_asm,
 )
-from fusedq_kernels.cuda.ptx import integer_ptx
+from fusedq_kernels.cuda.ptx import PTX_DTYPES, integer_ptx
 from fusedq_kernels.encodings import STORED, Codes
 from fusedq_kernels.types import WeightType
 
@@ -42,7 +41,7 @@ _PTX = tl.constexpr(
     {
         (weight_type, name): integer_ptx(codes, dtype)
         for weight_type, codes in _INTEGERS.value.items()
-        for name, dtype in ((tl.bfloat16.name, torch.bfloat16), (tl.float16.name, torch.float16))
+        for name, dtype in PTX_DTYPES.items()
     }
 )
 

@@ -25,11 +25,14 @@ import torch
 
 from fusedq_kernels.encodings import STORED, Codes, Floats
 
+# By Triton's name
+PTX_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SUFFIX = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _MAGIC = {torch.bfloat16: 128.0, torch.float16: 1024.0}
 _LIFT = 2.0**127  # makes 4 to 64 steps of the lifted bits one: bf16 has no larger power of two
 _MANTISSA = {torch.bfloat16: 7, torch.float16: 10}
 _AND_OR = "0xEA"  # lop3: (a & b) | c
+_SELECT = "0xE4"  # lop3: a where c is set, else b
 
 
 def bit_pattern(value: float, dtype: torch.dtype) -> int:
@@ -135,19 +138,27 @@ def _octets(block: _Block, codes: Codes) -> None:
         block.fma(f"${plane}", f"p{plane}", step, nothing)
 
 
-def float_ptx(floats: Floats, dtype: torch.dtype) -> str:
+def missing_lift(floats: Floats, dtype: torch.dtype) -> int:
+    """How many doublings a float lacks whose bits are where `dtype` has them."""
+    return (1 << (14 - _MANTISSA[dtype])) - (1 << (floats.exponent - 1))
+
+
+def float_ptx(floats: Floats, dtype: torch.dtype, lifted: bool = True) -> str:
     """PTX of floats of 4 or 8 bits: the planes `$0`, `$1` .. of a P4 word `$4` or a P8 word `$2`.
 
-    NaN becomes a number.
+    NaN becomes a number. Without `lifted` all are 2**-`missing_lift` of what they are.
     """
-    block, mantissa, count = _Block(dtype), _MANTISSA[dtype], 16 // floats.bits
-    exponent, word = 15 - mantissa, f"${count}"
-    down = exponent - floats.exponent
+    block, count = _Block(dtype), 16 // floats.bits
+    word, down = f"${count}", 15 - _MANTISSA[dtype] - floats.exponent
     sizes = ((1 << 15) - (1 << (16 - floats.bits))) >> down
-    biases = (1 << (exponent - 1)) - (1 << (floats.exponent - 1))
-    lift, nothing = block.pair("lift", 2.0**biases), block.pair("nothing", -0.0)
-    if down >= floats.bits and count == 4:
-        _spread_nibbles(block, down, sizes)
+    if lifted:
+        lift = block.pair("lift", 2.0 ** missing_lift(floats, dtype))
+        nothing = block.pair("nothing", -0.0)
+    if count == 4:
+        if down >= floats.bits:
+            _spread_nibbles(block, down, sizes)
+        else:
+            _nibbles_to_bytes(block, sizes >> 8)
         count = 0
     for plane in range(count):
         up = 16 - floats.bits * (plane + 1)
@@ -155,7 +166,32 @@ def float_ptx(floats: Floats, dtype: torch.dtype) -> str:
         size = block.put(p, "and.b32", _shifted(block, p, word, up - down), sizes * 0x00010001)
         block.put(p, "lop3.b32", sign, 0x80008000, size, _AND_OR)
     for plane in range(16 // floats.bits):
-        block.fma(f"${plane}", f"p{plane}", lift, nothing)
+        if lifted:
+            block.fma(f"${plane}", f"p{plane}", lift, nothing)
+        else:
+            block.put(f"${plane}", "mov.b32", f"p{plane}")
+    return block.text()
+
+
+def product_ptx(dtype: torch.dtype) -> str:
+    """PTX of the product of the pairs `$1` and `$2`, rounded once: `$0`."""
+    block = _Block(dtype)
+    block.fma("$0", "$1", "$2", block.pair("nothing", -0.0))
+    return block.text()
+
+
+def scale_ptx(doublings: int, dtype: torch.dtype) -> str:
+    """PTX of two bf16 scales `$1`, numbers of E4M3, doubled so often: two of `dtype`, `$0`.
+
+    fp16's exponents are the lower five bits of those that bf16 has from 96 to 127, where a
+    multiplication brings them first, and stand three bits higher.
+    """
+    block, bf16 = _Block(torch.bfloat16), dtype is torch.bfloat16
+    factor = block.pair("factor", 2.0 ** (doublings if bf16 else doublings - 16))
+    product = block.fma("$0" if bf16 else "p", "$1", factor, block.pair("nothing", -0.0))
+    if not bf16:
+        moved = block.put("moved", "shl.b32", product, "3")
+        block.put("$0", "lop3.b32", moved, product, 0x7FF87FF8, _SELECT)
     return block.text()
 
 
@@ -167,6 +203,17 @@ def _spread_nibbles(block: _Block, down: int, sizes: int) -> None:
         block.put(p, "and.b32", "upper" if plane > 1 else "$4", 0x000F000F << at)
         block.put(p, "mul.lo.u32", p, (1 << (12 - at)) + (1 << (12 - down - at)))
         block.put(p, "and.b32", p, (0x8000 | sizes) * 0x00010001)
+
+
+def _nibbles_to_bytes(block: _Block, sizes: int) -> None:
+    """Planes `p0` to `p3` of floats whose low byte is zero: each nibble becomes a high byte."""
+    up = (sizes & -sizes).bit_length() - 1
+    for half, low in (("low", 0), ("high", 4)):
+        size = block.put(half, "and.b32", _shifted(block, half, "$4", up - low), sizes * 0x01010101)
+        sign = _shifted(block, "sign", "$4", 4 - low)
+        block.put(half, "lop3.b32", sign, 0x80808080, size, _AND_OR)
+    for plane, selector in enumerate(("0x2404", "0x2404", "0x3414", "0x3414")):
+        block.put(f"p{plane}", "prmt.b32", "high" if plane % 2 else "low", 0, selector)
 
 
 def _shifted(block: _Block, target: str, word: str, up: int) -> str:
