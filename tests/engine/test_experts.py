@@ -9,6 +9,7 @@ from transformers import DeepseekV2Config, MixtralConfig, PreTrainedConfig, Qwen
 from checkpoints import Tensors, drop, put
 from engines import SMALL, EngineFailed, ask, generate, mean_error
 from local_server import compile_arguments
+from mixtures import stacked
 from random_models import VOCABULARY, write_dequantized, write_random_model
 from test_tensor_parallel import TWO_RANKS
 from tiny_models import MIXTURE, asset, reference
@@ -44,11 +45,12 @@ DEEPSEEK = DeepseekV2Config(
 )
 TP2: dict[str, Any] = {"tensor_parallel_size": 2}
 EP2 = TP2 | {"enable_expert_parallel": True}
+KEPT = {"additional_config": {"fusedq": {"activations": "16-bit"}}}
 COMPILED = {"enforce_eager": compile_arguments() != []}
 # Name -> (config, how it is quantized, what is not, engine). In every run of the tests:
 MODELS: dict[str, tuple[PreTrainedConfig, str, str, dict[str, Any]]] = {
     "mixtral, experts on two ranks, compiled": (MIXTRAL, "gptq-asym", "", EP2 | COMPILED),
-    "deepseek": (DEEPSEEK, "ct-sym", "self_attn", {}),
+    "deepseek, stacked": (DEEPSEEK, "ct-sym", "self_attn", {}),
 }
 # Only with --all-models:
 MORE_MODELS: dict[str, tuple[PreTrainedConfig, str, str, dict[str, Any]]] = {
@@ -58,6 +60,8 @@ MORE_MODELS: dict[str, tuple[PreTrainedConfig, str, str, dict[str, Any]]] = {
     "qwen3, 8 bits, experts on two ranks": (QWEN3, "gptq-8bit-asym", "", EP2),
     "qwen3, two ranks, compiled": (QWEN3, "gptq-sym", "", TP2 | COMPILED),
     "mixtral, bitsandbytes, two ranks": (MIXTRAL, "bnb-nf4-nested", "", TP2),
+    "qwen3, stacked, two ranks": (QWEN3, "ct-asym", "", TP2),
+    "qwen3, stacked, 8-bit floats, experts on two ranks": (QWEN3, "fp8-block", "", EP2 | KEPT),
     "mixtral, experts on two ranks": (MIXTRAL, "ct-sym", "", EP2),
     "deepseek, compiled": (DEEPSEEK, "ct-sym", "self_attn", COMPILED),
     "deepseek, two ranks": (DEEPSEEK, "awq", "self_attn", TP2),
@@ -84,12 +88,14 @@ def test_answers_as_plain_models(tmp_path: Path, request: pytest.FixtureRequest,
     if name in MORE_MODELS and not request.config.getoption("--all-models"):
         pytest.skip("needs --all-models")
     config, build, plain, engine = (MODELS | MORE_MODELS)[name]
-    model = write_random_model(tmp_path / "model", config, build, plain)
+    edits = [stacked()] if "stacked" in name else []
+    model = write_random_model(tmp_path / "model", config, build, plain, edits=edits)
     prompts, tokens = model.sure_prompts(CANDIDATES, len(PROMPTS))
     expected = model.logprobs(prompts)
     if config is DEEPSEEK:
         # vLLM's own model of it answers otherwise eagerly on one rank, plain or not
-        plain_path = write_dequantized(tmp_path / "plain", model)
+        single = write_random_model(tmp_path / "single", config, build, plain)
+        plain_path = write_dequantized(tmp_path / "plain", single)
         plainly = engine | {"quantization": None, "dtype": "float32"}
         # vLLM's own experts on a CPU die where some are on another rank
         plainly.pop("enable_expert_parallel", None)

@@ -8,10 +8,8 @@ from safetensors import safe_open
 
 from checkpoints import ALL_BUILDS, ORDERED_BUILDS, put, replace
 from fusedq_kernels.choose.device import cpu_device
-from fusedq_kernels.layouts.packing import unpack
-from fusedq_kernels.types import StackedWeight
 from memory import peak_of
-from mixtures import COUNT, INNER, Mixture, write_mixture
+from mixtures import COUNT, INNER, assert_holds, write_mixture
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.load.convert import convert
@@ -46,42 +44,6 @@ def load(path: Path, plans: list[LayerPlan]) -> list[ExpertsLoader]:
     for loader in loaders:
         loader.check_complete()
     return loaders
-
-
-def worth(packed: StackedWeight, place: int) -> torch.Tensor:
-    """fp64 `[N, K]` of one expert, features in the order of the model."""
-    logical = unpack(packed.expert(place))
-    groups = (torch.arange(packed.k) + packed.phase) // packed.spec.group_size
-    scales = logical.scales.double()[:, groups]
-    codes = logical.codes.double()
-    if (table := packed.spec.weight_type.codebook) is not None:
-        values = torch.tensor(table, dtype=torch.float32)[logical.codes.long()].double() * scales
-        return values if logical.row_scales is None else values * logical.row_scales[:, None]
-    zeros = packed.spec.weight_type.bias if logical.zeros is None else logical.zeros[:, groups]
-    values = (codes - zeros) * scales
-    if logical.perm is None:
-        return values
-    placed = values.new_zeros((packed.n, packed.in_features))
-    return placed.index_add_(1, logical.perm.long(), values)
-
-
-def assert_holds(
-    loaders: list[ExpertsLoader], mixture: Mixture, inner: tuple[int, int] = (0, INNER)
-) -> None:
-    """Gate and up row by row in turn of 8; down's columns of the rank."""
-    w13, w2 = loaders
-    for place, number in enumerate(w13.plan.experts):
-        gate, up, down = mixture.expert(number)
-        found = worth(w13.packed, place)
-        rows = [
-            each.values(row, row + 1, 0, each.codes.shape[1])[0]
-            for start in range(*inner, 8)
-            for each in (gate, up)
-            for row in range(start, start + 8)
-        ]
-        torch.testing.assert_close(found, torch.stack(rows), rtol=1e-6, atol=0)
-        expected = down.values(0, down.codes.shape[0], *inner)
-        torch.testing.assert_close(worth(w2.packed, place), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("build", ALL_BUILDS)

@@ -255,9 +255,9 @@ def test_experts_of_other_kinds(tmp_path: Path) -> None:
     assert found.layer == f"{STACK}.0-3.v1 (4 layers)"
     assert found.found == "a quantized v1 of an expert"
     words = torch.zeros(COUNT, HIDDEN, 8, dtype=torch.int32)
-    write_mixture(tmp_path / "one", edits=[add(f"{STACK}.gate_up_proj.qweight", words)])
+    write_mixture(tmp_path / "one", edits=[add(f"{STACK}.mlp.w1.qweight", words)])
     (found,) = problems(tmp_path / "one")
-    assert found.layer == f"{STACK}.gate_up_proj"
+    assert found.layer == f"{STACK}.mlp.w1"
     assert found.found == "packed tensors of all experts of a layer at once"
 
 

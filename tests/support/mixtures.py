@@ -1,6 +1,7 @@
 """Tiny mixtures of experts from known codes, scales and zeros, stored expert by expert."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import ALL_BUILDS, Edit, Tensors, Truth, write_json
+from fusedq_kernels.layouts.packing import unpack
+from fusedq_kernels.types import StackedWeight
+from vllm_fusedq.load.experts import ExpertsLoader
 
 HIDDEN, INNER, COUNT, GROUP = 64, 96, 4, 32
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -77,3 +81,67 @@ def write_mixture(
     }
     write_json(path / "config.json", document)
     return Mixture(truths)
+
+
+def stacked(
+    gate_up: str = "gate_up_proj", down: str = "down_proj", after: str = "."
+) -> Callable[[Tensors], None]:
+    """An edit that stores all experts of a layer at once, gates before ups.
+
+    `after` is what follows the name of a part: "." for `gate_up_proj.weight_scale`, "_" for
+    `gate_up_proj_scale`.
+    """
+
+    def edit(tensors: Tensors) -> None:
+        found: dict[tuple[str, str], dict[tuple[int, str], torch.Tensor]] = defaultdict(dict)
+        for name in [name for name in tensors if ".experts." in name]:
+            layer, _, rest = name.partition(".experts.")
+            number, module, suffix = rest.split(".", 2)
+            found[layer, suffix][int(number), module] = tensors.pop(name)
+        for (layer, suffix), each in found.items():
+            count = len(each) // 3
+            pairs = [[each[e, "gate_proj"], each[e, "up_proj"]] for e in range(count)]
+            ups = [torch.cat(pair) if pair[0].ndim else torch.stack(pair) for pair in pairs]
+            downs = [each[e, "down_proj"] for e in range(count)]
+            own = suffix if after == "." else suffix.removeprefix("weight_")
+            end = "" if suffix == "weight" and after == "_" else f"{after}{own}"
+            tensors[f"{layer}.experts.{gate_up}{end}"] = torch.stack(ups)
+            tensors[f"{layer}.experts.{down}{end}"] = torch.stack(downs)
+
+    return edit
+
+
+def worth(packed: StackedWeight, place: int) -> torch.Tensor:
+    """fp64 `[N, K]` of one expert, features in the order of the model."""
+    logical = unpack(packed.expert(place))
+    groups = (torch.arange(packed.k) + packed.phase) // packed.spec.group_size
+    scales = logical.scales.double()[:, groups]
+    codes = logical.codes.double()
+    if (table := packed.spec.weight_type.codebook) is not None:
+        values = torch.tensor(table, dtype=torch.float32)[logical.codes.long()].double() * scales
+        return values if logical.row_scales is None else values * logical.row_scales[:, None]
+    zeros = packed.spec.weight_type.bias if logical.zeros is None else logical.zeros[:, groups]
+    values = (codes - zeros) * scales
+    if logical.perm is None:
+        return values
+    placed = values.new_zeros((packed.n, packed.in_features))
+    return placed.index_add_(1, logical.perm.long(), values)
+
+
+def assert_holds(
+    loaders: list[ExpertsLoader], mixture: Mixture, inner: tuple[int, int] = (0, INNER)
+) -> None:
+    """Gate and up row by row in turn of 8; down's columns of the rank."""
+    w13, w2 = loaders
+    for place, number in enumerate(w13.plan.experts):
+        gate, up, down = mixture.expert(number)
+        found = worth(w13.packed, place)
+        rows = [
+            each.values(row, row + 1, 0, each.codes.shape[1])[0]
+            for start in range(*inner, 8)
+            for each in (gate, up)
+            for row in range(start, start + 8)
+        ]
+        torch.testing.assert_close(found, torch.stack(rows), rtol=1e-6, atol=0)
+        expected = down.values(0, down.codes.shape[0], *inner)
+        torch.testing.assert_close(worth(w2.packed, place), expected, rtol=1e-6, atol=0)

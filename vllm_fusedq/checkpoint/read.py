@@ -14,6 +14,7 @@ from typing import Any
 from vllm_fusedq.checkpoint.files import CONFIG_FILE, CheckpointFiles, open_files
 from vllm_fusedq.checkpoint.hub import Progress
 from vllm_fusedq.checkpoint.safetensors_header import LFS_POINTER, LFS_WAY_OUT, TensorInfo
+from vllm_fusedq.checkpoint.stacks import told_apart
 from vllm_fusedq.errors import CheckpointError, UnsupportedCheckpoint
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -36,8 +37,9 @@ class Checkpoint:
 
     `quant_config` is the quantization section and `quant_source` where it was found: a key of
     config.json ("quantization_config", "compression_config") or a file's name. `tensors` maps full
-    tensor names to what the headers say of them, `metadata` those that hold no weights to their
-    bytes: at most `MAX_METADATA_BYTES` single bytes that belong to another tensor. `unread` are the
+    tensor names to what the headers say of them, quantized stacks of experts told apart
+    (`stacks.py`), `metadata` those that hold no weights to their bytes: at most
+    `MAX_METADATA_BYTES` single bytes that belong to another tensor. `unread` are the
     safetensors files beside the model's weights.
     """
 
@@ -121,7 +123,8 @@ def read_checkpoint(
     _check_index(files, weight_map, tensors)
     metadata = _metadata(files, tensors)
     unread = tuple(name for name in stored if name not in weights)
-    return Checkpoint(files.name, config, quant_config, source, tensors, metadata, unread)
+    apart = told_apart(tensors)
+    return Checkpoint(files.name, config, quant_config, source, apart, metadata, unread)
 
 
 def read_config(model: str | Path, revision: str | None = None) -> tuple[dict[str, Any], bool]:

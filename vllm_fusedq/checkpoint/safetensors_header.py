@@ -49,11 +49,26 @@ DTYPE_BITS = {
 }
 
 
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+"""Of numbers that were never quantized."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of the stored tensor `tensor`: in its first dimension `index`, in its second `rows`,
+    first and one past the last; None where there is no second."""
+
+    tensor: str
+    index: int
+    rows: tuple[int, int] | None
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A stored tensor: `dtype` in safetensors' names ("I32", "BF16"), `file` the file's name.
 
-    `start` is the place in the file of its first byte.
+    `start` is the place in the file of its first byte. A `piece` of another tensor is one in all
+    but its name, which the file does not have.
     """
 
     name: str
@@ -61,6 +76,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: str
     start: int = field(default=0, compare=False)
+    piece: Piece | None = None
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Self
 
 from vllm_fusedq.checkpoint.read import Checkpoint
-from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
+from vllm_fusedq.checkpoint.safetensors_header import PLAIN_DTYPES, TensorInfo
 from vllm_fusedq.errors import PreflightError, UnsupportedCheckpoint
 from vllm_fusedq.formats.headers import describe_layer
 from vllm_fusedq.formats.kv_cache import (
@@ -28,6 +28,7 @@ from vllm_fusedq.formats.layer import LayerFormat, Scheme
 from vllm_fusedq.formats.shared.refusals import (
     check_expert,
     check_plain,
+    check_stacks,
     packed_though_excluded,
     tied_though_quantized,
 )
@@ -37,8 +38,6 @@ from vllm_fusedq.names import expert_module, with_other_prefix, without_prefix
 
 USE_VLLM = "drop `--quantization fusedq` to use vLLM's own support, if it has any"
 
-# Of a weight that was never quantized
-PLAIN_DTYPES = ("BF16", "F16", "F32")
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 _BLOCK = re.compile(r"(.*?)\.\d+(?=\.|$)")
@@ -59,6 +58,8 @@ class CheckpointFormat(ABC):
     """Where this method's config may come from without naming the method."""
     markers: ClassVar[frozenset[str]]
     """Tensor suffixes that only a quantized module has."""
+    reads_stacks: ClassVar[bool] = False
+    """Whether a tool stores its tensors of all experts of a layer at once, by a first dimension."""
     leftovers: ClassVar[frozenset[str]] = frozenset()
     """Further suffixes that show, without a weight, that a module was quantized once."""
     support: ClassVar[tuple[Support, ...]]
@@ -89,6 +90,7 @@ class CheckpointFormat(ABC):
         """
         self = cls(checkpoint)
         self.check_config()
+        check_stacks(self)
         if self.kv_cache_scheme and (deviation := scheme_deviation(self.kv_cache_scheme)):
             raise self.refusal(
                 f"{KV_CACHE_SCHEME} with {deviation}",

@@ -17,6 +17,7 @@ from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
 from vllm_fusedq.formats.compressed_tensors_packing import (
     G_IDX,
     SCALE,
+    SHAPE,
     BytePacking,
     CompressedTensorsPacking,
     WordPacking,
@@ -73,6 +74,7 @@ class CompressedTensorsFormat(CheckpointFormat):
     """`quant_method: compressed-tensors`, the formats of `PACKINGS`, weights only."""
 
     name = "compressed-tensors"
+    reads_stacks = True
     config_sources = ("compression_config",)
     markers = frozenset(
         {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"}
@@ -148,10 +150,11 @@ class CompressedTensorsFormat(CheckpointFormat):
                 "weight_g_idx with actorder group",
                 "set actorder to group in the config if this model was quantized with it",
             )
-        scheme = group.packing.scheme(stored, group.group_size, symmetric=group.symmetric)
-        if not group.activations:
-            return scheme
-        return replace(scheme, layouts=(*scheme.layouts, *unread(stored, OF_ACTIVATIONS)))
+        packing, unused = group.packing, OF_ACTIVATIONS if group.activations else ()
+        if any(info.piece for info in stored.values()):
+            packing, unused = _of_stack(module, packing), (*unused, SHAPE.name)
+        scheme = packing.scheme(stored, group.group_size, symmetric=group.symmetric)
+        return replace(scheme, layouts=(*scheme.layouts, *unread(stored, unused)))
 
     def activations(self, module: str) -> str:
         group = self._group_of(module)
@@ -305,6 +308,22 @@ class CompressedTensorsFormat(CheckpointFormat):
             if target.startswith("re:") and self.check_regex(target[3:]).match(module):
                 return True
         return False
+
+
+def _of_stack(module: str, packing: _Packing) -> _Packing:
+    """The packing of an expert whose tensors are pieces of those of all experts.
+
+    Raises:
+        PreflightError: gate and up have one order of in_features between them.
+    """
+    if packing.ordered:
+        raise PreflightError.single(
+            module,
+            "actorder group of experts that are stored all at once",
+            "such experts with actorder static or none, or experts stored one by one",
+            "quantize the model again with a tool that stores experts one by one",
+        )
+    return replace(packing, shaped=False) if isinstance(packing, WordPacking) else packing
 
 
 def _class_of(module: str) -> str:

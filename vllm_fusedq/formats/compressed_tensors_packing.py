@@ -88,23 +88,28 @@ class CompressedTensorsPacking(Packing):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WordPacking(CompressedTensorsPacking):
-    """pack-quantized; `streaming` where codes that divide no word straddle words."""
+    """pack-quantized; `streaming` where codes that divide no word straddle words.
+
+    `shaped` where weight_shape is of this weight, and not of what it is a piece of.
+    """
 
     streaming: bool = True
+    shaped: bool = True
 
     def layouts(self) -> tuple[TensorLayout, ...]:
         return (
             TensorLayout("weight_packed", (Dim("n"), self._dim("k", ROW_MULTIPLE)), (DType.INT32,)),
             SCALE,
-            SHAPE,
+            *((SHAPE,) if self.shaped else ()),
             TensorLayout("weight_zero_point", (self._dim("n"), Dim("g")), (DType.INT32,)),
         )
 
     def unpack(self, tensors: Tensors, layer: LayerFormat, region: Region) -> Unpacked:
-        shape = tensors["weight_shape"].tolist()
-        if shape != [layer.n, layer.k]:
+        whole = [layer.n, layer.k]
+        shape = tensors[SHAPE.name].tolist() if self.shaped else whole
+        if shape != whole:
             raise WeightLoadError(
-                f"{layer.module}.weight_shape: found {shape}, expected {[layer.n, layer.k]} after "
+                f"{layer.module}.weight_shape: found {shape}, expected {whole} after "
                 "the shape of weight_packed; supported are in_features that are a multiple of "
                 f"{max(ROW_MULTIPLE, 32 // self.bits)}; correct version in the config if another "
                 "one of compressed-tensors packed the model, or quantize the model again"

@@ -25,6 +25,7 @@ class Fp8Format(Float8Format):
     """`quant_method: fp8`, weights that are 8-bit floats already."""
 
     name = "fp8"
+    reads_stacks = True
     markers = frozenset({SCALE, BLOCK_SCALE})
     of_activations = ("input_scale", "activation_scale")
     support = (

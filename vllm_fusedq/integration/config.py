@@ -83,13 +83,15 @@ class FusedQConfig(QuantizationConfig):
         The others keep their names, also where a model's code renames them for vLLM's own methods
         (Mistral 3's scales). And drop those of a LoRA adapter beside the model, which vLLM reads
         where there is no index.
-        This hook is older than `get_checkpoint_weight_mapper`, and every vLLM that is supported
-        applies it in the same place, to all tensors.
+        Stacks of experts are taken apart. This hook is older than `get_checkpoint_weight_mapper`,
+        and every vLLM that is supported applies it in the same place, to all tensors.
         """
         from vllm.model_executor.models.utils import WeightsMapper
 
         from vllm_fusedq.checkpoint.read import ADAPTER_FILE, ADAPTER_PREFIX
+        from vllm_fusedq.checkpoint.stacks import pieces_of
         from vllm_fusedq.formats.kv_cache import OUTPUT_SCALES
+        from vllm_fusedq.integration.stacks import StackMapper
         from vllm_fusedq.names import parameter_name
 
         if self.worker is not None:
@@ -100,7 +102,9 @@ class FusedQConfig(QuantizationConfig):
         unread = self.format.checkpoint.unread
         dropped = {ADAPTER_PREFIX: None} if ADAPTER_FILE in unread else {}
         own = WeightsMapper(orig_to_new_suffix=renamed, orig_to_new_prefix=dropped)
-        return super().get_cache_scale_mapper() | own
+        mapper = super().get_cache_scale_mapper() | own
+        pieces = pieces_of(self.format.checkpoint.tensors)
+        return StackMapper.of(mapper, pieces) if pieces else mapper
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None, **_: Any

@@ -7,13 +7,12 @@ renamed to OUT: a killed run leaves nothing that loads, and the next one begins 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fusedq_kernels.catalogue import CPU_STRIPED, Op
@@ -49,6 +48,7 @@ from vllm_fusedq.formats.layer import LayerFormat
 from vllm_fusedq.formats.shared.vocabulary import is_input_embedding
 from vllm_fusedq.load.loader import LayerLoader
 from vllm_fusedq.load.partial import claimed, publish, reading, writing
+from vllm_fusedq.load.stored import stored_tensors
 from vllm_fusedq.plan.layer import LayerPlan, Target, plan_layer
 from vllm_fusedq.plan.model import quantized_layers
 from vllm_fusedq.plan.shards import LayerShard, ParallelStyle, PartShard
@@ -219,7 +219,7 @@ def _converted(
     checkpoint: Checkpoint, item: _Item, findings: dict[str, Finding]
 ) -> dict[str, torch.Tensor]:
     """The tensors that stand for `item` in the converted checkpoint, by their full names."""
-    stored = dict(_read(checkpoint, item.tensors))
+    stored = dict(stored_tensors(checkpoint, item.tensors))
     if item.plan is None:
         return stored
     loader = LayerLoader.create(item.plan, TARGET.act_dtype, torch.device("cpu"))
@@ -237,13 +237,6 @@ def _converted(
     if (row_scales := of_rows(packed)) is not None:
         found[ROW_SCALES] = row_scales[: packed.n]
     return {f"{item.name}.{suffix}": tensor.contiguous() for suffix, tensor in found.items()}
-
-
-def _read(checkpoint: Checkpoint, names: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in names:
-        path = Path(checkpoint.path) / checkpoint.tensors[name].file
-        with reading(path), safe_open(path, "pt") as file:
-            yield name, file.get_tensor(name)
 
 
 def _copy_other_files(source: Path, partial: Path) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from fusedq_kernels.catalogue import Op
 from vllm_fusedq.checkpoint.read import Checkpoint
+from vllm_fusedq.checkpoint.safetensors_header import PLAIN_DTYPES
 from vllm_fusedq.errors import PreflightError, Problem
-from vllm_fusedq.formats.base import PLAIN_DTYPES
 from vllm_fusedq.formats.headers import REDO
 from vllm_fusedq.formats.layer import LayerFormat, Region
 from vllm_fusedq.names import EXPERT_PARTS, expert_module, index_ranges

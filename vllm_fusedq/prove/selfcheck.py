@@ -8,10 +8,8 @@ the loader's warm-up does, in batch-invariant mode too. No vLLM is needed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from fusedq_kernels import ops, reference
 from fusedq_kernels.activation import SILU
@@ -26,6 +24,7 @@ from vllm_fusedq.formats import stored_slices
 from vllm_fusedq.formats.layer import LayerFormat, Region
 from vllm_fusedq.load.experts import ExpertsLoader
 from vllm_fusedq.load.loader import LayerLoader, rows_of
+from vllm_fusedq.load.stored import stored_tensor
 from vllm_fusedq.plan.experts import BIAS
 from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.plan.shards import PartShard
@@ -135,7 +134,7 @@ def _load_experts(
         experts.add(name, tensor, part.shard_id, of_part[part])
     for part in plan.shard.parts if plan.shard.biased else ():
         experts.add(
-            BIAS, _tensor(checkpoint, f"{part.module}.{BIAS}"), part.shard_id, of_part[part]
+            BIAS, stored_tensor(checkpoint, f"{part.module}.{BIAS}"), part.shard_id, of_part[part]
         )
     experts.check_complete()
     return experts
@@ -200,12 +199,7 @@ def _stored(
 ) -> Iterator[tuple[tuple[PartShard, str], torch.Tensor]]:
     for part, fmt in zip(plan.shard.parts, plan.formats, strict=True):
         for stored in fmt.tensors:
-            yield (part, stored.name), _tensor(checkpoint, f"{part.module}.{stored.name}")
-
-
-def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    with safe_open(Path(checkpoint.path) / checkpoint.tensors[name].file, "pt") as file:
-        return file.get_tensor(name)
+            yield (part, stored.name), stored_tensor(checkpoint, f"{part.module}.{stored.name}")
 
 
 def _decoded(

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
+from vllm_fusedq.checkpoint.stacks import pieces_of, quantized_stacks
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.names import EXPERT_PARTS, expert_module, lies_in_experts
+
+if TYPE_CHECKING:
+    from vllm_fusedq.formats.base import CheckpointFormat
 
 _EXPERT_NAMES = ", ".join(EXPERT_PARTS)
 _AGREEMENT = "config and tensors that agree"
@@ -43,6 +48,29 @@ def tied_though_quantized(module: str) -> PreflightError:
         "a quantized lm_head of its own",
         "set tie_word_embeddings to false in config.json if the lm_head was trained or "
         "quantized apart",
+    )
+
+
+def check_stacks(fmt: CheckpointFormat) -> None:
+    """Refuse tensors of all experts of a layer at once that no tool of this format writes.
+
+    Raises:
+        UnsupportedCheckpoint: naming one of them.
+    """
+    tensors = fmt.checkpoint.tensors
+    whole = [info.name for each in quantized_stacks(tensors).values() for info in each.values()]
+    told = [] if fmt.reads_stacks else list(pieces_of(tensors))
+    if not (unread := whole + told):
+        return
+    more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+    sizes = "" if told or not fmt.reads_stacks else ", whose sizes do not fit each other"
+    supported = "experts that are stored one by one (experts.0.up_proj)"
+    if fmt.reads_stacks:
+        supported += ", or all of a layer by the first dimension of each of their tensors"
+    raise fmt.refusal(
+        f"tensors of all experts of a layer at once ({unread[0]}{more}){sizes}",
+        supported,
+        "quantize the model again with a tool that stores experts one by one",
     )
 
 
