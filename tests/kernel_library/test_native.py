@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,26 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(sources: Path) -> No
     with pytest.raises(build.BuildError, match=r"(?s)could not compile .* no luck today"):
         build.library(this_isa())
     assert not list((sources.parent / "cache").rglob("*.so"))
+
+
+def test_what_a_killed_process_was_compiling_goes_with_the_next(sources: Path) -> None:
+    """Its library and the files of its compiler, all of which lie in one folder."""
+    slow = sources / "slow"
+    slow.write_text('#!/bin/sh\necho left > "$TMPDIR/cc.s"\nkill -9 $PPID\n')
+    slow.chmod(0o755)
+    code = (
+        "from fusedq_kernels.native import build, isa\n"
+        f"build.SOURCES = build.Path({str(sources)!r})\n"
+        "build._IN_PACKAGE = build.SOURCES / 'built'\n"
+        "build.library(isa.this_isa())"
+    )
+    env = {**os.environ, "CXX": str(slow)}
+    killed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    cache = sources.parent / "cache"
+    assert [path.read_text() for path in cache.rglob("cc.s")] == ["left\n"]
+    made = build.library(this_isa())
+    assert {path.name for path in made.parent.iterdir()} == {".lock", made.name}
 
 
 def test_the_environment_chooses_an_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ _FLAGS = (
     *("-O3", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=fast", "-Wno-psabi"),
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )
+_PARTIAL = "partial-"
 _COMPILERS = ("g++", "c++", "clang++")
 
 
@@ -70,6 +71,9 @@ def library(isa: Isa) -> Path:
         return compile_into(Path(tempfile.mkdtemp(prefix="fusedq-cpu-")), isa)
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        # Who holds the lock is alone: these are of processes that were killed
+        for left in folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)
         return _found(isa) or compile_into(folder, isa)
 
 
@@ -84,24 +88,24 @@ def compile_into(folder: Path, isa: Isa) -> Path:
         )
     torch = _torch_folder()
     target = folder / _name(isa)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as partial:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_PARTIAL) as partial:
+        made = Path(partial) / target.name
         command = [
             *(program, *_flags(isa), f'-DFUSEDQ_ISA="{isa.operator}"'),
-            *(f"-I{torch / 'include'}", str(SOURCES / "op.cpp"), "-o", partial.name),
+            *(f"-I{torch / 'include'}", str(SOURCES / "op.cpp"), "-o", str(made)),
             *(f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"),
         ]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                last = "\n".join(done.stderr.strip().splitlines()[-5:])
-                raise BuildError(
-                    f"{program} could not compile kernel cpu-fused for {isa.name} "
-                    f"(exit code {done.returncode}); GCC 12 and newer can:\n{last}"
-                )
-            os.chmod(partial.name, 0o755)
-            os.replace(partial.name, target)
-        finally:
-            Path(partial.name).unlink(missing_ok=True)
+        # The compiler's own files too: it cannot remove them where it is killed
+        env = {**os.environ, "TMPDIR": partial}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+        if done.returncode:
+            last = "\n".join(done.stderr.strip().splitlines()[-5:])
+            raise BuildError(
+                f"{program} could not compile kernel cpu-fused for {isa.name} "
+                f"(exit code {done.returncode}); GCC 12 and newer can:\n{last}"
+            )
+        made.chmod(0o755)
+        made.replace(target)
     return target
 
 
