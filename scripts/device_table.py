@@ -19,8 +19,10 @@ HEAD = (
 
 
 def row(board: Board) -> str:
-    architecture = "sm_{}{}".format(*board.capability)
-    if board.capability < MIN_CAPABILITY:
+    architecture = board.arch or "sm_{}{}".format(*board.capability)
+    if board.arch:
+        architecture += ", by consent: never run"
+    elif board.capability < MIN_CAPABILITY:
         architecture += ", refused: too old"
     smem = board.device.smem_per_block >> 10
     cells = (architecture, board.num_sms, smem, f"{board.memory / 1024:.1f}", board.bandwidth)

@@ -57,6 +57,11 @@ def test_a_table_is_what_the_registries_say(page: str, name: str) -> None:
     assert text == script(name).with_table(text), f"run python scripts/{name}.py"
 
 
+def test_only_nvidias_older_gpus_are_called_too_old() -> None:
+    lines = (ROOT / "docs" / "devices.md").read_text().splitlines()
+    assert [line.split()[1] for line in lines if "too old |" in line] == ["v100", "t4"]
+
+
 def test_the_outputs_of_the_first_minutes_are_those_of_the_commands() -> None:
     text = FIRST_MINUTES.read_text()
     assert text == script("first_minutes").rewritten(text), "run python scripts/first_minutes.py"
