@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 from fusedq_kernels.cpu import fused
 from fusedq_kernels.native import build, isa
@@ -64,9 +66,24 @@ def test_an_image_gets_one_for_every_cpu(
     assert all(build.library(ISAS[name]).parent == sources / "built" for name in names)
 
 
-def test_a_read_only_cache_is_done_without(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_cache_is_done_without_and_nothing_stays(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one process compiled for itself goes once it is loaded, what others will find stays."""
+    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
+    shared = build.library(this_isa())
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    assert build.library(this_isa()).is_file()
+    own = build.library(this_isa())
+    assert own.is_file()
+    monkeypatch.setattr(torch.ops, "load_library", lambda _: None)
+    # The library of one line has no operators
+    monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
+    monkeypatch.setattr(torch.ops, "fusedq_cpu", MagicMock())
+    for path in (own, shared):
+        monkeypatch.setattr(fused, "library", lambda _, path=path: path)
+        fused._loaded.__wrapped__()
+    assert not own.parent.exists()
+    assert shared.is_file()
 
 
 def test_without_a_compiler_it_says_what_to_install(

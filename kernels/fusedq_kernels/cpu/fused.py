@@ -18,7 +18,7 @@ from fusedq_kernels.encodings import Codebook
 from fusedq_kernels.geometry import BLOCK_K, group_geometry
 from fusedq_kernels.layouts.resident import scale_words
 from fusedq_kernels.lazy import torch
-from fusedq_kernels.native.build import BuildError, library
+from fusedq_kernels.native.build import BuildError, forget, library
 from fusedq_kernels.native.isa import this_isa
 from fusedq_kernels.types import GemmShape, Launch, Layout, QuantSpec, Reason, WeightType
 
@@ -118,6 +118,7 @@ def _loaded() -> tuple[Callable[..., None], Callable[..., None]]:
     except OSError as error:
         message = f"{path} is damaged; remove it, and it is compiled again: {error}"
         raise BuildError(message) from None
+    forget(path)
     names = (isa.operator, f"{isa.operator}_experts")
     for name in names:
         torch.library.register_fake(f"fusedq_cpu::{name}", _fake)

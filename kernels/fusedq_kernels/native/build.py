@@ -33,6 +33,7 @@ _FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )
 _PARTIAL = "partial-"
+_ALONE = "fusedq-cpu-"
 _COMPILERS = ("g++", "c++", "clang++")
 
 
@@ -68,13 +69,19 @@ def library(isa: Isa) -> Path:
         lock = (folder / ".lock").open("w")
     except OSError:
         # A read-only home: this process has its own
-        return compile_into(Path(tempfile.mkdtemp(prefix="fusedq-cpu-")), isa)
+        return compile_into(Path(tempfile.mkdtemp(prefix=_ALONE)), isa)
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Who holds the lock is alone: these are of processes that were killed
         for left in folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(left, ignore_errors=True)
         return _found(isa) or compile_into(folder, isa)
+
+
+def forget(loaded: Path) -> None:
+    """Remove a library of a process that has no cache, which has loaded it and is its only user."""
+    if loaded.parent.name.startswith(_ALONE):
+        shutil.rmtree(loaded.parent, ignore_errors=True)
 
 
 def compile_into(folder: Path, isa: Isa) -> Path:
