@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -13,6 +14,24 @@ import torch
 # Triton reads this when it is imported, so it is set before any test module can do so.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Launches then go through the JIT, to a GPU that is named and never reached.
+DRIVER = """
+import triton
+from triton.backends.compiler import GPUTarget
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+triton.runtime.driver.set_active(Driver())
+"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +51,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def compiler_env() -> dict[str, str]:
     """Environment for a subprocess that compiles kernels: the interpreter replaces the compiler."""
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@pytest.fixture
+def compiling(compiler_env: dict[str, str]) -> Callable[..., str]:
+    """`compiling(script, *arguments)`: what a Python script prints whose Triton compiles.
+
+    With `driver` launches compile for sm_90.
+    """
+
+    def run(script: str, *arguments: str, driver: bool = False) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER + script if driver else script, *arguments],
+            env=compiler_env,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fusedq_kernels.audit.compile import TRITON_NAMES
+from fusedq_kernels.audit.compile import TRITON_NAMES, audited_groups
 from fusedq_kernels.choose.waves import group_tiles
 from fusedq_kernels.cuda.ptx import integer_ptx
 from fusedq_kernels.dtype import DType
@@ -147,11 +147,8 @@ def prepare(packed: PackedWeight, sizes: Sizes) -> Callable[..., torch.Tensor]:
 def compiled(
     spec: QuantSpec, sizes: Sizes, act_dtype: torch.dtype, has_bias: bool
 ) -> triton.compiler.CompiledKernel:
-    """For sm_90, as `prepare` launches it for a weight of 8 groups."""
-    kernel, groups = (
-        kernels.specialised_kernel,
-        group_geometry(8 * spec.group_size, spec.group_size, 0),
-    )
+    """For sm_90, as `prepare` launches it; groups of `AUDIT_K` or more are one per channel."""
+    kernel, groups = kernels.specialised_kernel, audited_groups(spec)
     own = constants(spec, groups, sizes, act_dtype, has_bias)
     act = TRITON_NAMES[act_dtype]
     types = {"scales_ptr": "*i32", "bias_ptr": f"*{act}"}

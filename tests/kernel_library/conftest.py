@@ -1,8 +1,5 @@
 """Fixtures of the kernel tests."""
 
-import subprocess
-import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,43 +8,6 @@ import torch
 from triton.runtime import interpreter
 
 GUARD = 256
-# Launches then go through the JIT, to a GPU that is named and never reached.
-DRIVER = """
-import triton
-from triton.backends.compiler import GPUTarget
-
-class Driver:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-triton.runtime.driver.set_active(Driver())
-"""
-
-
-@pytest.fixture
-def compiling(compiler_env) -> Callable[..., str]:
-    """`compiling(script, *arguments)`: what a Python script prints whose Triton compiles.
-
-    With `driver` launches compile for sm_90.
-    """
-
-    def run(script: str, *arguments: str, driver: bool = False) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER + script if driver else script, *arguments],
-            env=compiler_env,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
 
 
 @pytest.fixture
