@@ -1,10 +1,12 @@
 """The library of cpu-fused: found, compiled once, whole or not at all."""
 
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -17,7 +19,7 @@ from fusedq_kernels.native import build, isa
 from fusedq_kernels.native.isa import ISAS, this_isa
 
 AARCH64_COMPILER = "aarch64-linux-gnu-g++"
-SOURCE = 'extern "C" int answer() { return 42; }\n'
+SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
 
 
 @pytest.fixture
@@ -44,6 +46,37 @@ def test_a_library_is_compiled_once_and_again_for_other_sources(sources: Path) -
     build._key.cache_clear()
     assert build.library(this_isa()) != one
     assert {path.suffix for path in one.parent.iterdir()} == {".so", ""}
+
+
+def test_units_are_linked_into_one(sources: Path) -> None:
+    (sources / "op.cpp").write_text("int half();\n" + SOURCE.replace("42", "2 * half()"))
+    (sources / "half.cpp").write_text("int half() { return 21; }\n")
+    build._key.cache_clear()
+    assert ctypes.CDLL(str(build.library(this_isa()))).answer() == 42
+
+
+def test_units_are_compiled_on_every_core_that_a_thread_may_use(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine has bound the thread that asks to a core of its own."""
+    every = os.sched_getaffinity(0)
+    seen = []
+
+    def compiled(program: str, source: Path, folder: str, isa: object) -> str:
+        seen.append(os.sched_getaffinity(0))
+        return made(program, source, folder, isa)
+
+    made = build._compiled
+    monkeypatch.setattr(build, "_compiled", compiled)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(os.getpid).result()
+        os.sched_setaffinity(0, {min(every)})
+        try:
+            build.library(this_isa())
+            assert os.sched_getaffinity(0) == {min(every)}
+        finally:
+            os.sched_setaffinity(0, every)
+    assert seen == [every]
 
 
 def test_that_of_the_package_comes_first(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,13 +186,10 @@ def test_a_cpu_without_x86_flags_takes_plain_vectors(monkeypatch: pytest.MonkeyP
 @pytest.mark.skipif(
     shutil.which(AARCH64_COMPILER) is None, reason=f"this machine has no {AARCH64_COMPILER}"
 )
-def test_the_sources_are_of_aarch64_too() -> None:
-    include = build._torch_folder() / "include"
-    command = [AARCH64_COMPILER, *build._flags(ISAS["generic"]), "-fsyntax-only", f"-I{include}"]
-    isa_name = f'-DFUSEDQ_ISA="{ISAS["generic"].operator}"'
-    done = subprocess.run(
-        [*command, isa_name, str(build.SOURCES / "op.cpp")], capture_output=True, text=True
-    )
+@pytest.mark.parametrize("source", build.sources(), ids=lambda path: path.stem)
+def test_the_sources_are_of_aarch64_too(source: Path) -> None:
+    command = build.unit_command(AARCH64_COMPILER, source, ISAS["generic"])
+    done = subprocess.run([*command, "-fsyntax-only"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

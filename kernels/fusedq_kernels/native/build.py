@@ -5,8 +5,8 @@
 
 A library is named after its sources and flags, those of $CXXFLAGS too. It is looked for in the
 package, then in the cache of the user (`$XDG_CACHE_HOME` or `~/.cache`, folder `vllm-fusedq`), and
-compiled into the latter where it is in neither: 40 to 60 seconds of a core, once. It uses PyTorch's
-stable interface for C++, so that one library serves every PyTorch from 2.11 on.
+compiled into the latter where it is in neither, its units side by side on all cores, once. It uses
+PyTorch's stable interface for C++, so that one library serves every PyTorch from 2.11 on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fusedq_kernels.native.isa import Isa, of_this_architecture, this_isa
@@ -29,7 +30,7 @@ from fusedq_kernels.user_cache import user_cache
 SOURCES = Path(__file__).parent
 _IN_PACKAGE = SOURCES / "built"
 _FLAGS = (
-    *("-O3", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=fast", "-Wno-psabi"),
+    *("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"),
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )
 _PARTIAL = "partial-"
@@ -93,27 +94,62 @@ def compile_into(folder: Path, isa: Isa) -> Path:
             f"kernel cpu-fused is not compiled for {isa.name} and there is no C++ compiler "
             f"({names}, or what CXX names); install one, or choose kernel cpu-striped"
         )
-    torch = _torch_folder()
     target = folder / _name(isa)
+    torch = _torch_folder() / "lib"
     with tempfile.TemporaryDirectory(dir=folder, prefix=_PARTIAL) as partial:
-        made = Path(partial) / target.name
-        command = [
-            *(program, *_flags(isa), f'-DFUSEDQ_ISA="{isa.operator}"'),
-            *(f"-I{torch / 'include'}", str(SOURCES / "op.cpp"), "-o", str(made)),
-            *(f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"),
-        ]
-        # The compiler's own files too: it cannot remove them where it is killed
-        env = {**os.environ, "TMPDIR": partial}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-        if done.returncode:
-            last = "\n".join(done.stderr.strip().splitlines()[-5:])
-            raise BuildError(
-                f"{program} could not compile kernel cpu-fused for {isa.name} "
-                f"(exit code {done.returncode}); GCC 12 and newer can:\n{last}"
+        made, cores = Path(partial) / target.name, _cores()
+        with ThreadPoolExecutor(len(cores), initializer=_use, initargs=(cores,)) as threads:
+            objects = list(
+                threads.map(lambda source: _compiled(program, source, partial, isa), sources())
             )
+        link = ["-shared", *objects, "-o", str(made), f"-L{torch}", "-ltorch_cpu", "-lc10"]
+        _run([program, *_flags(isa), *link], isa, partial)
         made.chmod(0o755)
         made.replace(target)
     return target
+
+
+def unit_command(program: str, source: Path, isa: Isa) -> list[str]:
+    """What compiles one source for an instruction set; where to is left to say."""
+    name = f'-DFUSEDQ_ISA="{isa.operator}"'
+    return [program, *_flags(isa), name, f"-I{_torch_folder() / 'include'}", "-c", str(source)]
+
+
+def _compiled(program: str, source: Path, folder: str, isa: Isa) -> str:
+    made = f"{folder}/{source.stem}.o"
+    _run([*unit_command(program, source, isa), "-o", made], isa, folder)
+    return made
+
+
+def _run(command: Sequence[str], isa: Isa, folder: str) -> None:
+    # The compiler's own files too: it cannot remove them where it is killed
+    env = {**os.environ, "TMPDIR": folder}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    if done.returncode:
+        last = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise BuildError(
+            f"{command[0]} could not compile kernel cpu-fused for {isa.name} "
+            f"(exit code {done.returncode}); GCC 12 and newer can:\n{last}"
+        )
+
+
+def _cores() -> set[int]:
+    """Those that any thread of this process may use: an engine binds each of its own to one."""
+    try:
+        threads = [int(name) for name in os.listdir("/proc/self/task")]
+        return set().union(*map(os.sched_getaffinity, threads))
+    except OSError:
+        return os.sched_getaffinity(0)
+
+
+def _use(cores: set[int]) -> None:
+    """Let this thread, and so the processes that it starts, run on any of `cores`."""
+    os.sched_setaffinity(0, cores)
+
+
+def sources() -> list[Path]:
+    """The units, each compiled by itself."""
+    return sorted(SOURCES.glob("*.cpp"))
 
 
 def _found(isa: Isa) -> Path | None:
@@ -132,7 +168,7 @@ def _flags(isa: Isa) -> tuple[str, ...]:
 @functools.cache
 def _key(isa: Isa) -> str:
     digest = hashlib.sha256(" ".join(_flags(isa)).encode())
-    for source in sorted((*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp"))):
+    for source in (*sorted(SOURCES.glob("*.h")), *sources()):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

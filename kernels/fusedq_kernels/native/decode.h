@@ -1,31 +1,17 @@
 // How a word of a tiled layout becomes the weights of 16 outputs, and how they are multiplied.
-//
-// A run is 32 consecutive input features of a K block, kept by 16 words: run r of layouts P4 and
-// PL4 is plane r of words 0 to 15; of P8 it is plane r / 2 of words 16 (r % 2) and up. A word
-// yields the pair of features 2 w and 2 w + 1 of its run (../layouts/tiled.py draws the words).
 // Weights are decoded exactly: an integer less its zero point, an entry of the codebook, or a float.
 #pragma once
 
-#include "lanes.h"
+#include "kernel.h"
 
 namespace fusedq {
 
-enum class Codes { kInt4, kInt4Zeros, kCodebook4, kInt8, kFloatE4M3, kFloatE2M1 };
-
-constexpr int kBlock = 128;
-constexpr int kRun = 32;
-constexpr int kRuns = kBlock / kRun;
-
-// Words of a row and K block; sets of 16 of them are transposed together.
-constexpr int words_of(Codes codes) {
-  return codes == Codes::kInt8 || codes == Codes::kFloatE4M3 ? 32 : 16;
-}
-constexpr int sets_of(Codes codes) { return words_of(codes) / 16; }
-constexpr int runs_of_set(Codes codes) { return kRuns / sets_of(codes); }
-constexpr int run_at(Codes codes, int set, int plane) { return plane * sets_of(codes) + set; }
-// Whether a group has zero points that were read, rather than the constant of the type.
-constexpr bool reads_zeros(Codes codes) {
-  return codes == Codes::kInt4Zeros || codes == Codes::kInt8;
+// The codes that are decoded alike, but for the table.
+constexpr Codes alike(Codes codes) {
+#if defined(__AVX512F__)
+  if (codes == Codes::kFloatE2M1) return Codes::kInt4;
+#endif
+  return codes;
 }
 
 // The number that a code is.
@@ -62,7 +48,9 @@ struct Fp32 {
                                                        : i - 8;
     return tables;
   }
-  static Words zero_operand(Codes, Floats zeros) { return (Words)zeros; }
+  static constexpr ZeroAs zero_as(Codes codes) {
+    return reads_zeros(codes) ? ZeroAs::kFloat : ZeroAs::kNone;
+  }
 
   template <Codes codes>
   static FUSEDQ_INLINE Pair decode(Words word, int plane, Words zeros, const Tables& tables) {
@@ -139,10 +127,9 @@ struct Bf16 {
     }
     return tables;
   }
-  static Words zero_operand(Codes codes, Floats zeros) {
-    if (codes == Codes::kInt8) return (Words)(zeros + kMagic);
-    const Words index = 16 - __builtin_convertvector(zeros, Words);
-    return index | index << 16;
+  static constexpr ZeroAs zero_as(Codes codes) {
+    if (!reads_zeros(codes)) return ZeroAs::kNone;
+    return codes == Codes::kInt8 ? ZeroAs::kMagic : ZeroAs::kIndex;
   }
 
   // An index of the table is the lowest 5 bits of a 16-bit lane.
@@ -176,8 +163,6 @@ struct Bf16 {
   }
 
  private:
-  static constexpr float kMagic = 8388608.0f;
-
   // Of the upper byte of each half, which is the lower one of `code`. The products take subnormal
   // bf16 for zero: those are looked up by the mantissa.
   static FUSEDQ_INLINE Pair e4m3(__m512i upper, __m512i code, const Tables& tables) {
@@ -191,7 +176,7 @@ struct Bf16 {
 
   // The lowest byte of each, less its zero point: at most 8 significant bits, a whole bf16.
   static FUSEDQ_INLINE Pair bytes(__m512i even, __m512i odd, Words zeros) {
-    const __m512i mask = _mm512_set1_epi32(0xFF), magic = _mm512_set1_epi32(0x4B000000);
+    const __m512i mask = _mm512_set1_epi32(0xFF), magic = (__m512i)splat(kMagic);
     const __m512 zero = (__m512)(Floats)zeros;
     even = _mm512_ternarylogic_epi32(even, mask, magic, 0xEA);
     odd = _mm512_ternarylogic_epi32(odd, mask, magic, 0xEA);

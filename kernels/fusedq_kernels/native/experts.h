@@ -82,13 +82,14 @@ struct Stack {
 
 // Rows of x times the weight of each row's expert, into rows of y in the order of slots: row i of
 // them is row `rows[i]` of x, or row i. `after(slot, count, first, last)` follows each piece.
-template <typename Machine, Codes codes, typename After>
+template <typename After>
 void multiply(const Stack& stack, const std::vector<Slots>& chosen, const uint16_t* x,
               int64_t stride, const int32_t* rows, uint16_t* y, int64_t n, bool half,
               const After& after) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t shares = std::max<int64_t>(1, divide_up(4 * threads, chosen.size()));
-  std::vector<Product<Machine, codes>> products;
+  const Kernel kernel = kernel_for(stack.told.codes(), half);
+  std::vector<Product> products;
   std::vector<int64_t> ends, at{0};
   products.reserve(chosen.size());
   for (const Slots& each : chosen) {
@@ -102,7 +103,7 @@ void multiply(const Stack& stack, const std::vector<Slots>& chosen, const uint16
     const Weight weight = stack.told.weight(stack.qweight, stack.scales, each.expert);
     const Output out{y + each.first * n, n, half, stack.told.row_scales(weight),
                      stack.bias_of(each.expert)};
-    products.emplace_back(weight, in, each.count, out, shares);
+    products.emplace_back(kernel, weight, in, each.count, out, shares);
     ends.push_back((ends.empty() ? 0 : ends.back()) + products.back().pieces());
     at.push_back(at.back() + products.back().arranged_bytes());
   }
@@ -110,7 +111,8 @@ void multiply(const Stack& stack, const std::vector<Slots>& chosen, const uint16
   torch::stable::parallel_for(0, products.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) products[i].arrange_few(memory + at[i]);
   });
-  const auto tables = Machine::tables(codes, stack.told.table);
+  Tables tables;
+  kernel.fill(stack.told.table, tables);
   // Experts have different numbers of tokens: who is done takes the next piece
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
@@ -196,18 +198,14 @@ struct Layer {
     auto* hidden = (uint16_t*)scratch<2>(slots * bytes());
     uint16_t* rows = hidden + slots * inner;
     if (slots) {
-      dispatch(up.told.codes(), half, [&]<typename Machine, Codes codes>() {
-        multiply<Machine, codes>(
-            up, sorted.chosen, x, stride, sorted.tokens.data(), rows, width, half,
-            [&](int64_t first, int64_t number, int64_t from, int64_t until) {
-              for (int64_t slot = first; slot < first + number; slot++)
-                activate(activation, rows + slot * width, from, until, hidden + slot * inner, half);
-            });
-      });
-      dispatch(down.told.codes(), half, [&]<typename Machine, Codes codes>() {
-        multiply<Machine, codes>(down, sorted.chosen, hidden, inner, nullptr, rows, outer, half,
-                                 [](int64_t, int64_t, int64_t, int64_t) {});
-      });
+      multiply(up, sorted.chosen, x, stride, sorted.tokens.data(), rows, width, half,
+               [&](int64_t first, int64_t number, int64_t from, int64_t until) {
+                 for (int64_t slot = first; slot < first + number; slot++)
+                   activate(activation, rows + slot * width, from, until, hidden + slot * inner,
+                            half);
+               });
+      multiply(down, sorted.chosen, hidden, inner, nullptr, rows, outer, half,
+               [](int64_t, int64_t, int64_t, int64_t) {});
     }
     add_up(sorted, rows, weights, tokens, outer, out, half);
   }

@@ -17,6 +17,14 @@ constexpr int kLanes = 16;
 // Part of its caller: its arrays are registers there and its arguments constants.
 #define FUSEDQ_INLINE __attribute__((always_inline)) inline
 
+#define FUSEDQ_UNROLL _Pragma("GCC unroll 16")
+// Of the words of a run: vectors that are many of the machine's are not kept in its registers anyway.
+#if defined(__AVX2__)
+#define FUSEDQ_UNROLL_WORDS FUSEDQ_UNROLL
+#else
+#define FUSEDQ_UNROLL_WORDS _Pragma("GCC unroll 1")
+#endif
+
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));

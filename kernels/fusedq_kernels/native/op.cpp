@@ -16,43 +16,32 @@ using torch::stable::Tensor;
 
 namespace {
 
-template <typename Machine, Codes codes>
-void run(const Weight& weight, const Input& in, int64_t tokens, const Output& out,
-         const float* codebook) {
-  const auto tables = Machine::tables(codes, codebook);
-  Product<Machine, codes> product(weight, in, tokens, out, torch::stable::get_num_threads());
+Kernel kernel_for(Codes codes, bool half) {
+  switch (codes) {
+    case Codes::kInt4:
+      return kernel_of<Codes::kInt4>(half);
+    case Codes::kInt4Zeros:
+      return kernel_of<Codes::kInt4Zeros>(half);
+    case Codes::kCodebook4:
+      return kernel_of<Codes::kCodebook4>(half);
+    case Codes::kInt8:
+      return kernel_of<Codes::kInt8>(half);
+    case Codes::kFloatE4M3:
+      return kernel_of<Codes::kFloatE4M3>(half);
+    default:
+      return kernel_of<Codes::kFloatE2M1>(half);
+  }
+}
+
+void run(const Kernel& kernel, const Weight& weight, const Input& in, int64_t tokens,
+         const Output& out, const float* codebook) {
+  Tables tables;
+  kernel.fill(codebook, tables);
+  Product product(kernel, weight, in, tokens, out, torch::stable::get_num_threads());
   product.arrange_few(scratch<0>(product.arranged_bytes()));
   torch::stable::parallel_for(0, product.pieces(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; index++) product.piece(index, tables);
   });
-}
-
-// `run.operator()<Machine, codes>()` for the machine and codes at hand.
-template <typename Machine, typename Run>
-void with_codes(Codes codes, const Run& run) {
-  switch (codes) {
-    case Codes::kInt4:
-      return run.template operator()<Machine, Codes::kInt4>();
-    case Codes::kInt4Zeros:
-      return run.template operator()<Machine, Codes::kInt4Zeros>();
-    case Codes::kCodebook4:
-      return run.template operator()<Machine, Codes::kCodebook4>();
-    case Codes::kInt8:
-      return run.template operator()<Machine, Codes::kInt8>();
-    case Codes::kFloatE4M3:
-      return run.template operator()<Machine, Codes::kFloatE4M3>();
-    case Codes::kFloatE2M1:
-      return run.template operator()<Machine, Codes::kFloatE2M1>();
-  }
-}
-
-template <typename Run>
-void dispatch(Codes codes, bool half, const Run& run) {
-#if defined(FUSEDQ_BF16)
-  // The codebook is in the dtype of the activations
-  if (!half) return with_codes<Bf16>(codes, run);
-#endif
-  with_codes<Fp32>(codes, run);
 }
 
 // What an operator is told of a weight beside its tensors (../cpu/fused.py has the numbers' order):
@@ -113,9 +102,7 @@ void matmul_out(Tensor out, const Tensor& x, const Tensor& qweight, const Tensor
                  numbers[Described::kPad]};
   const Output to{(uint16_t*)out.mutable_data_ptr(), out.size(1), half, told.row_scales(weight),
                   bias ? (const uint16_t*)bias->const_data_ptr() : nullptr};
-  dispatch(told.codes(), half, [&]<typename Machine, Codes codes>() {
-    run<Machine, codes>(weight, in, tokens, to, told.table);
-  });
+  run(kernel_for(told.codes(), half), weight, in, tokens, to, told.table);
 }
 
 }  // namespace fusedq

@@ -5,7 +5,7 @@
 #include <memory>
 #include <new>
 
-#include "gemm.h"
+#include "kernel.h"
 
 namespace fusedq {
 namespace {
@@ -44,35 +44,32 @@ struct Input {
   const uint16_t* token(int64_t m) const { return x + (rows ? rows[m] : m) * stride; }
 };
 
-// Blocks [first, last) of tokens [start, stop): [block][token][128], zero where the weight is
-// padding.
-template <typename Activation>
-void arrange(const Input& in, int64_t first, int64_t last, int64_t start, int64_t stop,
-             Activation* to) {
-  const int64_t tokens = stop - start;
+// Features [low, high) of a block that starts at feature `k0` of the weight, 128 of them at `to`.
+void gather(const Input& in, const uint16_t* from, int64_t k0, int64_t low, int64_t high,
+            uint16_t* to) {
+  if (!in.perm)
+    std::memcpy(to + low, from + k0 + low, (high - low) * 2);
+  else
+    for (int64_t i = low; i < high; i++) to[i] = from[in.perm[k0 + i]];
+}
+
+// Blocks [first, last) of tokens [start, stop): [block][token][128] in 2 bytes each or fp32, zero
+// where the weight is padding.
+void arrange(const Input& in, int64_t first, int64_t last, int64_t start, int64_t stop, int bytes,
+             char* to) {
   for (int64_t block = first; block < last; block++)
-    for (int64_t m = 0; m < tokens; m++) {
-      Activation* row = to + ((block - first) * tokens + m) * kBlock;
-      const uint16_t* from = in.token(start + m);
+    for (int64_t m = start; m < stop; m++, to += kBlock * bytes) {
       const int64_t k0 = block * kBlock - in.pad;
       const int64_t low = std::max<int64_t>(0, -k0), high = std::min<int64_t>(kBlock, in.k - k0);
-      if (low > 0 || high < kBlock) std::memset(row, 0, kBlock * sizeof(Activation));
-      if constexpr (sizeof(Activation) == 2) {
-        if (!in.perm)
-          std::memcpy(row + low, from + k0 + low, (high - low) * 2);
-        else
-          for (int64_t i = low; i < high; i++) row[i] = from[in.perm[k0 + i]];
-      } else {
-        uint16_t values[kBlock] = {};
-        if (!in.perm)
-          std::memcpy(values + low, from + k0 + low, (high - low) * 2);
-        else
-          for (int64_t i = low; i < high; i++) values[i] = from[in.perm[k0 + i]];
-        for (int i = 0; i < kBlock; i += kLanes) {
-          typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-          const Words bits = __builtin_convertvector(load<Halves>(values + i), Words);
-          store(row + i, from_16(bits, in.half));
-        }
+      uint16_t values[kBlock];
+      auto* row = bytes == 2 ? (uint16_t*)to : values;
+      if (low > 0 || high < kBlock) std::memset(row, 0, sizeof(values));
+      gather(in, in.token(m), k0, low, high, row);
+      if (bytes == 2) continue;
+      for (int i = 0; i < kBlock; i += kLanes) {
+        typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+        const Words bits = __builtin_convertvector(load<Halves>(row + i), Words);
+        store((float*)to + i, from_16(bits, in.half));
       }
     }
 }
@@ -125,53 +122,28 @@ void finish(const Output& out, const Part& part, int64_t start, int64_t tokens) 
     }
 }
 
-// Words of a run that share a scale: a run has 16 for 32 features.
-int share_of(const Groups& groups) { return std::min(groups.step, kRun) / 2; }
-
 // Up to so many tokens the weight is decoded in registers.
-template <typename Machine>
-int64_t few_tokens(const Groups& groups) {
+int64_t few_tokens(const Kernel& kernel, const Groups& groups) {
   const int share = share_of(groups);
-  return share == 16 ? Machine::kFewTokens : share >= 4 ? std::min(2, Machine::kFewTokens) : 0;
-}
-
-template <typename Machine, Codes codes>
-void run_few(const Weight& weight, const Tokens<typename Machine::Activation>& x, const Part& part,
-             const typename Machine::Tables& tables, const Spread& spread) {
-  const auto go = [&]<int share, int... m>(std::integer_sequence<int, m...>) {
-    ((x.count == m + 1 ? few<Machine, codes, m + 1, share>(weight, x, part, tables, spread)
-                       : void()),
-     ...);
-  };
-  constexpr auto all = std::make_integer_sequence<int, Machine::kFewTokens>{};
-  constexpr auto two = std::make_integer_sequence<int, std::min(2, Machine::kFewTokens)>{};
-  switch (share_of(weight.groups)) {
-    case 4:
-      return go.template operator()<4>(two);
-    case 8:
-      return go.template operator()<8>(two);
-    default:
-      return go.template operator()<16>(all);
-  }
+  return share == 16 ? kernel.few_tokens : share >= 4 ? std::min(2, kernel.few_tokens) : 0;
 }
 
 // A weight and its tokens, in pieces that threads take in any order: each output is of one.
-template <typename Machine, Codes codes>
 struct Product {
-  using Activation = typename Machine::Activation;
-
+  Kernel kernel;
   Weight weight;
   Input in;
   int64_t tokens;
   Output out;
   bool is_few;
   int64_t at_once, token_parts, width, output_parts;
-  Tokens<Activation> whole{};
+  Tokens whole{};
 
   // Outputs are cut into a multiple of `shares` parts, as far as there are as many.
-  Product(const Weight& weight, const Input& in, int64_t tokens, const Output& out, int64_t shares)
-      : weight(weight), in(in), tokens(tokens), out(out) {
-    is_few = tokens <= few_tokens<Machine>(weight.groups);
+  Product(const Kernel& kernel, const Weight& weight, const Input& in, int64_t tokens,
+          const Output& out, int64_t shares)
+      : kernel(kernel), weight(weight), in(in), tokens(tokens), out(out) {
+    is_few = tokens <= few_tokens(kernel, weight.groups);
     at_once = std::min<int64_t>(tokens, kTokensAtOnce);
     token_parts = divide_up(tokens, at_once);
     const int64_t strips = weight.n_padded / kStrip;
@@ -186,17 +158,17 @@ struct Product {
   // Few tokens are laid out once, before the first piece: in so many bytes, none where they lie so.
   int64_t arranged_bytes() const {
     const bool in_line = tokens == 1 || !in.rows;
-    const bool as_is = sizeof(Activation) == 2 && in_line && !in.perm && !in.pad &&
+    const bool as_is = kernel.activation_bytes == 2 && in_line && !in.perm && !in.pad &&
                        in.k == weight.blocks * kBlock;
-    return is_few && !as_is ? weight.blocks * tokens * kBlock * (int64_t)sizeof(Activation) : 0;
+    return is_few && !as_is ? weight.blocks * tokens * kBlock * kernel.activation_bytes : 0;
   }
   void arrange_few(char* memory) {
     if (!is_few) return;
     if (arranged_bytes()) {
-      arrange(in, 0, weight.blocks, 0, tokens, (Activation*)memory);
-      whole = {(Activation*)memory, tokens * kBlock, kBlock, (int)tokens};
+      arrange(in, 0, weight.blocks, 0, tokens, kernel.activation_bytes, memory);
+      whole = {memory, tokens * kBlock, kBlock, (int)tokens};
     } else {
-      whole = {(const Activation*)in.token(0), kBlock, in.stride, (int)tokens};
+      whole = {in.token(0), kBlock, in.stride, (int)tokens};
     }
   }
 
@@ -204,18 +176,17 @@ struct Product {
   struct Written {
     int64_t start, count, first, last;
   };
-  __attribute__((noinline)) Written piece(int64_t index,
-                                          const typename Machine::Tables& tables) const {
+  Written piece(int64_t index, const Tables& tables) const {
     const int64_t outputs = width * kStrip, parts = weight.groups.parts();
     const int64_t spread_width = is_few ? outputs : kStrip;
     const int64_t spread_rows = is_few ? parts : parts * kPanelBlocks;
     const size_t totals_bytes = at_once * outputs * 4,
                  spread_bytes = spread_rows * spread_width * 4;
-    const size_t x_bytes = is_few ? 0 : at_once * kPanelBlocks * kBlock * sizeof(Activation);
-    char* held = scratch<1>(totals_bytes + 2 * spread_bytes + x_bytes + sizeof(Panel<Machine>));
-    auto* panel = (Panel<Machine>*)held;
-    held += sizeof(Panel<Machine>);
-    auto* xs = (Activation*)held;
+    const size_t x_bytes = is_few ? 0 : at_once * kPanelBlocks * kBlock * kernel.activation_bytes;
+    char* held = scratch<1>(totals_bytes + 2 * spread_bytes + x_bytes + kernel.panel_bytes);
+    char* panel = held;
+    held += kernel.panel_bytes;
+    char* xs = held;
     held += x_bytes;
     float* totals = (float*)held;
     held += totals_bytes;
@@ -225,14 +196,13 @@ struct Product {
     const Part part{first, std::min(first + outputs, weight.n_padded), totals, outputs};
     std::memset(totals, 0, totals_bytes);
     if (is_few) {
-      run_few<Machine, codes>(weight, whole, part, tables, spread);
+      kernel.few(weight, whole, part, tables, spread);
     } else {
       for (int64_t block = 0; block < weight.blocks; block += kPanelBlocks) {
         const int64_t last = std::min<int64_t>(block + kPanelBlocks, weight.blocks);
-        arrange(in, block, last, start, start + count, xs);
-        const Tokens<Activation> tokens_here{xs, count * kBlock, kBlock, (int)count};
-        many<Machine, codes>(weight, block, (int)(last - block), tokens_here, part, tables, spread,
-                             *panel);
+        arrange(in, block, last, start, start + count, kernel.activation_bytes, xs);
+        const Tokens tokens_here{xs, count * kBlock, kBlock, (int)count};
+        kernel.many(weight, block, (int)(last - block), tokens_here, part, tables, spread, panel);
       }
     }
     finish(out, part, start, count);

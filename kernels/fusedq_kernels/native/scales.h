@@ -4,7 +4,8 @@
 
 #include <algorithm>
 
-#include "decode.h"
+#include "codes.h"
+#include "lanes.h"
 
 namespace fusedq {
 
@@ -18,6 +19,9 @@ struct Groups {
     return std::min((block * kBlock + part * step + offset) / size, last);
   }
 };
+
+// Words of a run that share a scale: a run has 16 for 32 features.
+inline int share_of(const Groups& groups) { return std::min(groups.step, kRun) / 2; }
 
 enum class ScaleKind { kFloat, kPairs, kBesideZeros };
 
@@ -34,6 +38,11 @@ struct Scales {
     return (const char*)(words + group / vector * stride) + n * row_bytes();
   }
 };
+
+// What a decoder takes for a zero point: itself, the sum with kMagic (an integer's bits are then the
+// lowest of the fp32), or 16 less it, in both halves.
+enum class ZeroAs { kNone, kFloat, kMagic, kIndex };
+constexpr float kMagic = 8388608.0f;
 
 // Outputs that are spread at a time: those of two units share words.
 constexpr int kStrip = 2 * kLanes;
@@ -59,64 +68,8 @@ inline Floats from_16(Words bits, bool half) {
   return half ? from_half(bits) : (Floats)(bits << 16);
 }
 
-// Elements `which`, `which + 2`, ... of a and b.
-template <int which>
-inline Words every_other(Words a, Words b) {
-  constexpr int w = which;
-  return __builtin_shufflevector(a, b, w, w + 2, w + 4, w + 6, w + 8, w + 10, w + 12, w + 14,
-                                 w + 16, w + 18, w + 20, w + 22, w + 24, w + 26, w + 28, w + 30);
-}
-
-// Words `element`, `element + vector`, ... from `from` on, 16 of them.
-inline Words strided(const int32_t* from, int vector, int element) {
-  if (vector == 1) return load<Words>(from);
-  const bool odd = element & 1;
-  const auto halved = [odd](const int32_t* at) {
-    const Words a = load<Words>(at), b = load<Words>(at + 16);
-    return odd ? every_other<1>(a, b) : every_other<0>(a, b);
-  };
-  if (vector == 2) return halved(from);
-  const Words a = halved(from), b = halved(from + 32);
-  return element & 2 ? every_other<1>(a, b) : every_other<0>(a, b);
-}
-
 // Outputs [first, last), multiples of kStrip, of a block.
-template <typename Machine, Codes codes>
-inline void spread_scales(const Scales& scales, const Groups& groups, int64_t block, int64_t first,
-                          int64_t last, const Spread& to) {
-  for (int part = 0; part < groups.parts(); part++) {
-    const int64_t group = groups.at(block, part);
-    const int element = group % scales.vector;
-    const int32_t* words = scales.words + group / scales.vector * scales.stride;
-    for (int64_t n = first; n < last; n += kStrip) {
-      float* into = to.scales + part * to.stride + (n - first);
-      Floats zeros[2] = {splat(scales.zero), splat(scales.zero)};
-      if (scales.kind == ScaleKind::kPairs) {
-        const Words pairs = strided(words + n / 2 * scales.vector, scales.vector, element);
-        const Floats low = from_16(pairs & 0xFFFF, scales.half);
-        const Floats high = from_16((Words)((Bits)pairs >> 16), scales.half);
-        store(into, __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20,
-                                            21, 22, 23));
-        store(into + kLanes, __builtin_shufflevector(low, high, 8, 9, 10, 11, 12, 13, 14, 15, 24,
-                                                     25, 26, 27, 28, 29, 30, 31));
-      } else {
-        for (int unit = 0; unit < 2; unit++) {
-          const int64_t row = n + unit * kLanes;
-          const Words each = strided(words + row * scales.vector, scales.vector, element);
-          if (scales.kind == ScaleKind::kFloat) {
-            store(into + unit * kLanes, each);
-            continue;
-          }
-          store(into + unit * kLanes, from_16((Words)((Bits)each >> 16), scales.half));
-          zeros[unit] = __builtin_convertvector(each & 0xFFFF, Floats);
-        }
-      }
-      if (reads_zeros(codes))
-        for (int unit = 0; unit < 2; unit++)
-          store(to.zeros + part * to.stride + (n - first) + unit * kLanes,
-                Machine::zero_operand(codes, zeros[unit]));
-    }
-  }
-}
+void spread_scales(const Scales& scales, const Groups& groups, int64_t block, int64_t first,
+                   int64_t last, ZeroAs zero_as, const Spread& to);
 
 }  // namespace fusedq

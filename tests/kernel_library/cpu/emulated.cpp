@@ -61,9 +61,7 @@ int main(int, char** arguments) {
     const fusedq::Input in{x.data(), numbers[2], half, nullptr, numbers[2], numbers[5]};
     std::vector<uint16_t> y(tokens * n);
     const fusedq::Output out{y.data(), n, half, told.row_scales(weight), bias.data()};
-    fusedq::dispatch(told.codes(), half, [&]<typename Machine, fusedq::Codes codes>() {
-      fusedq::run<Machine, codes>(weight, in, tokens, out, told.table);
-    });
+    fusedq::run(fusedq::kernel_for(told.codes(), half), weight, in, tokens, out, told.table);
     fwrite(y.data(), 2, y.size(), answers);
   }
   fclose(answers);

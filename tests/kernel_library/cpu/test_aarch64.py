@@ -26,19 +26,20 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 @pytest.fixture(scope="module")
 def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program that answers problems; half a minute of compiling."""
+    """The program that answers problems; compiled in half a minute."""
     if not request.config.getoption("--aarch64"):
         pytest.skip("takes a minute: --aarch64")
     if missing := [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]:
         pytest.skip(f"this machine has no {' and no '.join(missing)}")
     program = tmp_path_factory.mktemp("aarch64") / "emulated"
-    flags = ["-O1" if flag == "-O3" else flag for flag in build._flags(ISAS["generic"])]
-    flags = [flag for flag in flags if flag not in ("-shared", "-fPIC")]
-    include = [f"-I{build._torch_folder() / 'include'}", f"-I{build.SOURCES}"]
+    isa = ISAS["generic"]
+    # The harness has the operator in itself
+    units = [HARNESS, *(source for source in build.sources() if source.stem != "op")]
+    command = [*build.unit_command(COMPILER, HARNESS, isa), f"-I{build.SOURCES}", "-O1", "-w"]
+    command = [each for each in command if each not in ("-c", str(HARNESS))]
     # Of PyTorch's own functions the program calls those that it brings
-    link = ["-static", "-w", "-Wl,--unresolved-symbols=ignore-all"]
-    name = f'-DFUSEDQ_ISA="{ISAS["generic"].operator}"'
-    command = [COMPILER, *flags, name, *include, str(HARNESS), "-o", str(program), *link]
+    link = ["-static", "-Wl,--unresolved-symbols=ignore-all"]
+    command = [*command, *map(str, units), "-o", str(program), *link]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return program

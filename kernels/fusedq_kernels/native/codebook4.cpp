@@ -1,0 +1,3 @@
+#include "gemm.h"
+
+template fusedq::Kernel fusedq::kernel_of<fusedq::Codes::kCodebook4>(bool);
