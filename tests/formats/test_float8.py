@@ -106,6 +106,34 @@ def test_nan_is_refused_by_the_layers_name(build: str, code: int) -> None:
     decoded(layer, tensors, Region(4, 16, 0, 32))
 
 
+@pytest.mark.parametrize("build", ["ct-mxfp8", "modelopt-mxfp8", "fp8-block-e8m0"])
+def test_every_exponent_of_a_scale_is_a_number_but_the_last(build: str) -> None:
+    made = ALL_BUILDS[build]
+    tensors = made.tensors(made.truth(64, 128, 32))
+    (name,) = set(tensors) - {"weight"}
+    codes = tensors[name].view(torch.uint8)
+    codes.copy_(torch.arange(codes.numel()).view(codes.shape) % 255)
+    tensors["weight"] = torch.ones(64, 128).to(torch.float8_e4m3fn)
+    layer, _ = describe(build, None, 32, tensors)
+    rows = 64 // len(codes) if len(codes) == 64 else ROWS
+    powers = 2.0 ** (codes.double() - 127)
+    powers = powers.repeat_interleave(rows, 0)[:64].repeat_interleave(32, 1)
+    assert torch.equal(decoded(layer, tensors).double(), powers)
+    codes[0, 1] = 255
+    with pytest.raises(WeightLoadError, match=f"{MODULE}.{name}: found 1 NaN or infinite values"):
+        decoded(layer, tensors)
+
+
+@pytest.mark.parametrize("build", ["ct-float-block", "fp8-block", "modelopt-fp8-block"])
+def test_bytes_are_no_scales_where_no_format_says_so(build: str) -> None:
+    made = ALL_BUILDS[build]
+    tensors = made.tensors(made.truth(64, 128, 32))
+    (name,) = set(tensors) - {"weight"}
+    tensors[name] = tensors[name].to(torch.uint8)
+    with pytest.raises(PreflightError, match=f"{name} stored as U8; supported: F8_E8M0 or F32"):
+        describe(build, None, 32, tensors)
+
+
 @pytest.mark.parametrize("build", ["ct-float-tensor", "fp8-tensor"])
 def test_one_scale_is_one_number(build: str) -> None:
     tensors = ALL_BUILDS[build].tensors(ALL_BUILDS[build].truth(16, 64, -1))

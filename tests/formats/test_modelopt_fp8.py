@@ -116,10 +116,10 @@ def test_layers_of_a_mixed_model_name_their_algorithms(tmp_path: Path) -> None:
     assert fmt.layer_of(UP).description.startswith("modelopt nvfp4 4-bit g16")
     assert fmt.layer_of(f"{ATTENTION}.q_proj").activations == "8-bit float"
     assert not [problem for module in fmt.modules() for problem in problems_of(fmt, module)]
-    listed[DOWN] = {"quant_algo": "MXFP8"}
+    listed[DOWN] = {"quant_algo": "NVFP4_AWQ"}
     fmt = load(tmp_path / "other", edits=edits, config=config)
     (problem,) = problems_of(fmt, DOWN)
-    assert "found quant_algo MXFP8; supported: NVFP4, " in str(problem)
+    assert "found quant_algo NVFP4_AWQ; supported: NVFP4, " in str(problem)
 
 
 def test_a_quantized_kv_cache(tmp_path: Path) -> None:

@@ -29,7 +29,13 @@ from vllm_fusedq.formats.float4_packing import (
     NVFP4_GROUP,
     Float4Packing,
 )
-from vllm_fusedq.formats.float8_packing import BLOCKS, Float8Packing, ScaleOf, is_block
+from vllm_fusedq.formats.float8_packing import (
+    BLOCKS,
+    MXFP8_GROUP,
+    Float8Packing,
+    ScaleOf,
+    is_block,
+)
 from vllm_fusedq.formats.headers import unread
 from vllm_fusedq.formats.layer import Scheme
 from vllm_fusedq.formats.shared.rows import Support, bit_widths
@@ -42,11 +48,15 @@ BITS = range(2, 9)
 WORDS, BYTES = "pack-quantized", ("int-quantized", "naive-quantized")
 FLOAT = "float-quantized"
 # What a group of them has to be: its strategy and size
-FLOATS4 = {
+FLOATS_IN_GROUPS: dict[str, tuple[Float4Packing | Float8Packing, str, int]] = {
     "nvfp4-pack-quantized": (NVFP4, "tensor_group", NVFP4_GROUP),
     "mxfp4-pack-quantized": (MXFP4, "group", MXFP4_GROUP),
+    "mxfp8-quantized": (
+        Float8Packing(name="mxfp8", scale=SCALE.name, scale_of=ScaleOf.BLOCK, exponents=True),
+        *("group", MXFP8_GROUP),
+    ),
 }
-PACKINGS = (WORDS, *BYTES, FLOAT, *FLOATS4)
+PACKINGS = (WORDS, *BYTES, FLOAT, *FLOATS_IN_GROUPS)
 # Of weights only, the package calls floats naive-quantized
 FLOAT_PACKINGS = (FLOAT, "naive-quantized")
 FLOAT_BITS = 8
@@ -100,12 +110,13 @@ class CompressedTensorsFormat(CheckpointFormat):
         ),
         *(
             Support(
-                f'compressed-tensors `{name}`, weight-only, or W4A4 by `"activations": "16-bit"`',
-                "4 bits (E2M1)",
+                f"compressed-tensors `{name}`, weight-only, or W{packing.bits}A{packing.bits} by "
+                '`"activations": "16-bit"`',
+                "4 bits (E2M1)" if packing.bits == 4 else "8 bits (E4M3)",
                 "floats",
                 groups=str(group),
             )
-            for name, (_, _, group) in FLOATS4.items()
+            for name, (packing, _, group) in FLOATS_IN_GROUPS.items()
         ),
     )
     exclusion = "ignore"
@@ -190,8 +201,8 @@ class CompressedTensorsFormat(CheckpointFormat):
         self, name: str, weights: dict[str, Any], stored_as: str
     ) -> tuple[_Packing, bool, int]:
         """Packing, whether it is symmetric, and group size."""
-        if stored_as in FLOATS4:
-            return self._read_floats4(name, weights, stored_as)
+        if stored_as in FLOATS_IN_GROUPS:
+            return self._read_floats_in_groups(name, weights, stored_as)
         if weights.get("type") == "float" and stored_as in FLOAT_PACKINGS:
             return self._read_floats(name, weights)
         bits = weights.get("num_bits")
@@ -243,12 +254,13 @@ class CompressedTensorsFormat(CheckpointFormat):
         packing = Float8Packing(name=FLOAT, scale=SCALE.name, scale_of=scale_of, rows=rows)
         return packing, True, group_size
 
-    def _read_floats4(
+    def _read_floats_in_groups(
         self, name: str, weights: dict[str, Any], stored_as: str
-    ) -> tuple[Float4Packing, bool, int]:
-        """`_read_weights` of floats of 4 bits."""
-        packing, strategy, group_size = FLOATS4[stored_as]
-        expected = {"num_bits": 4, "type": "float", "strategy": strategy, "group_size": group_size}
+    ) -> tuple[Float4Packing | Float8Packing, bool, int]:
+        """`_read_weights` of NVFP4, MXFP4 and MXFP8."""
+        packing, strategy, group_size = FLOATS_IN_GROUPS[stored_as]
+        expected = {"num_bits": packing.bits, "type": "float"}
+        expected |= {"strategy": strategy, "group_size": group_size}
         found = {key: weights.get(key) for key in expected}
         order = weights.get("actorder")
         # The package stores no order of such weights, whatever the config says of one

@@ -3,8 +3,10 @@
 weight float8_e4m3fn `[N, K]`, and scales that multiply it: one for all (`[]`, `[1]` or `[1, 1]`),
 one for each out_feature (`[N]` or `[N, 1]`), or one for each block of `rows` out_features and as
 many in_features as a group has, `[ceil(N / rows), ceil(K / group_size)]`, which ModelOpt stores as
-`[ceil(N / rows), 1, ceil(K / group_size), 1]`. Source: `dequantize` of the compressed_tensors
-package, `FP8Linear` of transformers' `finegrained_fp8`, `create_fp8_scale_parameter` of vLLM.
+`[ceil(N / rows), 1, ceil(K / group_size), 1]`. Scales of dtype float8_e8m0fnu, and uint8 ones where
+the format has powers of two for scales (MXFP8), are E8M0; bf16 holds the same numbers. Source:
+`dequantize` of the compressed_tensors package, `FP8Linear` of transformers' `finegrained_fp8`,
+`create_fp8_scale_parameter` of vLLM.
 """
 
 from __future__ import annotations
@@ -19,17 +21,21 @@ from fusedq_kernels.types import LogicalWeight, WeightType
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.errors import WeightLoadError
 from vllm_fusedq.formats.layer import (
+    DTYPES,
     SCALE_DTYPES,
     Dim,
     LayerFormat,
     Region,
     Scheme,
     TensorLayout,
+    check_finite,
     check_slices,
 )
 from vllm_fusedq.formats.packing import Packing
 
 WEIGHT = TensorLayout("weight", (Dim("n"), Dim("k")), (DType.FLOAT8_E4M3FN,))
+MXFP8_GROUP = 32
+_EXPONENTS = (DType.UINT8, DType.FLOAT8_E8M0FNU)
 BLOCKS = "two sizes [out_features, in_features], the second a multiple of 8"
 # Of both NaN, without the sign
 _NAN = 0x7F
@@ -61,12 +67,16 @@ class ScaleOf(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Float8Packing(Packing):
-    """`scale` is the scales' tensor; `rows` of a block, which as a group has one row."""
+    """`scale` is the scales' tensor; `rows` of a block, which as a group has one row.
+
+    With `exponents` scales are E8M0 and may be stored as uint8.
+    """
 
     bits: int = 8
     scale: str
     scale_of: ScaleOf
     rows: int = 1
+    exponents: bool = False
 
     def scheme(
         self, stored: Mapping[str, TensorInfo], group_size: int = -1, *, symmetric: bool = True
@@ -74,8 +84,13 @@ class Float8Packing(Packing):
         """The scheme of a module with these headers; blocks are of `group_size` in_features."""
         info = stored.get(self.scale)
         dims = self._dims(1 if info is None else len(info.shape))
-        layouts = (WEIGHT, TensorLayout(self.scale, dims, SCALE_DTYPES))
-        return Scheme(self, WeightType.FLOAT8_E4M3FN, group_size, layouts, self.scale)
+        known = _EXPONENTS if self.exponents else (*SCALE_DTYPES, DType.FLOAT8_E8M0FNU)
+        layouts = (WEIGHT, TensorLayout(self.scale, dims, known))
+        found = None if info is None else DTYPES.get(info.dtype)
+        return Scheme(
+            *(self, WeightType.FLOAT8_E4M3FN, group_size, layouts, self.scale),
+            scale_dtype=DType.BFLOAT16 if self.exponents or found in _EXPONENTS else None,
+        )
 
     def logical(
         self, tensors: Mapping[str, torch.Tensor], layer: LayerFormat, region: Region
@@ -84,6 +99,10 @@ class Float8Packing(Packing):
         codes = tensors[WEIGHT.name].contiguous().view(torch.uint8)
         check_numbers(codes, layer.module, WEIGHT.name)
         scales = tensors[self.scale]
+        if scales.itemsize == 1:
+            scales = scales.view(torch.float8_e8m0fnu)
+            check_finite(scales, layer.module, self.scale)
+            scales = scales.to(torch.bfloat16)
         if self.scale_of is ScaleOf.TENSOR:
             scales = scales.reshape(1, 1).expand(region.n, 1)
         elif self.scale_of is ScaleOf.CHANNEL:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
 from vllm_fusedq.formats.float4_packing import MODELOPT_NVFP4, NVFP4_GROUP, Float4Packing
-from vllm_fusedq.formats.float8_packing import Float8Packing, ScaleOf
+from vllm_fusedq.formats.float8_packing import MXFP8_GROUP, Float8Packing, ScaleOf
 from vllm_fusedq.formats.headers import unread
 from vllm_fusedq.formats.layer import Scheme
 from vllm_fusedq.formats.shared.rows import Support
@@ -48,6 +48,7 @@ _TENSOR, _CHANNEL, _BLOCK = (
         (f"fp8 {BLOCK}x{BLOCK}", ScaleOf.BLOCK, BLOCK),
     )
 )
+_MXFP8 = Float8Packing(name="mxfp8", scale=SCALE, scale_of=ScaleOf.BLOCK, exponents=True)
 NVFP4 = "NVFP4"
 ALGORITHMS = {
     NVFP4: Algorithm(MODELOPT_NVFP4, NVFP4_GROUP, "4-bit float"),
@@ -56,6 +57,7 @@ ALGORITHMS = {
     "FP8_PER_CHANNEL_PER_TOKEN": Algorithm(_CHANNEL, -1, "8-bit float, per token"),
     # Weights only
     "FP8_PB_WO": Algorithm(_BLOCK, BLOCK, ""),
+    "MXFP8": Algorithm(_MXFP8, MXFP8_GROUP, "8-bit float, per group"),
 }
 """By `quant_algo`."""
 
@@ -84,7 +86,7 @@ class ModelOptFormat(CheckpointFormat):
             f'ModelOpt {_names(8)}, `{MIXED}` of all; W8A8 by `"activations": "16-bit"`',
             "8 bits (E4M3)",
             "floats",
-            groups=f"per tensor, per channel, blocks of {BLOCK} x {BLOCK}",
+            groups=f"per tensor, per channel, {MXFP8_GROUP}, blocks of {BLOCK} x {BLOCK}",
         ),
     )
     exclusion = "exclude_modules (ignore)"

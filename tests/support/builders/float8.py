@@ -35,7 +35,8 @@ class FloatTruth(Truth):
 class FloatBuild:
     """A `Build` whose scales are of a `shape`: "tensor", "channel" or "block"; `scale` names them.
 
-    A `block` of 0 columns has a group's. `more` tensors lie beside.
+    A `block` of 0 columns has a group's. `more` tensors lie beside. Scales of float8_e8m0fnu are
+    powers of two, with `as_bytes` stored as uint8.
     """
 
     shape: str
@@ -45,6 +46,7 @@ class FloatBuild:
     scale_dtype: torch.dtype | None = None
     block: tuple[int, int] = (ROWS, 0)
     more: tuple[str, ...] = ()
+    as_bytes: bool = False
     symmetric: bool = True
     ordered: bool = False
     bits: int = 8
@@ -79,7 +81,8 @@ class FloatBuild:
 
     def truth_of(self, codes: np.ndarray, grid: torch.Tensor, group: int) -> FloatTruth:
         rows = self.block_of(*codes.shape, group)[0]
-        scales = grid.repeat_interleave(rows, 0)[: len(codes)].contiguous()
+        numbers = grid.to(torch.bfloat16) if grid.itemsize == 1 else grid
+        scales = numbers.repeat_interleave(rows, 0)[: len(codes)].contiguous()
         if self.scale_dims == 4:
             grid = grid[:, None, :, None]
         if self.shape != "block":
@@ -91,7 +94,7 @@ class FloatBuild:
     def tensors(self, truth: FloatTruth) -> Tensors:
         return {
             "weight": torch.from_numpy(truth.codes.copy()).view(torch.float8_e4m3fn),
-            self.scale: truth.stored.clone(),
+            self.scale: truth.stored.view(torch.uint8) if self.as_bytes else truth.stored.clone(),
             **{name: torch.tensor(0.5) for name in self.more},
         }
 
@@ -122,6 +125,17 @@ def compressed_tensors(shape: str, group_size: int) -> dict[str, Any]:
     }
 
 
+def compressed_tensors_mxfp8(shape: str, group_size: int) -> dict[str, Any]:
+    config = compressed_tensors("group", group_size)
+    weights = config["config_groups"]["group_0"]["weights"]
+    weights |= {"group_size": 32, "scale_dtype": "torch.uint8"}
+    return config | {"format": "mxfp8-quantized"}
+
+
+def modelopt_mxfp8(shape: str, group_size: int) -> dict[str, Any]:
+    return modelopt("tensor", group_size) | {"quant_algo": "MXFP8"}
+
+
 def fp8(shape: str, group_size: int) -> dict[str, Any]:
     block = {"weight_block_size": [ROWS, group_size]} if shape == "block" else {}
     return {"quant_method": "fp8", "activation_scheme": "dynamic", **block}
@@ -149,6 +163,8 @@ def modelopt(shape: str, group_size: int) -> dict[str, Any]:
     }
 
 
+E8M0 = torch.float8_e8m0fnu
+MXFP8: dict[str, Any] = {"scale_dtype": E8M0, "as_bytes": True, "block": (1, 32)}
 BUILDS = {
     "ct-float-tensor": FloatBuild("tensor", compressed_tensors),
     "ct-float-channel": FloatBuild("channel", compressed_tensors, scale_dims=2),
@@ -163,4 +179,7 @@ BUILDS = {
     "modelopt-fp8-block": FloatBuild(
         "block", modelopt, scale_dims=4, scale_dtype=torch.float32, block=(128, 128)
     ),
+    "ct-mxfp8": FloatBuild("block", compressed_tensors_mxfp8, **MXFP8),
+    "modelopt-mxfp8": FloatBuild("block", modelopt_mxfp8, **MXFP8),
+    "fp8-block-e8m0": FloatBuild("block", fp8, scale="weight_scale_inv", scale_dtype=E8M0),
 }
