@@ -22,7 +22,16 @@ from fusedq_kernels.layouts.packing import pack
 from fusedq_kernels.types import QuantSpec, WeightType
 from gemmbench.results import ResultFile, environment
 from vllm_fusedq.integration.operators import register_cpu_operators
-from vllm_fusedq.measure.contenders import READ, Contender, copies, dense, fused, reading, timed
+from vllm_fusedq.measure.contenders import (
+    READ,
+    Contender,
+    cold,
+    copies,
+    dense,
+    fused,
+    reading,
+    timed,
+)
 from vllm_fusedq.measure.machine import describe
 from vllm_fusedq.measure.random_weights import random_tokens, random_weight
 
@@ -45,7 +54,7 @@ app = typer.Typer(add_completion=False)
 def ours(kernel: str, n: int, k: int, weight_type: WeightType, group: int, name: str) -> Contender:
     logical = random_weight(n, k, QuantSpec(weight_type, group, DTYPE), CPU)
     packed = pack(logical, KERNELS[kernel].layout(weight_type), DTYPE)
-    return fused(Call.of(packed, kernel, DTYPE), packed, name)
+    return fused(Call.of(packed, kernel, DTYPE), cold(packed), name)
 
 
 def contenders(n: int, k: int, groups: tuple[tuple[str, int], ...]) -> Iterator[Contender]:
@@ -117,7 +126,7 @@ def plot(csv: Path) -> None:
         axis.minorticks_off()
         axis.legend(fontsize=8)
     figure.suptitle(f"{size} (out_features x in_features), {_cpu(csv)}")
-    figure.savefig(csv.with_suffix(".png"), dpi=130)
+    figure.savefig(csv.with_suffix(".png"), dpi=100)
 
 
 def _series(rows: pd.DataFrame, name: str, column: str) -> tuple[pd.Series, pd.Series]:

@@ -24,7 +24,8 @@ from fusedq_kernels.choose.heuristics import select
 from fusedq_kernels.geometry import round_up
 from fusedq_kernels.types import GemmShape, QuantSpec, WeightType
 from gemmbench.experiments import EXPERIMENTS
-from gemmbench.variants import Variant, decoding, describe
+from gemmbench.variants import Variant, describe
+from vllm_fusedq.measure.undecoded_triton import decoding
 
 TARGET = "sm_90"
 SPEC = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)

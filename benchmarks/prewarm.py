@@ -30,9 +30,10 @@ from fusedq_kernels.types import DeviceSpec, GemmShape, QuantSpec, TileConfig, W
 from gemmbench.experiments import EXPERIMENTS
 from gemmbench.own import device_spec
 from gemmbench.shapes import DECODE_TOKENS, PREFILL_TOKENS, named_shapes
-from gemmbench.variants import Decoders, Variant, decoding
+from gemmbench.variants import Decoders, Variant
 from gemmbench.weights import default_spec, default_specs, packed_for_gpu
 from vllm_fusedq.measure.random_weights import random_tokens, random_weight
+from vllm_fusedq.measure.undecoded_triton import decoding
 
 TIMED_EXPERIMENTS = (9, 10)
 WEIGHT_TYPES = (WeightType.UINT4B8, WeightType.UINT4, WeightType.UINT8B128, WeightType.NF4)

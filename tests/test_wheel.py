@@ -40,7 +40,7 @@ print(json.dumps({
     "entry_points": {
         group: [each.value for each in points if each.load()] for group, points in found.items()
     },
-    "library": build._name(this_isa()),
+    "library": build._name(this_isa(), None),
 }))
 """
 
@@ -144,7 +144,7 @@ def test_the_wheel_works_beside_vllm(fresh: Path) -> None:
         "console_scripts": ["vllm_fusedq.cli:app"],
     }
     # Named after every source and flag
-    assert found["library"] == build._name(this_isa())
+    assert found["library"] == build._name(this_isa(), None)
 
 
 def test_the_command_of_the_wheel(fresh: Path) -> None:

@@ -5,38 +5,17 @@ packed words to the tensor cores as they are, one that decodes every word a seco
 wrong answers by design; only their times mean something.
 """
 
-# Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
-# ruff: noqa: RET505, SIM300
-
 import triton
 import triton.language as tl
 
 from fusedq_kernels.cuda.decode import DECODERS
-from fusedq_kernels.cuda.planes import halves, join_four, join_two
 from fusedq_kernels.types import WeightType
 from gemmbench.variants import Variant
+from vllm_fusedq.measure.undecoded_triton import words_as_values
 
 _DECODE_UINT4B8 = DECODERS[WeightType.UINT4B8]
 _DECODE_UINT8B128 = DECODERS[WeightType.UINT8B128]
 _DECODE_NF4 = DECODERS[WeightType.NF4]
-
-
-@triton.jit
-def _words_as_values(
-    words,
-    metadata,
-    SUB: tl.constexpr,
-    STEP: tl.constexpr,
-    DTYPE: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """As many values as a decoder returns, without a decoding instruction."""
-    if STEP == 8 * words.shape[1]:
-        return halves(join_four(words, words, words, words), DTYPE)
-    elif STEP == 4 * words.shape[1]:
-        return halves(join_two(words, words), DTYPE)
-    else:
-        return halves(words, DTYPE)
 
 
 @triton.jit
@@ -98,7 +77,7 @@ TWICE = {
     WeightType.UINT8B128: _uint8b128_twice,
     WeightType.NF4: _nf4_twice,
 }
-WITHOUT = dict.fromkeys(TWICE, _words_as_values)
+WITHOUT = dict.fromkeys(TWICE, words_as_values)
 
 ABLATIONS = tuple(
     Variant(name, decoders=tuple(decoders.items()), decodes=False)

@@ -7,8 +7,6 @@ the decoder, the counters that split-K counts in.
 # Triton drops the other branch of a constexpr `if` only where it stands in an `else`.
 # ruff: noqa: RET505, SIM300
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +16,6 @@ import triton.language as tl
 from fusedq_kernels.call import Call
 from fusedq_kernels.catalogue import KERNELS
 from fusedq_kernels.choose.heuristics import select
-from fusedq_kernels.cuda.decode import DECODERS
 from fusedq_kernels.cuda.integers import code_pairs, portable_integers
 from fusedq_kernels.cuda.planes import columns_of_four, four_planes_by_asm, halves
 from fusedq_kernels.cuda.ptx import integer_ptx
@@ -34,6 +31,7 @@ from fusedq_kernels.types import (
 from gemmbench.contender import Prepared, Unavailable, fused_dram_bytes
 from gemmbench.own import device_spec
 from gemmbench.weights import packed_bytes, packed_for_gpu
+from vllm_fusedq.measure.undecoded_triton import decoding
 
 _KERNEL = "triton-gemm"
 _BF16_BITS = tl.constexpr(0x43004300)
@@ -164,14 +162,3 @@ def describe(tile: TileConfig) -> str:
     options = ["scale_weights"] if tile.scale_weights else []
     shape = f"{tile.block_m}x{tile.block_n} split {tile.split_k}"
     return " ".join([shape, f"warps {tile.num_warps} stages {tile.num_stages}", *options])
-
-
-@contextmanager
-def decoding(decoders: dict[WeightType, object]) -> Iterator[None]:
-    """The kernel with other decoders."""
-    real = {weight_type: DECODERS[weight_type] for weight_type in decoders}
-    DECODERS.update(decoders)
-    try:
-        yield
-    finally:
-        DECODERS.update(real)

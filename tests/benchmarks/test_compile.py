@@ -45,7 +45,7 @@ for tile, warps in ((triton_kernels._SMALL_TILE, 4), (triton_kernels._LARGE_TILE
 for weight_type in (WeightType.UINT4B8, WeightType.NF4):
     loops = []
     for decoders in (ablation.WITHOUT, {{}}, ablation.TWICE):
-        with variants.decoding(decoders):
+        with decoding(decoders):
             (row,) = command.audit("sm_90", ["8x128"], [weight_type], [torch.bfloat16])
         assert (row.stack, row.sts, row.ldg) == (0, 0, 0), row
         loops.append(row.instructions_per_weight)
@@ -63,7 +63,7 @@ assert all(each.problems == "fine" for each in prefill), prefill
 spec = QuantSpec(WeightType.UINT4B8, 128, torch.bfloat16)
 loops = []
 for decoders in (variants.PORTABLE, {{}}):
-    with variants.decoding(decoders):
+    with decoding(decoders):
         loops.append(fused.audit_tile("sm_90", tiles[0].tile, spec, torch.bfloat16))
 assert loops[0].alu > loops[1].alu, loops
 """

@@ -62,9 +62,9 @@ def test_units_are_compiled_on_every_core_that_a_thread_may_use(
     every = os.sched_getaffinity(0)
     seen = []
 
-    def compiled(program: str, source: Path, folder: str, isa: object) -> str:
+    def compiled(command: list[str], folder: str, isa: object) -> str:
         seen.append(os.sched_getaffinity(0))
-        return made(program, source, folder, isa)
+        return made(command, folder, isa)
 
     made = build._compiled
     monkeypatch.setattr(build, "_compiled", compiled)
@@ -77,6 +77,14 @@ def test_units_are_compiled_on_every_core_that_a_thread_may_use(
         finally:
             os.sched_setaffinity(0, every)
     assert seen == [every]
+
+
+def test_a_header_changes_a_library_beside_the_other(sources: Path) -> None:
+    header = sources.parent / "other.h"
+    header.write_text("#define answer other\n")
+    found = build.library(this_isa(), header)
+    assert ctypes.CDLL(str(found)).other() == 42
+    assert found == build.library(this_isa(), header) != build.library(this_isa())
 
 
 def test_that_of_the_package_comes_first(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:

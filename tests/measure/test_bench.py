@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jsonschema
 import pytest
@@ -13,17 +14,29 @@ from typer.testing import CliRunner, Result
 
 from fusedq_kernels import reference
 from fusedq_kernels.catalogue import Op
+from fusedq_kernels.cpu import fused as cpu_fused
 from fusedq_kernels.layouts.packing import unpack
+from fusedq_kernels.native.build import BuildError
 from published import MODELS, write_headers
 from tiny_models import MIXTURE, asset
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.cli import app
 from vllm_fusedq.errors import EngineError
-from vllm_fusedq.measure import contenders, expert_contenders, extras, serving, timing
+from vllm_fusedq.measure import contenders, expert_contenders, extras, serving, timing, undecoded
 from vllm_fusedq.measure.bench import Bench, Row, bench
 from vllm_fusedq.measure.bench_report import serving_table, summary
-from vllm_fusedq.measure.contenders import Contender, copies, fused, packed_for
+from vllm_fusedq.measure.contenders import (
+    DENSE,
+    FUSED,
+    READ,
+    Contender,
+    cold,
+    copies,
+    fused,
+    packed_for,
+)
 from vllm_fusedq.measure.timing import Timing, by_turns
+from vllm_fusedq.measure.undecoded import ALONE, UNDECODED
 from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.report.table import render
@@ -63,7 +76,7 @@ def test_what_is_timed_is_the_product(name: str) -> None:
     for plan in plans(name)[:4]:
         call = plan.use(Op.MATMUL).call
         packed = packed_for(call, CPU, plan.ordered)
-        contender = fused(call, packed)
+        contender = fused(call, cold(packed))
         x, out = torch.randn(5, call.in_features).bfloat16(), torch.empty(5, plan.n).bfloat16()
         expected = reference.matmul(x, unpack(packed))
         for run in contender.runs:
@@ -89,6 +102,7 @@ def test_rows_of_every_distinct_layer() -> None:
     assert {row.kernel for row in found.rows} == {"cpu-fused"}
     # Equal layers are timed once
     assert found.rows[0].fused is found.rows[3].fused
+    assert {row.decoding for row in found.rows} == {None}
     assert told[-1] == (4, 4)
     (step,) = found.steps
     assert step.weight_bytes == sum(
@@ -96,9 +110,11 @@ def test_rows_of_every_distinct_layer() -> None:
     )
 
 
-def row(m: int, us: float, count: int = 1, dense_us: float = 8.0) -> Row:
+def row(
+    m: int, us: float, count: int = 1, dense_us: float = 8.0, decoding: float | None = None
+) -> Row:
     times = Timing(us, 0.0, 3, us), Timing(dense_us, 0.0, 3, dense_us)
-    return Row("a.b", count, "awq", "cpu-fused", 64, 32, m, 2000, *times, read_gbs=4.0)
+    return Row("a.b", count, "awq", "cpu-fused", 64, 32, m, 2000, *times, 4.0, decoding)
 
 
 def test_numbers_follow_from_times() -> None:
@@ -109,8 +125,33 @@ def test_numbers_follow_from_times() -> None:
         (1, 7.0, 32.0, 8000),
         (4, 5.0, 8.0, 2000),
     ]
+    assert [step.decoding for step in found.steps] == [None, None]
     assert "reads 4.0 to 4.0 GB/s" in summary(found)
     assert summary(found).endswith("not measured: experts")
+
+
+def test_the_share_of_decoding_is_weighted_by_the_time_of_the_layers() -> None:
+    rows = (row(1, 2.0, 3, decoding=0.5), row(1, 6.0, decoding=0.1), row(1, 90.0))
+    (step,) = Bench("a CPU", "bfloat16", rows, ()).steps
+    assert step.decoding == pytest.approx((0.5 * 6 + 0.1 * 6) / 12)
+
+
+def test_decoding_is_what_the_kernel_is_shorter_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def by_turns(calls: dict[str, list], rounds: int, seconds: float) -> dict[str, Timing]:
+        asked.append(set(calls))
+        us = {READ: 1.0, DENSE: 8.0, FUSED: 5.0, ALONE: 4.0, UNDECODED: 3.0}
+        return {name: Timing(us[name], 0.0, 3, us[name]) for name in calls}
+
+    monkeypatch.setattr(contenders, "by_turns", by_turns)
+    monkeypatch.setattr(undecoded, "load", cpu_fused.load)
+    layers = (plans("tiny-llama-awq-g128")[0], *experts_of(MIXTURE))
+    found = bench(layers, (1,), CPU, "a CPU", lambda *now: None, ablate=True)
+    linear, experts = found.rows
+    assert (linear.decoding, experts.decoding) == (0.25, None)
+    three = {READ, DENSE, FUSED}
+    assert asked == [three | {ALONE, UNDECODED}, three]
 
 
 def experts_of(name: str) -> list[LayerPlan]:
@@ -212,7 +253,8 @@ def test_headers_alone_are_enough(tmp_path: Path) -> None:
     assert found["served"] == []
 
 
-def test_tables_and_plot(tmp_path: Path) -> None:
+def test_tables_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(undecoded, "load", cpu_fused.load)
     plot = tmp_path / "bench.png"
     model = str(asset("tiny-llama-awq-g128"))
     result = fusedq(model, "--tokens", "1", "--rounds", "3", "--plot", str(plot))
@@ -220,7 +262,21 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     rows = [line.split() for line in result.stdout.splitlines() if "cpu-fused" in line]
     assert Counter(words[-8] for words in rows) == {"1": 4}
     assert "1 token " in result.stdout
+    assert "% decoding" in result.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_compiler_the_plot_shows_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(undecoded, "load", refuse := Mock(side_effect=BuildError("no compiler")))
+    plot, model = tmp_path / "bench.png", str(asset("tiny-llama-awq-g128"))
+    found = fusedq(model, "--tokens", "1", "--rounds", "3", "--plot", str(plot), "--json")
+    assert found.exit_code == 0, found.output
+    assert "what decoding costs is not measured: no compiler" in found.stderr
+    assert {layer["decoding"] for layer in json.loads(found.stdout)["layers"]} == {None}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    refuse.assert_called_once()
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,9 @@ def bench(
         str | None, typer.Option(help="branch, tag or commit of a repository")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
-    plot: Annotated[Path | None, typer.Option(help="a PNG file to write")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="a PNG file to write, with what decoding costs")
+    ] = None,
 ) -> None:
     """Time each distinct layer of MODEL, and the layer unquantized, on this machine.
 
@@ -81,14 +83,15 @@ def bench(
     sizes = positive_sizes(tokens, "--tokens")
     at_a_time = positive_sizes(batches, "--batches")
     section = settings_section(kernel, activations, experimental_device)
-    with refusing(console(stderr=True)):
+    err = console(stderr=True)
+    with refusing(err):
         from vllm_fusedq.measure.extras import require
 
         if plot is not None:
             require("matplotlib", "--plot", "bench")
             check_writable(plot)
         plans, name = _plans(model, revision, where, dtype, section, tensor_parallel_size, only)
-        found = _timed(plans, sizes, where, name, rounds)
+        found = _timed(plans, sizes, where, name, rounds, _ablates(where, plot, err))
         served = _served(model, dtype, revision, section, at_a_time) if serve else []
         if plot is not None:
             from vllm_fusedq.measure.bench_figure import draw
@@ -138,13 +141,35 @@ def _plans(
     return plans, describe(device)
 
 
+def _ablates(device: "torch.device", plot: Path | None, err: Console) -> bool:
+    """Whether kernels without decoding are timed, which the figure shows; ready to run then."""
+    from fusedq_kernels.native.build import BuildError
+    from vllm_fusedq.measure.undecoded import load
+
+    if plot is None or device.type != "cpu":
+        return plot is not None
+    try:
+        with err.status("compiling the kernel without decoding, once: a minute"):
+            load()
+    except BuildError as error:
+        told = f"what decoding costs is not measured: {error}"
+        err.print(told, markup=False, highlight=False, soft_wrap=True)
+        return False
+    return True
+
+
 def _timed(
-    plans: list["LayerPlan"], tokens: list[int], device: "torch.device", name: str, rounds: int
+    plans: list["LayerPlan"],
+    tokens: list[int],
+    device: "torch.device",
+    name: str,
+    rounds: int,
+    ablate: bool,
 ) -> "Bench":
     from vllm_fusedq.measure.bench import bench as run
 
     with progress_bar("timing layers") as progress:
-        return run(plans, tokens, device, name, progress, rounds)
+        return run(plans, tokens, device, name, progress, rounds, ablate)
 
 
 def _served(

@@ -13,6 +13,7 @@ from vllm_fusedq.measure.contenders import (
     FUSED,
     READ,
     Contender,
+    cold,
     dense,
     fused,
     packed_for,
@@ -28,6 +29,7 @@ from vllm_fusedq.measure.expert_contenders import (
 )
 from vllm_fusedq.measure.random_weights import random_tokens
 from vllm_fusedq.measure.timing import Timing
+from vllm_fusedq.measure.undecoded import ALONE, UNDECODED, without_decoding
 from vllm_fusedq.plan.experts import W2, W13
 from vllm_fusedq.plan.layer import LayerPlan
 from vllm_fusedq.report.table import PlanRow, plan_rows
@@ -37,6 +39,8 @@ ROUNDS = 15
 # On a CPU no round begins after so long, for one layer and number of tokens
 SECONDS = 3.0
 OnProgress = Callable[[int, int], None]
+# Of a number of tokens: ours first, then what it is compared with
+Sides = Callable[[int], Sequence[Contender]]
 # What the allocator for CPUs says
 _NO_MEMORY = "can't allocate memory"
 
@@ -46,7 +50,8 @@ class Row:
     """One kind of layer with M tokens; `layers` and `count` are the plan's, sizes those of a rank.
 
     `weight_bytes` is what one call reads of the weight, metadata included; `read_gbs` what the
-    device reads in the same rounds.
+    device reads in the same rounds. `decoding` is the part of the kernel's time that it is shorter
+    by without decoding, None where that was not measured.
     """
 
     layers: str
@@ -60,6 +65,7 @@ class Row:
     fused: Timing
     dense: Timing
     read_gbs: float
+    decoding: float | None = None
 
     @property
     def gbs(self) -> float:
@@ -79,12 +85,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Step:
-    """All measured layers of the model with M tokens, in microseconds."""
+    """All measured layers of the model with M tokens, in microseconds.
+
+    `decoding` is as of a `Row`, of the layers of which it is known.
+    """
 
     m: int
     fused_us: float
     dense_us: float
     weight_bytes: int
+    decoding: float | None
 
 
 @dataclass(frozen=True)
@@ -108,9 +118,16 @@ class Bench:
                 sum(row.count * row.fused.us for row in rows),
                 sum(row.count * row.dense.us for row in rows),
                 sum(row.count * row.weight_bytes for row in rows),
+                _decoding(rows),
             )
             for m, rows in found.items()
         )
+
+
+def _decoding(rows: Sequence[Row]) -> float | None:
+    known = [(row.decoding, row.count * row.fused.us) for row in rows if row.decoding is not None]
+    whole = sum(us for _, us in known)
+    return sum(part * us for part, us in known) / whole if known else None
 
 
 def bench(
@@ -120,11 +137,16 @@ def bench(
     device_name: str,
     on_progress: OnProgress,
     rounds: int = ROUNDS,
+    ablate: bool = False,
 ) -> Bench:
     """Time every distinct layer of `plans` beside the unquantized one and beside plain reading.
 
+    Args:
+        ablate: beside itself without decoding, too, but experts.
+
     Raises:
         DeviceMemoryError: a layer, or what it makes of so many tokens, does not fit.
+        BuildError: the CPU's kernel without decoding cannot be compiled.
     """
     rows = plan_rows(plans)
     second = {row.plan.prefix: row for row in rows if row.plan.shard.weight == W2}
@@ -149,7 +171,7 @@ def bench(
         if kind not in known:
             known[kind] = []
             with _memory_told(row.name, device_name):
-                for each in _measure(row, partner, tokens, device, rounds):
+                for each in _measure(row, partner, tokens, device, rounds, ablate):
                     known[kind].append(each)
                     on_progress(len(found) + len(known[kind]), total)
         named = {"layers": row.name, "count": row.count}
@@ -184,17 +206,21 @@ def _measure(
     tokens: Sequence[int],
     device: torch.device,
     rounds: int,
+    ablate: bool,
 ) -> Iterator[Row]:
     """One kind of layer; `partner` is the w2 of experts."""
     plan, read = row.plan, reading(device)
     call = plan.main.call
     dtype = call.dtype.torch
     outputs = plan.n if partner is None else partner.plan.n
-    sides = _linear(plan, device) if partner is None else _experts(plan, partner.plan, device)
+    if partner is None:
+        sides = _linear(plan, device, ablate)
+    else:
+        sides = _experts(plan, partner.plan, device)
     for m in tokens:
-        ours, other = sides(m)
+        ours, *others = sides(m)
         x = random_tokens(m, call.in_features, dtype, device)
-        times = timed((read, other, ours), x, outputs, rounds, SECONDS)
+        times = timed((read, *others, ours), x, outputs, rounds, SECONDS)
         yield Row(
             layers=row.name,
             count=row.count,
@@ -207,20 +233,21 @@ def _measure(
             fused=times[FUSED],
             dense=times[DENSE],
             read_gbs=read.bytes / times[READ].us / 1e3,
+            decoding=1 - times[UNDECODED].us / times[ALONE].us if UNDECODED in times else None,
         )
 
 
-def _linear(plan: LayerPlan, device: torch.device) -> Callable[[int], tuple[Contender, Contender]]:
-    """Ours and the unquantized layer, for any number of tokens."""
+def _linear(plan: LayerPlan, device: torch.device, ablate: bool) -> Sides:
+    """Ours, the unquantized layer, and ours without decoding where it is asked for."""
     call = plan.main.call
-    ours = fused(call, packed_for(call, device, plan.ordered))
-    other = dense(plan.n, plan.k, call.dtype.torch, device)
-    return lambda m: (ours, other)
+    weights = cold(packed_for(call, device, plan.ordered))
+    both = (fused(call, weights), dense(plan.n, plan.k, call.dtype.torch, device))
+    if not ablate:
+        return lambda m: both
+    return lambda m: (*both, *without_decoding(call, plan.launch(m), weights, m))
 
 
-def _experts(
-    up: LayerPlan, down: LayerPlan, device: torch.device
-) -> Callable[[int], tuple[Contender, Contender]]:
+def _experts(up: LayerPlan, down: LayerPlan, device: torch.device) -> Sides:
     """Ours and the unquantized experts, by what so many tokens ask of a rank's experts."""
     stacks, shard = stacked_pair(up, down, device), up.shard
     weights = dense_experts(up, down, up.main.call.dtype.torch, device)

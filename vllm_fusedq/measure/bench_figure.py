@@ -1,4 +1,4 @@
-"""The figure of `fusedq bench`: bandwidth against tokens, speed-up against N, where time goes."""
+"""The figure of `fusedq bench`: bandwidth, speed-up against N, what decoding costs, a step."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +20,10 @@ def draw(model: str, found: Bench, path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
-    _bandwidth(axes[0], found)
-    _speedup(axes[1], found)
-    _step(axes[2], found)
-    for axis in axes:
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8.4), layout="constrained")
+    panels = (_bandwidth, _speedup, _decoding, _step)
+    for panel, axis in zip(panels, axes.flat, strict=True):
+        panel(axis, found)
         axis.grid(alpha=0.3, axis="y")
         axis.legend(fontsize=8, frameon=False)
     title = f"{Path(model).name}: quantized layers on {found.device}, {found.dtype}"
@@ -34,10 +33,7 @@ def draw(model: str, found: Bench, path: Path) -> None:
 
 
 def _bandwidth(axis: "Axes", found: Bench) -> None:
-    layers: dict[str, list[Row]] = {}
-    for row in found.rows:
-        layers.setdefault(f"{_short(row)}, {row.n} x {row.k}", []).append(row)
-    for label, rows in layers.items():
+    for label, rows in _by_layer(found).items():
         axis.plot([row.m for row in rows], [row.gbs for row in rows], marker="o", label=label)
     tokens = _tokens(found)
     limit = [max(row.read_gbs for row in found.rows if row.m == m) for m in tokens]
@@ -48,6 +44,24 @@ def _bandwidth(axis: "Axes", found: Bench) -> None:
         ylabel="GB/s",
         xscale="log",
         ylim=(0, 1.25 * max(*limit, *(row.gbs for row in found.rows))),
+    )
+    axis.set_xticks(tokens, [str(m) for m in tokens])
+    axis.minorticks_off()
+
+
+def _decoding(axis: "Axes", found: Bench) -> None:
+    """How much shorter a call is without decoding."""
+    for label, rows in _by_layer(found).items():
+        known = [(row.m, 100 * row.decoding) for row in rows if row.decoding is not None]
+        axis.plot(*zip(*known, strict=True), marker="o", label=label) if known else None
+    tokens = _tokens(found)
+    axis.axhline(0, color="black", linestyle="--", label="decoding that costs nothing")
+    axis.set(
+        title="Share of dequantization: how much shorter the kernel is without it",
+        xlabel="tokens M",
+        ylabel="% of the kernel's time",
+        xscale="log",
+        ylim=(-10, 100),
     )
     axis.set_xticks(tokens, [str(m) for m in tokens])
     axis.minorticks_off()
@@ -80,7 +94,7 @@ def _step(axis: "Axes", found: Bench) -> None:
         rests.append(100 * (1 - share))
     places = range(len(tokens))
     axis.bar(places, reads, label="reading the packed weights alone", color="C7")
-    axis.bar(places, rests, bottom=reads, label="beyond it: decoding, products, launches")
+    axis.bar(places, rests, bottom=reads, label="beyond it: what no reading hides")
     for place, step in zip(places, found.steps, strict=True):
         axis.text(place, 101, f"{step.fused_us / 1e3:.4g} ms", ha="center", fontsize=8)
     axis.set(
@@ -94,6 +108,13 @@ def _step(axis: "Axes", found: Bench) -> None:
 
 def _tokens(found: Bench) -> list[int]:
     return list(dict.fromkeys(row.m for row in found.rows))
+
+
+def _by_layer(found: Bench) -> dict[str, list[Row]]:
+    layers: dict[str, list[Row]] = {}
+    for row in found.rows:
+        layers.setdefault(f"{_short(row)}, {row.n} x {row.k}", []).append(row)
+    return layers
 
 
 def _short(row: Row) -> str:

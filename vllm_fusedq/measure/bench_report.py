@@ -38,7 +38,9 @@ def steps_table(found: Bench) -> Table:
     """All measured layers of the model, once each, by tokens."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("all measured layers")
-    for column in ("ms a step", "unquantized ms", "times it", "MB", "GB/s"):
+    columns = ("ms a step", "unquantized ms", "times it", "MB", "GB/s")
+    ablated = any(step.decoding is not None for step in found.steps)
+    for column in (*columns, "% decoding") if ablated else columns:
         table.add_column(column, justify="right")
     for step in found.steps:
         table.add_row(
@@ -46,6 +48,7 @@ def steps_table(found: Bench) -> Table:
             *(f"{step.fused_us / 1e3:.3f}", f"{step.dense_us / 1e3:.3f}"),
             f"{step.dense_us / step.fused_us:.2f}",
             *(f"{step.weight_bytes / 1e6:.1f}", f"{step.weight_bytes / step.fused_us / 1e3:.1f}"),
+            *([] if step.decoding is None else [f"{100 * step.decoding:.0f}"]),
         )
     return table
 
@@ -87,6 +90,7 @@ def bench_json(model: str, found: Bench, served: Sequence[Served]) -> dict[str, 
                 "us": step.fused_us,
                 "unquantized_us": step.dense_us,
                 "weight_bytes": step.weight_bytes,
+                "decoding": step.decoding,
             }
             for step in found.steps
         ],
@@ -113,4 +117,5 @@ def _row_json(row: Row) -> dict[str, Any]:
         "percent_read": row.percent_read,
         "unquantized_us": row.dense.us,
         "speedup": row.speedup,
+        "decoding": row.decoding,
     }

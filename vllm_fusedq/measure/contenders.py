@@ -63,16 +63,22 @@ def packed_for(call: Call, device: torch.device, ordered: bool = False) -> Packe
     return pack(logical, call.layout, call.dtype.torch)
 
 
-def fused(call: Call, packed: PackedWeight, name: str = FUSED) -> Contender:
-    """Our operator, called as a model calls it."""
+def cold(packed: PackedWeight) -> list[PackedWeight]:
+    """As many copies of a weight as it takes to find none in a cache."""
     size = sum(weight_bytes(packed).values())
+    return [_copy(packed) for _ in copies(size, packed.qweight.device)]
+
+
+def fused(call: Call, weights: Sequence[PackedWeight], name: str = FUSED) -> Contender:
+    """Our operator, called as a model calls it, on copies of one weight."""
+    size = sum(weight_bytes(weights[0]).values())
     multiply, text = torch.ops.fusedq.matmul_out, call.text
 
     def of(one: PackedWeight) -> Run:
         weight = (one.qweight, one.scales, one.zeros, None, one.perm, text)
         return lambda x, out: multiply(out, x, *weight)
 
-    return Contender(name, [of(_copy(packed)) for _ in copies(size, packed.qweight.device)], size)
+    return Contender(name, [of(each) for each in weights], size)
 
 
 def _copy(packed: PackedWeight) -> PackedWeight:

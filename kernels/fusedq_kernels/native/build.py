@@ -54,15 +54,18 @@ def available(isa: Isa) -> bool:
     return _found(isa) is not None or compiler() is not None
 
 
-def library(isa: Isa) -> Path:
+def library(isa: Isa, header: Path | None = None) -> Path:
     """The library for an instruction set, compiled where it is not there yet.
 
     Processes that want it at once wait for the one that compiles; the file appears whole.
 
+    Args:
+        header: included before every unit, a measurement's own.
+
     Raises:
         BuildError: there is no compiler, or it failed.
     """
-    if (found := _found(isa)) is not None:
+    if (found := _found(isa, header)) is not None:
         return found
     folder = user_cache("cpu")
     try:
@@ -70,13 +73,13 @@ def library(isa: Isa) -> Path:
         lock = (folder / ".lock").open("w")
     except OSError:
         # A read-only home: this process has its own
-        return compile_into(Path(tempfile.mkdtemp(prefix=_ALONE)), isa)
+        return compile_into(Path(tempfile.mkdtemp(prefix=_ALONE)), isa, header)
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Who holds the lock is alone: these are of processes that were killed
         for left in folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(left, ignore_errors=True)
-        return _found(isa) or compile_into(folder, isa)
+        return _found(isa, header) or compile_into(folder, isa, header)
 
 
 def forget(loaded: Path) -> None:
@@ -85,7 +88,7 @@ def forget(loaded: Path) -> None:
         shutil.rmtree(loaded.parent, ignore_errors=True)
 
 
-def compile_into(folder: Path, isa: Isa) -> Path:
+def compile_into(folder: Path, isa: Isa, header: Path | None = None) -> Path:
     """Compile the library for an instruction set; raises BuildError."""
     program = compiler()
     if program is None:
@@ -94,14 +97,13 @@ def compile_into(folder: Path, isa: Isa) -> Path:
             f"kernel cpu-fused is not compiled for {isa.name} and there is no C++ compiler "
             f"({names}, or what CXX names); install one, or choose kernel cpu-striped"
         )
-    target = folder / _name(isa)
+    target = folder / _name(isa, header)
     torch = _torch_folder() / "lib"
     with tempfile.TemporaryDirectory(dir=folder, prefix=_PARTIAL) as partial:
         made, cores = Path(partial) / target.name, _cores()
         with ThreadPoolExecutor(len(cores), initializer=_use, initargs=(cores,)) as threads:
-            objects = list(
-                threads.map(lambda source: _compiled(program, source, partial, isa), sources())
-            )
+            commands = [unit_command(program, source, isa, header) for source in sources()]
+            objects = list(threads.map(lambda each: _compiled(each, partial, isa), commands))
         link = ["-shared", *objects, "-o", str(made), f"-L{torch}", "-ltorch_cpu", "-lc10"]
         _run([program, *_flags(isa), *link], isa, partial)
         made.chmod(0o755)
@@ -109,15 +111,17 @@ def compile_into(folder: Path, isa: Isa) -> Path:
     return target
 
 
-def unit_command(program: str, source: Path, isa: Isa) -> list[str]:
+def unit_command(program: str, source: Path, isa: Isa, header: Path | None = None) -> list[str]:
     """What compiles one source for an instruction set; where to is left to say."""
+    before = ("-include", str(header)) if header else ()
     name = f'-DFUSEDQ_ISA="{isa.operator}"'
-    return [program, *_flags(isa), name, f"-I{_torch_folder() / 'include'}", "-c", str(source)]
+    folders = (f"-I{_torch_folder() / 'include'}", f"-I{SOURCES}")
+    return [program, *_flags(isa), name, *folders, *before, "-c", str(source)]
 
 
-def _compiled(program: str, source: Path, folder: str, isa: Isa) -> str:
-    made = f"{folder}/{source.stem}.o"
-    _run([*unit_command(program, source, isa), "-o", made], isa, folder)
+def _compiled(command: Sequence[str], folder: str, isa: Isa) -> str:
+    made = f"{folder}/{Path(command[-1]).stem}.o"
+    _run([*command, "-o", made], isa, folder)
     return made
 
 
@@ -152,13 +156,13 @@ def sources() -> list[Path]:
     return sorted(SOURCES.glob("*.cpp"))
 
 
-def _found(isa: Isa) -> Path | None:
-    places = (folder / _name(isa) for folder in (_IN_PACKAGE, user_cache("cpu")))
+def _found(isa: Isa, header: Path | None = None) -> Path | None:
+    places = (folder / _name(isa, header) for folder in (_IN_PACKAGE, user_cache("cpu")))
     return next((path for path in places if path.is_file()), None)
 
 
-def _name(isa: Isa) -> str:
-    return f"{isa.name}-{platform.machine()}-{_key(isa)}.so"
+def _name(isa: Isa, header: Path | None) -> str:
+    return f"{isa.name}-{platform.machine()}-{_key(isa, header)}.so"
 
 
 def _flags(isa: Isa) -> tuple[str, ...]:
@@ -166,10 +170,10 @@ def _flags(isa: Isa) -> tuple[str, ...]:
 
 
 @functools.cache
-def _key(isa: Isa) -> str:
+def _key(isa: Isa, header: Path | None) -> str:
     digest = hashlib.sha256(" ".join(_flags(isa)).encode())
-    for source in (*sorted(SOURCES.glob("*.h")), *sources()):
-        digest.update(source.read_bytes())
+    for file in (*sorted(SOURCES.glob("*.h")), *sources(), *([header] if header else [])):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
