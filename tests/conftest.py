@@ -1,5 +1,6 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import torch
 # Triton reads this when it is imported, so it is set before any test module can do so.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    importlib.import_module("interpreter").patch_once_per_launch()
 
 # Launches then go through the JIT, to a GPU that is named and never reached.
 DRIVER = """
