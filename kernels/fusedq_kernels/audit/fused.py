@@ -68,9 +68,9 @@ class Variant:
             constants["slots_ptr"] = None
         return Inputs(constants, pointers, gemm.launch_options(self.tile))
 
-    def key(self) -> object:
+    def key(self) -> str:
         """Equal for variants that are one binary."""
-        return tuple(frozenset(each.items()) for each in self.inputs())
+        return repr([sorted(each.items()) for each in self.inputs()])
 
 
 def compile_gemm(
