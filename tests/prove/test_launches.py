@@ -25,7 +25,7 @@ from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.uses import Use
 from vllm_fusedq.prove.launches import LoadedExperts, LoadedLayer, run_launches
 
-N, K = 160, 256
+N, K = 72, 128
 TARGET = Target(device_by_name("h200"), torch.float16)
 
 
@@ -72,12 +72,12 @@ def test_a_wrong_decoder_names_layer_launch_and_versions(
         compared(replace(fp4, uses=multiplied))
     message = str(error.value)
     assert message.startswith(
-        "layers.3.qkv_proj (fp4, groups of 64, [160, 256] out_features x in_features per rank): "
+        "layers.3.qkv_proj (fp4, groups of 64, [72, 128] out_features x in_features per rank): "
         "found that triton-gemm 8x"
     )
     assert "with 1 token and no bias is wrong on h200 with Triton " in message
     assert f"Triton {triton.__version__}, activations float16: " in message
-    assert " of 160 outputs wrong (the worst: token 0, output " in message
+    assert " of 72 outputs wrong (the worst: token 0, output " in message
     assert "supported: what plain PyTorch computes in float64, within rounding; " in message
     assert message.endswith("and report this message")
 
@@ -90,12 +90,12 @@ def test_a_launch_that_is_wrong_with_a_bias_alone_is_found(
     def run(x, packed, bias, launch, out=None):
         y = real(x, packed, bias, launch, out=out)
         if bias is not None and len(x) >= 64:
-            y[63, 159] += 1
+            y[63, N - 1] += 1
         return y
 
     monkeypatch.setattr(ops, "run", run)
     assert compared(layer(WeightType.FP4, has_bias=False))
-    with pytest.raises(KernelError, match=r"with 64 tokens and a bias is wrong .* output 159: "):
+    with pytest.raises(KernelError, match=r"with 64 tokens and a bias is wrong .* output 71: "):
         compared(layer(WeightType.FP4))
 
 

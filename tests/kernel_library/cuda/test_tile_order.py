@@ -53,13 +53,13 @@ def test_groups_hold_as_many_tokens_as_stay_in_l2(m, block_m, expected):
 
 
 @pytest.mark.parametrize("options", [{}, {"segments": 3}, {"scale_weights": True}])
-@pytest.mark.parametrize("tokens", [32, 48, 64])
-def test_grouped_tiles_give_the_same_bits(monkeypatch, options, tokens):
-    problem = testing.make_problem(139, 264, 400, QuantSpec(WeightType.UINT4, 64, HALF))
+def test_grouped_tiles_give_the_same_bits(monkeypatch, options):
+    problem = testing.make_problem(139, 136, 272, QuantSpec(WeightType.UINT4, 64, HALF))
     packed = pack(problem.logical, HALF)
     plain = run(problem.x, packed, None, launch(**options))
-    monkeypatch.setattr(waves, "GROUP_TOKENS", tokens)
-    y = run(problem.x, packed, None, launch(**options))
-    assert gemm.launch_grid(139, 384, launch().tile)[2] > 1
-    assert torch.equal(y, plain)
-    testing.assert_close(y, problem.expected, max_error=1e-2, rms_error=1e-3)
+    testing.assert_close(plain, problem.expected, max_error=1e-2, rms_error=1e-3)
+    for tokens in (32, 48, 64):
+        monkeypatch.setattr(waves, "GROUP_TOKENS", tokens)
+        y = run(problem.x, packed, None, launch(**options))
+        assert gemm.launch_grid(139, 256, launch().tile)[2] > 1
+        assert torch.equal(y, plain), tokens
