@@ -9,10 +9,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 # Small models on a machine without a GPU: 1 GiB of KV cache, nothing sent anywhere.
 ENVIRONMENT = {
@@ -36,13 +37,22 @@ class ServerDied(RuntimeError):
     """`vllm serve` exited before it answered."""
 
 
+class Process(Protocol):
+    """What is asked of a server's process."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
 @dataclass(frozen=True)
 class Server:
     """A running server: its base URL and everything it has printed so far."""
 
     url: str
     log_file: Path
-    process: subprocess.Popen[bytes]
+    process: Process
 
     @property
     def log(self) -> str:
@@ -61,9 +71,22 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def start(command: Sequence[str], log_file: Path, env: dict[str, str]) -> Process:
+    """Run a command that prints to `log_file`, in a session of its own."""
+    with log_file.open("wb") as out:
+        return subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
+
+
 @contextmanager
 def serving(
-    model: Path, log_file: Path, arguments: Sequence[str] = (), timeout: float = 300, **env: str
+    model: Path,
+    log_file: Path,
+    arguments: Sequence[str] = (),
+    timeout: float = 300,
+    start: Callable[[Sequence[str], Path, dict[str, str]], Process] = start,
+    **env: str,
 ) -> Iterator[Server]:
     """Run `vllm serve MODEL ARGUMENTS` until the block ends; raises ServerDied if it cannot start.
 
@@ -71,14 +94,7 @@ def serving(
     """
     port = free_port()
     command = [*VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
-    with log_file.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=environment(**env),
-            start_new_session=True,
-        )
+    process = start(command, log_file, environment(**env))
     server = Server(f"http://127.0.0.1:{port}", log_file, process)
     try:
         _wait_until_healthy(server, timeout)
@@ -87,7 +103,7 @@ def serving(
         stop(process)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: Process) -> None:
     """Ctrl-C for the server's whole process group; SIGKILL for what is left after 30 seconds."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)

@@ -133,9 +133,14 @@ def _started(
     asked = folder / f"{name}.request.json"
     turn = {"name": name, "together": together, "wait_s": seconds}
     asked.write_text(json.dumps({**settings, "engine": engine, "turn": turn}))
-    with start.log.open("w") as output:
+    return run_worker([str(WORKER), str(asked), str(folder)], start.log, env)
+
+
+def run_worker(command: list[str], log: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a Python script that prints to `log`, in a session of its own."""
+    with log.open("w") as output:
         return subprocess.Popen(
-            [sys.executable, str(WORKER), str(asked), str(folder)],
+            [sys.executable, *command],
             env=env,
             stdout=output,
             stderr=subprocess.STDOUT,

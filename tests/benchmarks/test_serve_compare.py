@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import preloaded
 import serve_compare
 from gemmbench import engines
 from gemmbench.results import ResultFile
@@ -145,7 +146,11 @@ def test_an_engine_that_hangs_is_ended_with_what_it_had(
 
 
 @pytest.mark.engine
-def test_a_dry_run_serves_side_by_side_names_the_kernels_and_resumes(tmp_path: Path) -> None:
+def test_a_dry_run_serves_side_by_side_names_the_kernels_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The other tests start their workers in processes that import everything themselves.
+    monkeypatch.setattr(engines, "run_worker", preloaded.start)
     sides = ["--side", "fusedq", "--side", "bf16", "--together"]
     arguments = ["--dry-run", *sides, "--out", str(tmp_path), "--work"]
     done = CliRunner().invoke(serve_compare.app, [*arguments, str(tmp_path / "work")])

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import local_server
+import preloaded
 from deployed import environment, on_this_machine, service
 from engines import SMALL_CACHE
 from local_server import Server, compile_arguments, serving
@@ -23,7 +25,8 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and (os.cpu_count() or 1) >
 def served(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[tuple[str, Server]]:
     """Every committed quantized checkpoint behind `vllm serve`, torch.compile on.
 
-    One is served as `deploy/` serves a model on a CPU: with that command's options and environment.
+    One is served as `deploy/` serves a model on a CPU: with that command's options and environment,
+    and in processes that import vLLM themselves.
     """
     name = request.param
     log = tmp_path_factory.mktemp(name) / "server.log"
@@ -37,7 +40,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[tuple[s
     env = {"VLLM_PLUGINS": "fusedq"}
     if name == DEPLOYED:
         env = environment("cpu") | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    with serving(asset(name), log, arguments, **env) as server:
+    start = local_server.start if name == DEPLOYED else preloaded.start
+    with serving(asset(name), log, arguments, start=start, **env) as server:
         yield name, server
 
 

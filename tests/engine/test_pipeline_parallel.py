@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import preloaded
 from engines import SMALL_CACHE, get
 from local_server import Server, serving
 from tiny_models import asset
@@ -32,7 +33,8 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Ser
     arguments += ["--pipeline-parallel-size", "2", "--distributed-executor-backend", "mp"]
     arguments += ["--max-model-len", "256", "--additional-config", json.dumps(settings)]
     env = {"VLLM_PLUGINS": "fusedq", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    with serving(asset(NAME), folder / "server.log", arguments, **env) as server:
+    log = folder / "server.log"
+    with serving(asset(NAME), log, arguments, start=preloaded.start, **env) as server:
         yield folder, server
 
 

@@ -4,16 +4,17 @@ else by the worker before it serves, with our message last."""
 import json
 import re
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import BloomConfig
 
+import local_server
+import preloaded
 from checkpoints import (
     add,
     drop,
@@ -25,6 +26,7 @@ from checkpoints import (
 )
 from kv_scales import SCHEME, kv_scales
 from local_server import ServerDied, environment, serving
+from preloaded import run_script
 from random_models import write_random_model
 
 pytestmark = pytest.mark.engine
@@ -171,14 +173,8 @@ def refusals(tmp_path_factory: pytest.TempPathFactory, scripts: Path) -> dict[st
         request[name] = str(folder / str(index))
     write_json(folder / "request.json", request)
     files = [str(folder / "request.json"), str(folder / "answer.json")]
-    done = subprocess.run(
-        [sys.executable, str(scripts / "refuse.py"), *files],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    log = folder / "log"
+    assert run_script(scripts / "refuse.py", files, environment(), log) == 0, log.read_text()
     return json.loads((folder / "answer.json").read_text())
 
 
@@ -258,7 +254,7 @@ BY_WORKER: dict[str, tuple[Maker, list[str], str]] = {
 }
 
 
-def everything_printed(path: Path, arguments: list[str]) -> str:
+def everything_printed(path: Path, arguments: list[str], start: Any = preloaded.start) -> str:
     """What a `vllm serve` that cannot start prints; that it starts is a failure."""
     common = ["--quantization", "fusedq", "--max-model-len", "64", "--enforce-eager"]
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if "--tensor-parallel-size" in arguments else {}
@@ -266,7 +262,7 @@ def everything_printed(path: Path, arguments: list[str]) -> str:
     log = path / "server.log"
     with (
         pytest.raises(ServerDied) as error,
-        serving(path, log, arguments, **env),
+        serving(path, log, arguments, start=start, **env),
     ):
         pass
     return str(error.value)
@@ -276,7 +272,9 @@ def everything_printed(path: Path, arguments: list[str]) -> str:
 def test_refused_by_the_worker_with_our_message_last(tmp_path: Path, name: str) -> None:
     make, arguments, message = BY_WORKER[name]
     make(tmp_path)
-    printed = everything_printed(tmp_path, arguments)
+    # One in processes that import vLLM themselves
+    start = local_server.start if name == "NaN scale" else preloaded.start
+    printed = everything_printed(tmp_path, arguments, start)
     ending = printed[printed.rindex("vllm-fusedq refused to serve this checkpoint.") :]
     assert message in ending
     assert "Traceback" not in ending
@@ -285,6 +283,6 @@ def test_refused_by_the_worker_with_our_message_last(tmp_path: Path, name: str) 
 
 def test_refusal_in_the_api_process_is_the_last_thing_printed(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, edits=[drop(f"{DOWN}.scales")])
-    printed = everything_printed(tmp_path, []).rstrip()
+    printed = everything_printed(tmp_path, [], local_server.start).rstrip()
     assert re.search(rf"{re.escape(DOWN)}: found no tensor scales[^\n]*$", printed), printed[-2000:]
     assert "EngineCore" not in printed
