@@ -84,7 +84,7 @@ struct Fp32 {
   static FUSEDQ_INLINE Floats e4m3(Bits code) {
     const Floats f = (Floats)((code >> 4 & 0x07F00000) + (120 << 23));
     const Floats below = multiply_add(f, splat(2.0f), splat(-0x1p-6f));
-    return (Floats)((Bits)(f < below ? f : below) | (code & 0x80000000));
+    return (Floats)((Bits)lesser(f, below) | (code & 0x80000000));
   }
 
   template <int bits>

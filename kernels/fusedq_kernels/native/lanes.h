@@ -53,6 +53,21 @@ FUSEDQ_INLINE Floats multiply_add(Floats a, Floats b, Floats sum) {
 #endif
 }
 
+// Neither is NaN. A comparison is lowered to scalars where vectors are wider than the machine's.
+FUSEDQ_INLINE Floats lesser(const Floats& a, const Floats& b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  Floats result;
+  for (int half = 0; half < kLanes; half += 8)
+    _mm256_storeu_ps((float*)&result + half, _mm256_min_ps(_mm256_loadu_ps((const float*)&a + half),
+                                                           _mm256_loadu_ps((const float*)&b + half)));
+  return result;
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // fp32 of the upper 16 bits, a bf16.
 inline Floats from_upper(Words words) { return (Floats)(words & splat((int32_t)0xFFFF0000)); }
 inline Floats from_lower(Words words) { return (Floats)((Bits)words << 16); }
