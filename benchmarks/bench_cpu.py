@@ -3,9 +3,13 @@
     python benchmarks/bench_cpu.py benchmarks/results/cpu/kernels.csv
     python benchmarks/bench_cpu.py benchmarks/results/cpu/kernels.csv --plot-only
 
-Rounds are interleaved, so that whatever slows the machine slows all alike; weights are cold, as
-many copies in turn as exceed the caches. Read bandwidth is what a sum over 256 MB reaches in the
-same rounds. Only ratios mean anything: `percent_read` and `over_*`, of medians.
+Then the experts of a layer (rows of `n` features between the products and `k` before them), at one
+token: `gbs` counts the experts that are asked, other ones in every round.
+
+Takes a few minutes on two cores. Rounds are interleaved, so that whatever slows the machine slows all
+alike; weights are cold, as many copies in turn as exceed the caches. Read bandwidth is what a sum
+over 256 MB reaches in the same rounds. Only ratios mean anything: `percent_read` and `over_*`, of
+medians.
 """
 
 from collections.abc import Iterator
@@ -20,6 +24,8 @@ from fusedq_kernels.call import Call
 from fusedq_kernels.catalogue import KERNELS
 from fusedq_kernels.layouts.packing import pack
 from fusedq_kernels.types import QuantSpec, WeightType
+from gemmbench.cpu_experts import dense_experts, fused_experts, routings
+from gemmbench.expert_shapes import MODELS, ExpertsShape
 from gemmbench.results import ResultFile, environment
 from vllm_fusedq.integration.operators import register_cpu_operators
 from vllm_fusedq.measure.contenders import (
@@ -43,7 +49,9 @@ COLUMNS = (
 OWN = (
     *(("uint4b8", 128), ("uint4b8", 32), ("uint4", 128), ("uint8b128", 128), ("uint8", 128)),
     *(("nf4", 64), ("fp4", 64), ("uint4b8", 16), ("uint4b8", 8), ("uint4b8", 48)),
+    *(("float8_e4m3fn", 128), ("float4_e2m1f", 32)),
 )
+OWN_EXPERTS = (("uint4b8", 128), ("nf4", 64))
 BF16, STOCK = "torch bf16", "vLLM cpu_gemm_wna16"
 
 CPU = torch.device("cpu")
@@ -79,28 +87,52 @@ def contenders(n: int, k: int, groups: tuple[tuple[str, int], ...]) -> Iterator[
         yield ours("cpu-fused", n, k, WeightType(name), group, f"cpu-fused {name} g{group}")
 
 
-def measure(
+def layer(
     n: int, k: int, tokens: list[int], rounds: int, groups: tuple[tuple[str, int], ...]
 ) -> Iterator[dict[str, object]]:
     all_ = list(contenders(n, k, groups))
     for m in tokens:
-        times = timed(all_, random_tokens(m, k, DTYPE, CPU), n, rounds)
-        time_of = {name: timing.us / 1e6 for name, timing in times.items()}
-        read = all_[0].bytes / time_of[READ]
-        for each in all_:
-            seconds, multiplies = time_of[each.name], each.name != READ
-            row: dict[str, object] = {"n": n, "k": k, "m": m, "contender": each.name}
-            best = times[each.name].best_us / 1e3
-            row |= {"ms": f"{seconds * 1e3:.3f}", "best_ms": f"{best:.3f}"}
-            row |= {"weight_mb": f"{each.bytes / 1e6:.1f}"}
-            row |= {"gbs": f"{each.bytes / seconds / 1e9:.1f}"}
-            row |= {"percent_read": f"{100 * each.bytes / seconds / read:.0f}"}
-            if multiplies:
-                row |= {"over_bf16": f"{time_of[BF16] / seconds:.2f}"}
-                row |= {"gflops": f"{2 * m * n * k / seconds / 1e9:.0f}"}
-            if multiplies and STOCK in time_of:
-                row |= {"over_stock": f"{time_of[STOCK] / seconds:.2f}"}
-            yield row
+        flop = 2 * m * n * k
+        for row in measure(all_, random_tokens(m, k, DTYPE, CPU), n, rounds, flop):
+            yield {"n": n, "k": k, "m": m} | row
+
+
+def experts(
+    shape: ExpertsShape, rounds: int, groups: tuple[tuple[str, int], ...], m: int = 1
+) -> Iterator[dict[str, object]]:
+    asked = routings(shape, m)
+    all_ = [reading(CPU), dense_experts(shape, DTYPE, asked, BF16)]
+    for name, group in groups:
+        spec = QuantSpec(WeightType(name), group, DTYPE)
+        all_.append(fused_experts(shape, spec, DTYPE, asked, f"cpu-fused {name} g{group}"))
+    flop = 2 * m * shape.top_k * 3 * shape.inner * shape.hidden
+    x = random_tokens(m, shape.hidden, DTYPE, CPU)
+    for row in measure(all_, x, shape.hidden, rounds, flop):
+        row["contender"] += f", top {shape.top_k} of {shape.count} experts"
+        yield {"n": shape.inner, "k": shape.hidden, "m": m} | row
+
+
+def measure(
+    all_: list[Contender], x: torch.Tensor, n: int, rounds: int, flop: float
+) -> Iterator[dict[str, object]]:
+    """One row for each; the first is what reads."""
+    times = timed(all_, x, n, rounds)
+    time_of = {name: timing.us / 1e6 for name, timing in times.items()}
+    read = all_[0].bytes / time_of[READ]
+    for each in all_:
+        seconds, multiplies = time_of[each.name], each.name != READ
+        row: dict[str, object] = {"contender": each.name}
+        best = times[each.name].best_us / 1e3
+        row |= {"ms": f"{seconds * 1e3:.3f}", "best_ms": f"{best:.3f}"}
+        row |= {"weight_mb": f"{each.bytes / 1e6:.1f}"}
+        row |= {"gbs": f"{each.bytes / seconds / 1e9:.1f}"}
+        row |= {"percent_read": f"{100 * each.bytes / seconds / read:.0f}"}
+        if multiplies:
+            row |= {"over_bf16": f"{time_of[BF16] / seconds:.2f}"}
+            row |= {"gflops": f"{flop / seconds / 1e9:.0f}"}
+        if multiplies and STOCK in time_of:
+            row |= {"over_stock": f"{time_of[STOCK] / seconds:.2f}"}
+        yield row
 
 
 def plot(csv: Path) -> None:
@@ -145,17 +177,26 @@ def main(
     shapes: Annotated[str, typer.Option(help="N x K")] = "14336x4096,4096x14336",
     tokens: str = "1,2,4,8,16,32,64,128,512",
     rounds: int = 15,
+    model: Annotated[str, typer.Option(help="of which experts are measured")] = "qwen3-30b-a3b",
     plot_only: bool = False,
 ) -> None:
     if not plot_only:
-        file, header = ResultFile(csv, COLUMNS), environment(torch.device("cpu"))
+        file, header = ResultFile(csv, COLUMNS), environment(CPU)
         header["device"] = describe(CPU)
-        for shape in shapes.split(","):
-            n, k = (int(size) for size in shape.split("x"))
-            for row in measure(n, k, [int(m) for m in tokens.split(",")], rounds, OWN):
-                file.append([row], header)
-                typer.echo(" ".join(str(value) for value in row.values()))
+        for row in _rows(shapes, tokens, rounds, MODELS[model]):
+            file.append([row], header)
+            typer.echo(" ".join(str(value) for value in row.values()))
     plot(csv)
+
+
+def _rows(
+    shapes: str, tokens: str, rounds: int, mixture: ExpertsShape
+) -> Iterator[dict[str, object]]:
+    for shape in shapes.split(","):
+        n, k = (int(size) for size in shape.split("x"))
+        yield from layer(n, k, [int(m) for m in tokens.split(",")], rounds, OWN)
+    # A round takes milliseconds, and visits one part of the layer
+    yield from experts(mixture, 8 * rounds, OWN_EXPERTS)
 
 
 if __name__ == "__main__":
