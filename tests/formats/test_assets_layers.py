@@ -10,12 +10,13 @@ import torch
 from safetensors import safe_open
 
 import tiny_models
+from fusedq_kernels.encodings import Floats
 from layers import DTYPE_NAMES, cut
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.formats import LayerFormat, format_for
 
-# Layers of each file, every one of another scheme
+# Schemes of each file
 FILES = {
     "llmcompressor-layers": 21,
     "gptqmodel-layers": 13,
@@ -23,7 +24,14 @@ FILES = {
     "autoround-layers": 5,
     "autoround-gptq-layers": 8,
     "autoround-awq-layers": 4,
+    "modelopt-layers": 4,
+    "quark-layers": 7,
+    "llmcompressor-float-layers": 4,
 }
+
+
+# NVFP4's, by compressed-tensors and by ModelOpt
+SCALES_OF_ALL = ("weight_global_scale", "weight_scale_2")
 
 
 def layers_of(path: Path) -> Iterator[tuple[LayerFormat, dict[str, torch.Tensor], str]]:
@@ -51,9 +59,20 @@ def test_every_layer_is_worth_what_its_tool_says(name: str) -> None:
     for layer, tensors, expected in layers_of(tiny_models.ASSETS / f"{name}.safetensors"):
         weight = layer.packing.logical(cut(layer, tensors, layer.whole), layer, layer.whole)
         groups = torch.arange(layer.k) // layer.spec.group_size
-        bias = layer.spec.weight_type.bias
-        zeros = bias if weight.zeros is None else weight.zeros.float()[:, groups]
-        values = (weight.codes.float() - zeros) * weight.scales.float()[:, groups]
+        scales = weight.scales.float()
+        if weight.row_scales is not None:
+            (scale,) = (tensors[name] for name in SCALES_OF_ALL if name in tensors)
+            divides = SCALES_OF_ALL[0] in tensors
+            rows = scale.reciprocal() if divides else scale
+            assert torch.equal(weight.row_scales, rows.expand(layer.n))
+            # What divides is left out of the digest
+            scales = scales if divides else scales * weight.row_scales[:, None]
+        if isinstance(layer.spec.weight_type.encoding, Floats):
+            codes = torch.tensor(layer.spec.weight_type.encoding.values)[weight.codes.long()]
+        else:
+            zeros = layer.spec.weight_type.bias if weight.zeros is None else weight.zeros.float()
+            codes = weight.codes.float() - (zeros if weight.zeros is None else zeros[:, groups])
+        values = codes * scales[:, groups]
         if weight.perm is not None:
             values = values[:, weight.perm.argsort()]
         # AutoRound's scales may be negative: digests are of +0, whatever made them

@@ -157,7 +157,7 @@ def _sinks(loader: LayerLoader) -> Iterator[tuple[str, Callable[[torch.Tensor], 
 def resident_values(loader: LayerLoader) -> torch.Tensor:
     """What the resident weight multiplies each in_feature by: fp64 `[N, K]`.
 
-    A codebook's entries meet their scale in fp32, as the format defines.
+    A codebook's entries meet their scale in fp32, as the format defines; damaged ones may overflow.
     """
     weight = unpack(loader.packed)
     group_of = (torch.arange(weight.codes.shape[1]) + weight.phase) // weight.spec.group_size
@@ -185,8 +185,9 @@ def verdict(draft: Draft, loaders: list[LayerLoader]) -> str | None:
     budget = draft.any_module
     for loader in loaders:
         values, offset = resident_values(loader), 0
-        if not bool(torch.isfinite(values).all()):
-            return f"{loader.plan.prefix} holds values that are not finite"
+        scales = unpack(loader.packed).scales.float()
+        if bool(values.isnan().any()) or not bool(torch.isfinite(scales).all()):
+            return f"{loader.plan.prefix} holds NaN, or scales that are not finite"
         for part in loader.plan.shard.parts:
             planned.add(part.module)
             region, truth = part.region, draft.truths.get(part.module)

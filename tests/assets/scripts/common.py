@@ -185,3 +185,22 @@ def save_random_llama(folder: Path, layers: int, **sizes: object) -> None:
     base = Path(__file__).parents[1] / "tiny-llama-bf16"
     for name in TOKENIZER_FILES:
         shutil.copyfile(base / name, folder / name)
+
+
+def parts_of(stored: dict, module: str) -> dict:
+    """The tensors of a module by the end of their names."""
+    prefix = f"{module}."
+    return {key.removeprefix(prefix): stored[key] for key in stored if key.startswith(prefix)}
+
+
+def save_layers(out: Path, tool: str, settings: dict, stored: dict, values: dict) -> None:
+    """The modules of `values` alone, with the SHA-256 of each weight, fp32 `[N, K]`, and of +0."""
+    from safetensors.torch import save_file
+
+    tensors = {name: part for name, part in stored.items() if name.rpartition(".")[0] in values}
+    digests = {
+        module: hashlib.sha256((weight.float() + 0.0).contiguous().numpy().tobytes()).hexdigest()
+        for module, weight in values.items()
+    }
+    metadata = {"quantization_config": json.dumps(settings), "values_sha256": json.dumps(digests)}
+    save_file(tensors, out, metadata={"tool": tool, **metadata})
