@@ -14,7 +14,7 @@ from fusedq_kernels import call as calls
 from fusedq_kernels.call import Call
 from fusedq_kernels.choose import waves
 from fusedq_kernels.cuda.arrivals import MAX_TILES, arrival_counters
-from fusedq_kernels.cuda.decode import DECODERS, UNLIFTED
+from fusedq_kernels.cuda.decode import DECODERS, QUARTERS, QUARTERS_STEP, UNLIFTED
 from fusedq_kernels.cuda.floats import HEADROOM
 from fusedq_kernels.cuda.gemm_kernel import fused_gemm_kernel
 from fusedq_kernels.cuda.launcher import ALIGNMENT, INTERPRETED, Launcher
@@ -55,12 +55,22 @@ def kernel_constants(
     exactly = scales_exactly(spec, act_dtype)
     scale_weights = tile.scale_weights or (exactly and not tile.scale_steps)
     lifts = exactly and scale_weights and spec.row_scaled and groups.num_groups > 1
+    quarters = (
+        spec.weight_type in QUARTERS
+        and act_dtype is torch.bfloat16
+        and groups.step == QUARTERS_STEP
+        and groups.num_groups > 1
+        and not scale_weights
+    )
     constants = weight_constants(spec, groups)
+    if quarters:
+        constants["DECODE"] = QUARTERS[spec.weight_type]
     if lifts:
         constants["DECODE"] = UNLIFTED[spec.weight_type]
         constants["SCALE_DTYPE"] = _TL_DTYPES[DType.of(act_dtype)]
     return constants | {
         "HEADROOM": HEADROOM if lifts else 0,
+        "QUARTERS": quarters,
         "SCALE_WEIGHTS": scale_weights,
         "SCALE_STEPS": tile.scale_steps,
         "OWN_ROW": tile.scale_steps and tile.block_m >= _MIN_TCGEN05_TOKENS,

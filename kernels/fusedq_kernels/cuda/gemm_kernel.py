@@ -119,6 +119,7 @@ def fused_gemm_kernel(
     SCALE_WEIGHTS: tl.constexpr,
     SCALE_STEPS: tl.constexpr,
     HEADROOM: tl.constexpr,
+    QUARTERS: tl.constexpr,
     OWN_ROW: tl.constexpr,
     NARROW_SCALE: tl.constexpr,
     X_DESCRIPTOR: tl.constexpr,
@@ -249,6 +250,8 @@ def fused_gemm_kernel(
                     acc = _dot(weight, tokens, acc, INTERPRET)
                 else:
                     scale = scale_of(metadata, SCALE_DTYPE)
+                    if QUARTERS and sub % 2 == 1:
+                        scale *= 4
                     acc += _dot(weight, tokens, None, INTERPRET) * scale[:, None]
             if SCALE_LAST or SCALE_WEIGHTS:
                 acc = _finished(acc, INTERPRET)

@@ -39,9 +39,10 @@ _INTEGERS = tl.constexpr(
 )
 _PTX = tl.constexpr(
     {
-        (weight_type, name): integer_ptx(codes, dtype)
+        (weight_type, name, quarters): integer_ptx(codes, dtype, quarters)
         for weight_type, codes in _INTEGERS.value.items()
         for name, dtype in PTX_DTYPES.items()
+        for quarters in (False, True)
     }
 )
 
@@ -62,8 +63,8 @@ def _zero_of(weight_type):
 
 
 @triton.constexpr_function
-def _ptx_of(weight_type, dtype):
-    return _PTX.value[weight_type, dtype.name]
+def _ptx_of(weight_type, dtype, quarters):
+    return _PTX.value[weight_type, dtype.name, quarters]
 
 
 @triton.jit
@@ -128,15 +129,23 @@ def _integers(
     DTYPE: tl.constexpr,
     INTERPRET: tl.constexpr,
     WEIGHT_TYPE: tl.constexpr,
+    QUARTERS: tl.constexpr,
 ):
-    """Values of columns `[SUB * STEP, SUB * STEP + STEP)` as DTYPE `[BLOCK_N, STEP]`."""
+    """Values of columns `[SUB * STEP, SUB * STEP + STEP)` as DTYPE `[BLOCK_N, STEP]`.
+
+    With QUARTERS, of 4 bits for bf16 in steps of 32, a quarter of them where SUB is odd.
+    """
     BITS: tl.constexpr = _bits_of(WEIGHT_TYPE)
     STORES_ZEROS: tl.constexpr = _stores_zeros(WEIGHT_TYPE)
     if INTERPRET or not has_ptx():
         zero = metadata & 0xFFFF if STORES_ZEROS else tl.full((1,), _zero_of(WEIGHT_TYPE), tl.int32)
-        return portable_integers(words, zero, SUB, STEP, DTYPE, INTERPRET, BITS)
+        values = portable_integers(words, zero, SUB, STEP, DTYPE, INTERPRET, BITS)
+        if QUARTERS and SUB % 2 == 1:
+            return (values.to(tl.float32) * 0.25).to(DTYPE)
+        else:
+            return values
     else:
-        PTX: tl.constexpr = _ptx_of(WEIGHT_TYPE, DTYPE)
+        PTX: tl.constexpr = _ptx_of(WEIGHT_TYPE, DTYPE, QUARTERS)
         operands = (words, metadata[:, None]) if STORES_ZEROS else (words,)
         if BITS == 4:
             first, second, third, fourth = four_planes_by_asm(operands, PTX)
@@ -157,7 +166,20 @@ def decode_uint4(
     INTERPRET: tl.constexpr,
 ):
     """`code - zero_point`; the zero point, 0..16, is the low half of metadata."""
-    return _integers(words, metadata, SUB, STEP, DTYPE, INTERPRET, "uint4")
+    return _integers(words, metadata, SUB, STEP, DTYPE, INTERPRET, "uint4", False)
+
+
+@triton.jit
+def decode_quarters_uint4(
+    words,
+    metadata,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """`decode_uint4` of bf16 in steps of 32, a quarter of it where SUB is odd."""
+    return _integers(words, metadata, SUB, STEP, DTYPE, INTERPRET, "uint4", True)
 
 
 @triton.jit
@@ -170,7 +192,20 @@ def decode_uint4b8(
     INTERPRET: tl.constexpr,
 ):
     """`code - 8`."""
-    return _integers(words, metadata, SUB, STEP, DTYPE, INTERPRET, "uint4b8")
+    return _integers(words, metadata, SUB, STEP, DTYPE, INTERPRET, "uint4b8", False)
+
+
+@triton.jit
+def decode_quarters_uint4b8(
+    words,
+    metadata,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """`decode_uint4b8` of bf16 in steps of 32, a quarter of it where SUB is odd."""
+    return _integers(words, metadata, SUB, STEP, DTYPE, INTERPRET, "uint4b8", True)
 
 
 @triton.jit
@@ -183,7 +218,7 @@ def decode_uint8(
     INTERPRET: tl.constexpr,
 ):
     """`code - zero_point`; the zero point, 0..255, is the low half of metadata."""
-    return _integers(words, metadata, SUB, STEP, DTYPE, INTERPRET, "uint8")
+    return _integers(words, metadata, SUB, STEP, DTYPE, INTERPRET, "uint8", False)
 
 
 @triton.jit
@@ -196,4 +231,4 @@ def decode_uint8b128(
     INTERPRET: tl.constexpr,
 ):
     """`code - 128`."""
-    return _integers(words, metadata, SUB, STEP, DTYPE, INTERPRET, "uint8b128")
+    return _integers(words, metadata, SUB, STEP, DTYPE, INTERPRET, "uint8b128", False)

@@ -68,15 +68,16 @@ class _Block:
         return "{ " + " ".join(f"{line};" for line in lines) + " }"
 
 
-def integer_ptx(codes: Codes, dtype: torch.dtype) -> str:
+def integer_ptx(codes: Codes, dtype: torch.dtype, quarters: bool = False) -> str:
     """PTX of `code - zero`: the planes `$0`, `$1` .. of a P4 word `$4` or of a P8 word `$2`.
 
-    A stored zero point is the low byte of the operand behind the word, whose second byte is zero:
-    at most 16 beside 4-bit codes, 255 beside 8-bit ones.
+    With `quarters`, for bf16 alone, planes 1 and 3 of P4 are a quarter of it. A stored zero point
+    is the low byte of the operand behind the word, whose second byte is zero: at most 16 beside
+    4-bit codes, 255 beside 8-bit ones.
     """
     block = _Block(dtype)
     if codes.bits == 4:
-        _nibbles(block, codes)
+        _nibbles(block, codes, quarters)
     else:
         _octets(block, codes)
     return block.text()
@@ -91,7 +92,7 @@ def _offset(block: _Block, codes: Codes, metadata: str) -> str:
     return block.put("offset", "prmt.b32", metadata, high * 0x01010101, "0x4040")
 
 
-def _nibbles(block: _Block, codes: Codes) -> None:
+def _nibbles(block: _Block, codes: Codes, quarters: bool) -> None:
     bf16, magic = block.dtype is torch.bfloat16, _MAGIC[block.dtype]
     magic_bits = bit_pattern(magic, block.dtype) * 0x00010001
     one = block.pair("one", 1.0)
@@ -99,6 +100,10 @@ def _nibbles(block: _Block, codes: Codes) -> None:
     if bf16:
         lift, quarter = block.pair("lift", _LIFT), block.pair("quarter", magic / 4)
         step, high_offset = block.pair("step", 4.0), offset
+        if quarters and codes.zero is STORED:
+            quarter = block.fma("quarter", offset, block.pair("fourth", 0.25), quarter)
+        elif quarters:
+            quarter = block.pair("quarter", -codes.zero / 4)
     else:
         step = block.pair("step", 1 / 16)
         high_offset = block.fma("high", offset, one, block.pair("rest", magic - magic / 16))
@@ -112,7 +117,10 @@ def _nibbles(block: _Block, codes: Codes) -> None:
             block.put(high, "lop3.b32", word, 0x00F000F0, magic_bits, _AND_OR)
     for plane in (0, 2):
         block.fma(f"${plane}", f"p{plane}", one, offset)
-        block.fma(f"${plane + 1}", f"p{plane + 1}", step, high_offset)
+        if quarters:
+            block.put(f"${plane + 1}", "mov.b32", f"p{plane + 1}")
+        else:
+            block.fma(f"${plane + 1}", f"p{plane + 1}", step, high_offset)
 
 
 def _octets(block: _Block, codes: Codes) -> None:

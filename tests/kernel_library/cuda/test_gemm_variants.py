@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedq_kernels import reference, testing
+from fusedq_kernels import geometry, reference, testing
 from fusedq_kernels.choose.device import device_by_name
 from fusedq_kernels.choose.heuristics import select
 from fusedq_kernels.cuda import gemm
@@ -26,6 +26,21 @@ def test_scaled_weights_are_rounded_once(weight_type, group_size, act_dtype):
     x = testing.one_hot(272, dtype=act_dtype)
     y = run(x, pack(logical, act_dtype), None, launch(512, 128, scale_weights=True))
     assert torch.equal(y, reference.dequantize(logical, act_dtype).t().to(act_dtype))
+
+
+@pytest.mark.parametrize("options", [{}, {"split_k": 2}, {"scale_steps": True}])
+@pytest.mark.parametrize("group_size", [32, 96])
+@pytest.mark.parametrize("weight_type", [WeightType.UINT4, WeightType.UINT4B8])
+def test_quarters_of_weights_get_four_times_their_scale(weight_type, group_size, options):
+    spec = QuantSpec(weight_type, group_size, torch.bfloat16)
+    logical = testing.random_logical(72, 288, spec, phase=0)
+    tile = launch(512, 128, **options).tile
+    groups = geometry.group_geometry(288, group_size, 0)
+    constants = gemm.kernel_constants(spec, groups, tile, torch.bfloat16, has_bias=False)
+    assert constants["QUARTERS"]
+    x = testing.one_hot(288, dtype=torch.bfloat16)
+    y = run(x, pack(logical, torch.bfloat16), None, launch(512, 128, **options))
+    assert torch.equal(y, reference.dequantize(logical, torch.bfloat16).t().to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("options", [{"scale_steps": True}, {"scale_steps": True, "segments": 3}])

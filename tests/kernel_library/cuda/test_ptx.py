@@ -33,6 +33,7 @@ WORDS = torch.cat([HALVES | (HALVES * 40503 & 0xFFFF) << 16, HALVES << 16 | HALV
 TEXTS = [
     *(lookup_ptx(table_bits(each, dtype)) for each in CODEBOOKS for dtype in DTYPES),
     *(integer_ptx(each.encoding, dtype) for each in INTEGERS for dtype in DTYPES),
+    *(integer_ptx(each.encoding, torch.bfloat16, quarters=True) for each in INTEGERS),
     *(float_ptx(each.encoding, *how) for each in FLOATS for how in product(DTYPES, (True, False))),
     *(scale_ptx(missing_lift(E2M1, dtype) - HEADROOM, dtype) for dtype in DTYPES),
     *(product_ptx(dtype) for dtype in DTYPES),
@@ -92,17 +93,21 @@ def test_every_code_is_looked_up_at_every_place(weight_type, dtype):
         assert torch.equal(ptx.values[f"${plane}"], table[even] | (table[odd] << 16))
 
 
-def check_integers(weight_type, dtype, words, zeros):
-    """Every plane of `words` less `zeros`, down to the sign of zero, for a layout of `bits`."""
+def check_integers(weight_type, dtype, words, zeros, quarters=False):
+    """Every plane of `words` less `zeros`, down to the sign of zero, for a layout of `bits`.
+
+    With `quarters`, a quarter of planes 1 and 3.
+    """
     bits = weight_type.bits
     planes = 16 // bits
     # Whatever the scale in the high half
     metadata = (torch.arange(len(words)) * 40503 & 0xFFFF) << 16 | zeros
     ptx = Ptx(**{f"${planes}": words, f"${planes + 1}": metadata})
-    ptx.run(integer_ptx(weight_type.encoding, dtype))
+    ptx.run(integer_ptx(weight_type.encoding, dtype, quarters))
     for plane in range(planes):
+        part = 0.25 if quarters and plane % 2 else 1
         codes = [(words >> (bits * plane + shift)) & ((1 << bits) - 1) for shift in (0, 16)]
-        low, high = (bits_of(each - zeros, dtype) for each in codes)
+        low, high = (bits_of((each - zeros) * part, dtype) for each in codes)
         assert torch.equal(ptx.values[f"${plane}"], low | (high << 16))
 
 
@@ -111,6 +116,13 @@ def check_integers(weight_type, dtype, words, zeros):
 def test_every_integer_less_a_constant_is_exact(weight_type, dtype):
     zeros = torch.full_like(WORDS, weight_type.bias)
     check_integers(weight_type, dtype, WORDS, zeros)
+
+
+@pytest.mark.parametrize("weight_type", INTEGERS[:2], ids=lambda t: t.value)
+def test_a_quarter_of_every_integer_is_exact(weight_type):
+    for zero in range(17) if weight_type in STORING else [weight_type.bias]:
+        zeros = torch.full_like(WORDS[::7], zero)
+        check_integers(weight_type, torch.bfloat16, WORDS[::7], zeros, quarters=True)
 
 
 @with_dtype
