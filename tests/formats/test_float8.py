@@ -134,6 +134,15 @@ def test_bytes_are_no_scales_where_no_format_says_so(build: str) -> None:
         describe(build, None, 32, tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.float8_e5m2])
+def test_another_8_bit_float_is_no_plain_weight(dtype: torch.dtype, tmp_path: Path) -> None:
+    edits = [drop(f"{UP}.weight"), add(f"{UP}.weight", torch.ones(96, 64).to(dtype))]
+    write_checkpoint(tmp_path, "fp8-block", edits=edits)
+    (problem,) = problems_of(format_for(read_checkpoint(tmp_path)), UP)
+    assert "weight stored as F8_E" in problem.found
+    assert problem.supported == "F8_E4M3"
+
+
 @pytest.mark.parametrize("build", ["ct-float-tensor", "fp8-tensor"])
 def test_one_scale_is_one_number(build: str) -> None:
     tensors = ALL_BUILDS[build].tensors(ALL_BUILDS[build].truth(16, 64, -1))

@@ -12,7 +12,10 @@ from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
 from vllm_fusedq.formats.base import CheckpointFormat
 from vllm_fusedq.formats.float8_packing import WEIGHT, Float8Packing
 from vllm_fusedq.formats.headers import unread
-from vllm_fusedq.formats.layer import DTYPES, Scheme
+from vllm_fusedq.formats.layer import Scheme
+
+# What the dtypes of 8-bit floats begin with in a header: no other weight is one
+FLOAT8 = "F8_"
 
 
 class Float8Format(CheckpointFormat):
@@ -34,7 +37,7 @@ class Float8Format(CheckpointFormat):
         floats = {
             module: [WEIGHT.name]
             for module, stored in self.checkpoint.modules().items()
-            if WEIGHT.name in stored and DTYPES.get(stored[WEIGHT.name].dtype) in WEIGHT.dtypes
+            if WEIGHT.name in stored and stored[WEIGHT.name].dtype.startswith(FLOAT8)
         }
         return floats | super().packed
 
