@@ -25,7 +25,7 @@ FILES = {
     "autoround-gptq-layers": 8,
     "autoround-awq-layers": 4,
     "modelopt-layers": 4,
-    "quark-layers": 7,
+    "quark-layers": 6,
     "llmcompressor-float-layers": 4,
 }
 
