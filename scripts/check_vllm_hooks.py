@@ -49,6 +49,7 @@ RELIED_UPON = (
             *("def apply_vllm_mapper", "def get_cache_scale_mapper"),
         ),
     ),
+    Relied(LOADER, "WeightsMapper", ("def apply(", "def __or__(", "@dataclass")),
     Relied(_BASE, "QuantizeMethodBase", ("def process_weights_after_loading",)),
     Relied(
         f"{_QUANTIZATION}.kv_cache",

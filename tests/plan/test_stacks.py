@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import Tensors, replace
+from checkpoints import Tensors, add, replace
 from fusedq_kernels.choose.device import cpu_device
 from mixtures import COUNT, HIDDEN, INNER, NAMES, stacked, write_mixture
 from vllm_fusedq.checkpoint.read import read_checkpoint
+from vllm_fusedq.checkpoint.safetensors_header import TensorInfo
+from vllm_fusedq.checkpoint.stacks import told_apart
 from vllm_fusedq.errors import PreflightError, Problem, UnsupportedCheckpoint
 from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.plan.model import plan_model
@@ -65,9 +67,22 @@ def test_stacks_by_bitsandbytes(tmp_path: Path) -> None:
 def test_stacks_whose_tensors_are_of_other_experts(tmp_path: Path) -> None:
     lost = replace(f"{STACK}.down_proj.weight_scale", lambda scales: scales[:3].clone())
     write_mixture(tmp_path, "ct-sym", edits=[stacked(), lost])
-    with pytest.raises(
-        UnsupportedCheckpoint, match=r"weight_\w+ and 5 more\), whose sizes do not fit"
-    ):
+    told = r"weight_\w+ and 5 more\), whose tensors do not fit each other"
+    with pytest.raises(UnsupportedCheckpoint, match=told):
+        plans(tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [(COUNT, 2 * INNER - 1, 8), (1 << 40, 0, 8), (0, 2, 8), ()])
+def test_stacks_of_sizes_that_cannot_be(sizes: tuple[int, ...]) -> None:
+    name = f"{STACK}.gate_up_proj.weight_packed"
+    tensors = {name: TensorInfo(name, "I32", sizes, "model.safetensors")}
+    assert told_apart(tensors) == tensors
+
+
+def test_experts_in_a_stack_and_one_by_one(tmp_path: Path) -> None:
+    single = add(f"{STACK}.2.up_proj.weight_scale", torch.ones(INNER, 2))
+    write_mixture(tmp_path, "ct-sym", edits=[stacked(), single])
+    with pytest.raises(UnsupportedCheckpoint, match="whose tensors do not fit each other"):
         plans(tmp_path)
 
 

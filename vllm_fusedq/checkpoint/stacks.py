@@ -19,6 +19,8 @@ from vllm_fusedq.names import EXPERT_PARTS
 
 FUSED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "w13": ("w1", "w3")}
 """What is stored in one, the first half of its rows first."""
+# A damaged header may speak of any number
+MOST_EXPERTS = 1 << 14
 WEIGHT, BIAS = "weight", "bias"
 # What is named after the parameter of a weight, and is not of the weight
 _BESIDE = (BIAS, "activation_scale", "input_scale")
@@ -32,13 +34,17 @@ _Stack = dict[tuple[str, str], TensorInfo]
 def told_apart(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The same tensors, those of quantized stacks as pieces, in the same order.
 
-    Stacks of plain numbers stay as they are, and those whose tensors do not fit each other.
+    Stacks of plain numbers stay as they are, and those whose tensors do not fit each other, or that
+    hold experts which are stored one by one too.
     """
     pieces: dict[str, list[TensorInfo]] = {}
     for experts, stack in quantized_stacks(tensors).items():
-        if _fits(stack):
-            for (part, suffix), info in stack.items():
-                pieces[info.name] = list(_pieces(experts, part, suffix, info))
+        found = {
+            info.name: list(_pieces(experts, part, suffix, info))
+            for (part, suffix), info in (stack.items() if _fits(stack) else ())
+        }
+        if not any(piece.name in tensors for each in found.values() for piece in each):
+            pieces |= found
     return {
         piece.name: piece for name, info in tensors.items() for piece in pieces.get(name, (info,))
     }
@@ -78,9 +84,11 @@ def _suffix(rest: str) -> str:
 
 def _fits(stack: _Stack) -> bool:
     """Whether all tensors are of as many experts, and none cuts a row of both halves in two."""
-    counts = {info.shape[:1] for info in stack.values()}
+    first, *others = {info.shape[:1] for info in stack.values()}
+    if others or not first or not 0 < first[0] <= MOST_EXPERTS:
+        return False
     halves = (info.shape[1] for (part, _), info in stack.items() if _is_halved(part, info))
-    return counts != {()} and len(counts) == 1 and all(size % 2 == 0 for size in halves)
+    return all(size % 2 == 0 for size in halves)
 
 
 def _is_halved(part: str, info: TensorInfo) -> bool:

@@ -63,7 +63,7 @@ def check_stacks(fmt: CheckpointFormat) -> None:
     if not (unread := whole + told):
         return
     more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-    sizes = "" if told or not fmt.reads_stacks else ", whose sizes do not fit each other"
+    sizes = "" if told or not fmt.reads_stacks else ", whose tensors do not fit each other"
     supported = "experts that are stored one by one (experts.0.up_proj)"
     if fmt.reads_stacks:
         supported += ", or all of a layer by the first dimension of each of their tensors"
