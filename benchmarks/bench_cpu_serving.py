@@ -17,13 +17,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "tests" / "assets" / "tiny-llama-gptq-g128"
 SIDES = ("stock", "fusedq")
 # (name, batch, prompt tokens, generated tokens)
-CASES = (("decode-1", 1, 16, 96), ("decode-8", 8, 16, 64), ("prefill-8x128", 8, 128, 1))
+Case = tuple[str, int, int, int]
+CASES: tuple[Case, ...] = (
+    ("decode-1", 1, 16, 96),
+    ("decode-8", 8, 16, 64),
+    ("prefill-8x128", 8, 128, 1),
+)
 MIN_REPEATS, MIN_SECONDS = 5, 4.0
 COLUMNS = ("model", "case", "side", "repeat", "seconds", "tokens_per_s")
 
@@ -33,10 +39,11 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3, help="engine processes per side")
     parser.add_argument("--models", nargs="+", default=["demo", "larger"])
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print("RESULT " + json.dumps(measure(*arguments.worker)))
+        model, side, *cases = arguments.worker
+        print("RESULT " + json.dumps(measure(model, side, cases)))
         return
     with tempfile.TemporaryDirectory() as folder:
         from gemmbench.shapes import ModelShape
@@ -54,15 +61,22 @@ def main() -> None:
             for side in SIDES
             for row in run_side(model, side, repeat)
         ]
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.csv.open("w", newline="") as file:
+    write_rows(arguments.csv, rows)
+    print_ratios(rows, SIDES)
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    print_ratios(rows)
 
 
-def run_side(model: Path, side: str, repeat: int) -> list[dict[str, object]]:
+def run_side(
+    model: Path, side: str, repeat: int, cases: Sequence[Case] = CASES
+) -> list[dict[str, object]]:
+    """The rows of one engine process; `side` is "fusedq", or anything else for vLLM's own."""
     env = {
         **os.environ,
         "VLLM_CPU_INT4_W4A8": "0",
@@ -71,6 +85,7 @@ def run_side(model: Path, side: str, repeat: int) -> list[dict[str, object]]:
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, __file__, "--csv", os.devnull, "--worker", str(model), side]
+    command += [name for name, *_ in cases]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
     result = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not result:
@@ -85,12 +100,12 @@ def run_side(model: Path, side: str, repeat: int) -> list[dict[str, object]]:
             "seconds": round(value, 4),
             "tokens_per_s": round(batch * (generated if generated > 1 else prompt) / value, 2),
         }
-        for name, batch, prompt, generated in CASES
+        for name, batch, prompt, generated in cases
         for index, value in enumerate(seconds[name])
     ]
 
 
-def measure(model: str, side: str) -> dict[str, list[float]]:
+def measure(model: str, side: str, cases: Collection[str]) -> dict[str, list[float]]:
     """Runs in the worker process: seconds of each case, many times after a warm-up."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
@@ -102,7 +117,7 @@ def measure(model: str, side: str) -> dict[str, list[float]]:
         enable_prefix_caching=False,
     )
     times: dict[str, list[float]] = {}
-    for name, batch, prompt, generated in CASES:
+    for name, batch, prompt, generated in (case for case in CASES if case[0] in cases):
         prompts = [
             TokensPrompt(prompt_token_ids=[(7 * i + 13 * j) % 500 + 3 for j in range(prompt)])
             for i in range(batch)
@@ -117,23 +132,22 @@ def measure(model: str, side: str) -> dict[str, list[float]]:
     return times
 
 
-def print_ratios(rows: list[dict[str, object]]) -> None:
+def print_ratios(rows: list[dict[str, object]], sides: tuple[str, str]) -> None:
+    """Of two sides, the second over the first."""
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     for model in dict.fromkeys(row["model"] for row in rows):
-        for name, *_ in CASES:
+        for name in dict.fromkeys(row["case"] for row in rows):
             median = {
                 side: statistics.median(
                     float(row["tokens_per_s"])
                     for row in rows
                     if (row["model"], row["case"], row["side"]) == (model, name, side)
                 )
-                for side in SIDES
+                for side in sides
             }
-            print(
-                f"{model:28} {name:14} stock {median['stock']:9.1f} tok/s  "
-                f"fusedq {median['fusedq']:9.1f} tok/s  ratio "
-                f"{median['fusedq'] / median['stock']:.3f}"
-            )
+            told = "  ".join(f"{side} {median[side]:9.1f} tok/s" for side in sides)
+            ratio = median[sides[1]] / median[sides[0]]
+            print(f"{model:28} {name:14} {told}  ratio {ratio:.3f}")
 
 
 if __name__ == "__main__":

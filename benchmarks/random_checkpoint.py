@@ -35,6 +35,7 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 Tensors = dict[str, torch.Tensor]
@@ -91,6 +92,13 @@ def config(shape: ModelShape, quantization: dict[str, object] | None) -> dict[st
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
+    if shape.num_experts:
+        found |= {
+            "moe_intermediate_size": shape.intermediate,
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": shape.top_k,
+            "norm_topk_prob": True,
+        }
     return found | ({"quantization_config": quantization} if quantization else {})
 
 
@@ -109,7 +117,10 @@ def _blocks(shape: ModelShape, layout: str, generator: torch.Generator) -> Itera
             f"{block}.{norm}.weight": torch.ones(shape.hidden, dtype=torch.bfloat16)
             for norm in ("input_layernorm", "post_attention_layernorm")
         }
-        if shape.model_type == "qwen3":
+        if shape.num_experts:
+            router = torch.randn((shape.num_experts, shape.hidden), **options)
+            tensors[f"{block}.mlp.gate.weight"] = router.div_(shape.hidden**0.5).bfloat16()
+        if shape.model_type in ("qwen3", "qwen3_moe"):
             for norm in ("q_norm", "k_norm"):
                 ones = torch.ones(shape.head_dim, dtype=torch.bfloat16)
                 tensors[f"{block}.self_attn.{norm}.weight"] = ones

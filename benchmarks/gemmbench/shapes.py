@@ -9,7 +9,10 @@ PREFILL_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Llama-like decoder; `qkv_bias` as in Qwen2."""
+    """Sizes of a Llama-like decoder; `qkv_bias` as in Qwen2.
+
+    Where there are `num_experts`, `intermediate` is of one of them and a token asks `top_k`.
+    """
 
     hidden: int
     intermediate: int
@@ -20,12 +23,16 @@ class ModelShape:
     vocab: int = 32000
     qkv_bias: bool = False
     model_type: str = "llama"
+    num_experts: int = 0
+    top_k: int = 0
 
     def linears(self, tp: int = 1) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) that one of `tp` ranks holds, as vLLM fuses the layers.
 
-        Raises ValueError where `tp` divides a size unevenly.
+        Raises ValueError where `tp` divides a size unevenly, or there are experts.
         """
+        if self.num_experts:
+            raise ValueError("a mixture of experts has no fused gate_up_proj and down_proj")
         for name, size in (("heads", self.heads), ("intermediate", self.intermediate)):
             if size % tp:
                 raise ValueError(f"{name} {size} is not divisible by tensor-parallel size {tp}")
@@ -41,14 +48,18 @@ class ModelShape:
     def unfused_linears(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of each module below a block, as checkpoints name it."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        mlps = [f"mlp.experts.{number}" for number in range(self.num_experts)] or ["mlp"]
+        sizes = {
+            "gate_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.intermediate, self.hidden),
+            "down_proj": (self.hidden, self.intermediate),
+        }
         return {
             "self_attn.q_proj": (q, self.hidden),
             "self_attn.k_proj": (kv, self.hidden),
             "self_attn.v_proj": (kv, self.hidden),
             "self_attn.o_proj": (self.hidden, q),
-            "mlp.gate_proj": (self.intermediate, self.hidden),
-            "mlp.up_proj": (self.intermediate, self.hidden),
-            "mlp.down_proj": (self.hidden, self.intermediate),
+            **{f"{mlp}.{name}": size for mlp in mlps for name, size in sizes.items()},
         }
 
 
