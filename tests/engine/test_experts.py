@@ -57,6 +57,7 @@ MORE_MODELS: dict[str, tuple[PreTrainedConfig, str, str, dict[str, Any]]] = {
     "qwen3": (QWEN3, "ct-asym", "", {}),
     "qwen3, two ranks": (QWEN3, "awq", "", TP2),
     "qwen3, act-order, two ranks": (QWEN3, "gptq-sym-order", "", TP2),
+    "qwen3, act-order, experts on two ranks": (QWEN3, "gptq-asym-order", "", EP2),
     "qwen3, 8 bits, experts on two ranks": (QWEN3, "gptq-8bit-asym", "", EP2),
     "qwen3, two ranks, compiled": (QWEN3, "gptq-sym", "", TP2 | COMPILED),
     "mixtral, bitsandbytes, two ranks": (MIXTRAL, "bnb-nf4-nested", "", TP2),

@@ -64,8 +64,9 @@ def test_a_rank_inside_a_group_is_resident_exactly(tmp_path: Path, build: str) -
         assert_holds(load(tmp_path, plans_of(tmp_path, 2, rank)), mixture, half)
 
 
-def test_an_expert_parallel_rank_takes_its_own(tmp_path: Path) -> None:
-    mixture = write_mixture(tmp_path, count=5)
+@pytest.mark.parametrize("build", ["awq", "gptq-asym-order"])
+def test_an_expert_parallel_rank_takes_its_own(tmp_path: Path, build: str) -> None:
+    mixture = write_mixture(tmp_path, build, count=5)
     for rank, held in enumerate([(0, 1, 2), (3, 4)]):
         loaders = load(tmp_path, plans_of(tmp_path, 2, rank, SPREAD))
         assert loaders[0].plan.experts == held
