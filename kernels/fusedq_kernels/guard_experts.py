@@ -94,8 +94,13 @@ class Truth:
         return cls(x, choices, totals)
 
 
-def truths(resident: ResidentExperts) -> tuple[Truth, Truth]:
+def truths(resident: ResidentExperts) -> tuple[Truth, ...]:
     """Of tokens that choose in both ways."""
+    return tuple(Truth.of(resident, each) for each in choices(resident))
+
+
+def choices(resident: ResidentExperts) -> tuple[Choices, Choices]:
+    """What tokens choose in both ways: all experts in turn, and all the same ones."""
     asked, tokens = resident.all_experts, guard.TOKENS
     top_k, device = resident.top_k, resident.w13.qweight.device
     generator = torch.Generator().manual_seed(1)
@@ -117,8 +122,7 @@ def truths(resident: ResidentExperts) -> tuple[Truth, Truth]:
         weights = (weights + 0.1) / (weights + 0.1).sum(1, keepdim=True)
         return Choices(weights.to(device), ids.to(device, torch.int32), places)
 
-    spread_out, crowded = (Truth.of(resident, chosen(ids)) for ids in (apart_ids, same_ids))
-    return spread_out, crowded
+    return chosen(apart_ids), chosen(same_ids)
 
 
 def check(
@@ -155,17 +159,26 @@ def _check_tokens(
 def tolerance(
     reached: ReachedExperts, resident: ResidentExperts, truth: Truth, outputs: int
 ) -> torch.Tensor:
-    """By how much each output may differ from `truth.sums.sums`, `[tokens, N]`.
+    """By how much each output of a launch may differ from `truth.sums.sums`, `[tokens, N]`."""
+    launch = reached.launch
+    scaled = launch.up.scale_weights, launch.down.scale_weights
+    return allowance(resident, truth, outputs, scaled)
+
+
+def allowance(
+    resident: ResidentExperts, truth: Truth, outputs: int, scaled: tuple[bool, bool]
+) -> torch.Tensor:
+    """`tolerance` of what rounds scaled weights of w13 and of w2, or does not.
 
     As `guard.tolerance`: what lies between the products is rounded once and so is each row of the
     second, their sum once more; errors of many features add up at random.
     """
-    limits, known, launch = torch.finfo(truth.x.dtype), truth.sums, reached.launch
+    limits, known = torch.finfo(truth.x.dtype), truth.sums
     half_unit, single = limits.eps / 2, torch.finfo(torch.float32).eps
     at_random = known.inner + known.adding
-    for tile, scaled in ((launch.up, known.scaled_up), (launch.down, known.scaled_down)):
-        if tile.scale_weights:
-            at_random = at_random + scaled
+    for rounds, spread in zip(scaled, (known.scaled_up, known.scaled_down), strict=True):
+        if rounds:
+            at_random = at_random + spread
     allowed = at_random * guard.spreads(outputs)
     allowed += known.spread * guard.adding(resident.call.down.k)
     allowed += (known.rows + known.sums.abs()) * half_unit + known.rows * resident.top_k * single

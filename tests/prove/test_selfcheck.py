@@ -7,7 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from checkpoints import ALL_BUILDS, add, write_checkpoint
+from checkpoints import ALL_BUILDS, add, drop, write_checkpoint
+from fusedq_kernels import experts
+from fusedq_kernels.activation import Activation
 from fusedq_kernels.choose.device import cpu_device, device_by_name
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import LogicalWeight, PackedWeight
@@ -23,6 +25,7 @@ from vllm_fusedq.plan.model import plan_model
 from vllm_fusedq.prove.launches import LoadedLayer
 from vllm_fusedq.prove.selfcheck import LayerCheck, check_layer
 
+AWQ = ("qweight", "qzeros", "scales")
 STRIPED = Target(cpu_device(), torch.float16, "cpu-striped", keeps_activations=True)
 
 
@@ -157,12 +160,48 @@ def test_on_a_gpu_every_launch_is_compared_in_both_modes(
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs where no GPU is")
+@pytest.mark.parametrize(
+    ("gated", "kernel", "dtype"),
+    [
+        (True, "cpu-fused", torch.bfloat16),
+        (True, "cpu-striped", torch.float16),
+        (False, "cpu-fused", torch.float16),
+    ],
+    ids=str,
+)
+def test_experts_are_compared_with_each_activation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gated: bool, kernel: str, dtype: torch.dtype
+) -> None:
+    gates = [f"model.layers.0.mlp.experts.{e}.gate_proj.{name}" for e in range(4) for name in AWQ]
+    write_mixture(tmp_path, edits=[] if gated else [drop(name) for name in gates])
+    checkpoint = read_checkpoint(tmp_path)
+    target = Target(cpu_device(), dtype, kernel)
+    w13, w2 = (p for p in plan_model(checkpoint, target).layers if p.experts is not None)
+    check = check_layer(checkpoint, w13, target, torch.device("cpu"), w2)
+    assert check.passed
+    assert check.launches == 2 + (5 if gated else 3)
+    last = Activation("situ", 2.0, 1.5) if gated else Activation("relu2_no_mul")
+    real = experts.experts
+
+    def wrong(x, weights, ids, places, w13, w2, call):
+        y = real(x, weights, ids, places, w13, w2, call)
+        y[3, 7] += 0.2 * y.abs().max() * (call.activation == last)
+        return y
+
+    monkeypatch.setattr(experts, "experts", wrong)
+    check = check_layer(checkpoint, w13, target, torch.device("cpu"), w2)
+    assert not check.passed
+    assert f"found 1 of {61 * 64} outputs wrong with {last} between" in check.wrong_launch
+    assert "(the worst: token 3, output 7, " in check.wrong_launch
+
+
 def test_on_a_gpu_the_launches_of_both_weights_of_experts_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fusedq_kernels.cuda.routing import Router
-    from vllm_fusedq.prove import selfcheck
+    from vllm_fusedq.prove import expert_passes, selfcheck
 
+    monkeypatch.setattr(expert_passes, "GATED", expert_passes.GATED[:2])
     monkeypatch.setattr(selfcheck, "on_gpu", lambda packed: True)
     monkeypatch.setattr(selfcheck, "MAX_TOKENS", 2)
     monkeypatch.setattr(selfcheck, "TOKENS", (1,))
@@ -177,8 +216,8 @@ def test_on_a_gpu_the_launches_of_both_weights_of_experts_are_compared(
     assert check_layer(checkpoint, w2, target, device).launches == 0
     check = check_layer(checkpoint, w13, target, device, w2)
     assert check.passed
-    # One token and two, and again in batch-invariant mode
-    assert check.launches == 4
+    # One token and two, again in batch-invariant mode, and one with another activation
+    assert check.launches == 4 + 1
     real = Router.sum
 
     def wrong(self, y, topk_weights, topk_ids, expert_map, out) -> None:

@@ -113,7 +113,8 @@ def _run(
     worst = max(checks, key=lambda check: check.max_error)
     failed = sum(not check.passed for check in checks)
     launches = sum(check.launches for check in checks)
-    compared = f"; {launches} launches compared" if launches else ""
+    what = "passes of experts" if on_cpu else "launches"
+    compared = f"; {launches} {what} compared" if launches else ""
     with writing():
         out.print(table)
         out.print(

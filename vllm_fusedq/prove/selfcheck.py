@@ -16,6 +16,7 @@ from fusedq_kernels.activation import SILU
 from fusedq_kernels.call import ALTERNATION, ExpertsCall
 from fusedq_kernels.catalogue import Op
 from fusedq_kernels.experts import ResidentExperts, Stack
+from fusedq_kernels.guard_experts import choices
 from fusedq_kernels.layouts import packing
 from fusedq_kernels.types import Layout, LogicalWeight, PackedWeight, Policy
 from vllm_fusedq.checkpoint.read import Checkpoint
@@ -28,12 +29,14 @@ from vllm_fusedq.load.stored import stored_tensor
 from vllm_fusedq.plan.experts import BIAS
 from vllm_fusedq.plan.layer import LayerPlan, Target
 from vllm_fusedq.plan.shards import PartShard
+from vllm_fusedq.prove.expert_passes import UNGATED, with_each_activation, wrong_pass
 from vllm_fusedq.prove.launches import Loaded, LoadedExperts, LoadedLayer, on_gpu, run_launches
 
 # Few, some and many tokens: decode and prefill run other tiles.
 TOKENS = (1, 17, 96)
 # Launches for up to so many tokens are compared on a GPU; vLLM's largest default batch.
 MAX_TOKENS = 16384
+MODES = (Policy(), Policy(batch_invariant=True))
 # Rows decoded at a time: bounds the float64 copy of the weight.
 ROWS = 1024
 
@@ -45,8 +48,8 @@ class LayerCheck:
     `wrong_values` counts codes, scales and zero points that the resident weight holds wrongly, and
     values of an embedding that are looked up wrongly. `max_error` and `rms_error` are of the worst
     of several numbers of tokens, relative to the root-mean-square of the reference; `limit` is what
-    rounding alone can explain of `max_error`. `launches` were compared too, and `wrong_launch` says
-    which of them is wrong and how.
+    rounding alone can explain of `max_error`. `launches`, on a CPU passes of experts, were compared
+    too, and `wrong_launch` says which of them is wrong and how.
     """
 
     plan: LayerPlan
@@ -73,7 +76,7 @@ def check_layer(
     """Load one layer of `plan` (a single rank's) onto `device` and check it.
 
     Of experts each is checked as a weight of its own, in the stack that they share. With
-    `w2`, whose layer's w13 is `plan`, what both launch together is compared too, for SiLU.
+    `w2`, whose layer's w13 is `plan`, what both do together is compared too, with each activation.
 
     Raises:
         WeightLoadError: a tensor holds values that cannot be right.
@@ -101,12 +104,13 @@ def _check_experts(
 ) -> LayerCheck:
     experts = _load_experts(checkpoint, plan, stored, target, device)
     launches = (0, "")
-    if w2 is not None and on_gpu(experts.packed.expert(0)):
+    if w2 is not None:
         other = _load_experts(checkpoint, w2, dict(_stored(checkpoint, w2)), target, device)
-        call = ExpertsCall(experts.packed.count, SILU, plan.main.call, w2.main.call)
+        usual = SILU if plan.shard.alternating else UNGATED[0]
+        call = ExpertsCall(experts.packed.count, usual, plan.main.call, w2.main.call)
         stacks = (Stack(**each.resident) for each in (experts, other))
-        resident = ResidentExperts(call, *stacks, plan.shard.top_k)
-        launches = _launches(LoadedExperts(plan.prefix, resident), target)
+        resident = ResidentExperts(call, *stacks, plan.shard.top_k or 1)
+        launches = _passes(LoadedExperts(plan.prefix, resident), target)
     checks = [
         _check_weight(each.plan, each.packed, stored, target, (0, "")) for each in experts.loaders
     ]
@@ -180,15 +184,39 @@ def _check_weight(
     )
 
 
-def _launches(layer: Loaded, target: Target) -> tuple[int, str]:
+def _passes(layer: LoadedExperts, target: Target) -> tuple[int, str]:
+    """`_launches` with every activation, of a CPU whole calls; few tokens of all but the usual."""
+    count = 0
+    usual, *others = with_each_activation(layer)
+    for each in (usual, *others):
+        if on_gpu(layer.packed):
+            tokens, modes = (MAX_TOKENS, MODES) if each is usual else (TOKENS[-1], MODES[:1])
+            found, wrong = _launches(each, target, tokens, modes)
+        else:
+            ways = choices(each.resident)
+            chosen = ways if each is usual else ways[1:]
+            wrong = next(filter(None, (wrong_pass(each, way) for way in chosen)), "")
+            found = 0 if wrong else len(chosen)
+        count += found
+        if wrong:
+            return count, wrong
+    return count, ""
+
+
+def _launches(
+    layer: Loaded,
+    target: Target,
+    max_tokens: int | None = None,
+    modes: tuple[Policy, ...] | None = None,
+) -> tuple[int, str]:
     """The number of launches in modes that are right, and what is said of the first wrong one."""
     if not on_gpu(layer.packed):
         return 0, ""
     count, truth = 0, layer.truth(target)
-    for batch_invariant in (False, True):
-        mode = replace(target, policy=Policy(batch_invariant))
+    for policy in modes or MODES:
+        mode = replace(target, policy=policy)
         try:
-            count += run_launches(layer, mode, MAX_TOKENS, truth)
+            count += run_launches(layer, mode, max_tokens or MAX_TOKENS, truth)
         except KernelError as error:
             return count, str(error)
     return count, ""
