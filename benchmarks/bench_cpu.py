@@ -6,10 +6,10 @@
 Then the experts of a layer (rows of `n` features between the products and `k` before them), at one
 token: `gbs` counts the experts that are asked, other ones in every round.
 
-Takes a few minutes on two cores. Rounds are interleaved, so that whatever slows the machine slows all
-alike; weights are cold, as many copies in turn as exceed the caches. Read bandwidth is what a sum
-over 256 MB reaches in the same rounds. Only ratios mean anything: `percent_read` and `over_*`, of
-medians.
+Takes a few minutes on two cores. Rounds are interleaved, so that whatever slows the machine slows
+all alike; weights are cold, as many copies in turn as exceed the caches. Read bandwidth is what a
+sum over 256 MB reaches in the same rounds. Only ratios mean anything: `percent_read` and `over_*`,
+of medians.
 """
 
 from collections.abc import Iterator

@@ -2,15 +2,14 @@
 
 What is checked is what its author decides: which block is copied where and when, which barrier is
 waited for in which phase, what is multiplied. Layouts of registers are not modelled (the compiler
-asserts that they fit). Copies land late, in a thread of their own, and what they will overwrite is
-spoilt as soon as they are asked for; a product reads its operand again when it is waited for, and
-both must be equal. So too early a wait, or too early a release of a stage, is a wrong number or an
-error, and a barrier that never completes is a `TimeoutError`.
+asserts that they fit). A copy lands as late as it may, when somebody waits for its barrier, and
+what it will overwrite is spoilt as soon as it is asked for; a product reads its operand again when
+it is waited for, and both must be equal. So a wait that is missing, or too early a release of a
+stage, is a wrong number or an error, and a barrier that never completes is a `TimeoutError`.
 """
 
 import importlib.util
 import queue
-import random
 import sys
 import threading
 import time
@@ -90,7 +89,7 @@ class Barrier:
 
     def __init__(self, count: int) -> None:
         self.count, self.pending, self.bytes, self.phase = count, count, 0, 0
-        self.changed = threading.Condition()
+        self.changed, self.copies = threading.Condition(), queue.SimpleQueue()
 
     def arrive(self, count=1, expect=0, came=0):
         with self.changed:
@@ -103,8 +102,14 @@ class Barrier:
                 self.changed.notify_all()
 
     def wait(self, phase):
+        until = time.monotonic() + PATIENCE
         with self.changed:
-            if not self.changed.wait_for(lambda: self.phase != int(phase), PATIENCE):
+            while self.phase == int(phase) and time.monotonic() < until:
+                if self.copies.empty():
+                    self.changed.wait(0.01)
+                else:
+                    self.arrive(0, came=self.copies.get()())
+            if self.phase == int(phase):
                 raise TimeoutError(f"phase {int(phase)} of a barrier never completes")
 
 
@@ -121,22 +126,11 @@ def _barrier(place) -> Barrier:
 
 
 class Machine:
-    """One SM's worth of state: the program that runs and the copies on their way."""
+    """What one program has of its own."""
 
-    def __init__(self, program: int, programs: int, seed: int) -> None:
+    def __init__(self, program: int, programs: int) -> None:
         self.program, self.programs = program, programs
-        self.random, self.copies = random.Random(seed), queue.Queue()
         self.failed: list[BaseException] = []
-        self.engine = threading.Thread(target=self._copy, daemon=True)
-        self.engine.start()
-
-    def _copy(self) -> None:
-        while (job := self.copies.get()) is not None:
-            time.sleep(self.random.random() * 2e-3)
-            try:
-                job()
-            except RuntimeError as error:
-                self.failed.append(error)
 
     def async_load(self, desc, corner, barrier, buffer):
         buffer.tensor.fill_(_SPOILT[buffer.dtype])
@@ -145,9 +139,9 @@ class Machine:
             outer, inner = desc.window(corner)
             buffer.tensor.zero_()
             buffer.tensor[inner] = desc.tensor[outer]
-            _barrier(barrier).arrive(0, came=desc.block_type.nbytes)
+            return desc.block_type.nbytes
 
-        self.copies.put(land)
+        _barrier(barrier).copies.put(land)
 
     def async_store(self, desc, corner, buffer):
         outer, inner = desc.window(corner)
@@ -164,10 +158,6 @@ class Machine:
             each.join()
         if self.failed:
             raise self.failed[0]
-
-    def close(self) -> None:
-        self.copies.put(None)
-        self.engine.join()
 
     def _run(self, function: Callable, args: tuple) -> None:
         try:
