@@ -139,6 +139,7 @@ def plot(csv: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = pd.read_csv(csv, comment="#")
+    rows = rows[rows.run == rows.run.iloc[-1]]
     size = f"{rows.n.iloc[0]} x {rows.k.iloc[0]}"
     rows = rows[(rows.n == rows.n.iloc[0]) & (rows.k == rows.k.iloc[0])]
     shown = (STOCK, "torch int4 g128", "cpu-fused uint4b8 g128", "cpu-fused uint8b128 g128")
