@@ -143,6 +143,14 @@ def test_quantized_module_that_is_plain(build: str, tmp_path: Path) -> None:
     assert "exclude it by" in text
 
 
+@pytest.mark.parametrize("build", ["awq", "gptq-sym", "autoround-sym", "ct-sym", "bnb-nf4"])
+def test_a_norm_of_heads_is_no_linear_layer(build: str, tmp_path: Path) -> None:
+    """Cohere's are `[heads, head_dim]`."""
+    norm = "model.layers.0.self_attn.q_norm"
+    fmt = load(tmp_path, build, edits=[add(f"{norm}.weight", torch.ones(4, 16).half())])
+    assert fmt.layer_of(norm) is None
+
+
 def test_quantized_module_that_is_absent(tmp_path: Path) -> None:
     assert "no packed tensors (found: none)" in problem_of(
         load(tmp_path, edits=[rename(UP, "gone")]), UP

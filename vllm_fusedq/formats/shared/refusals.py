@@ -28,7 +28,8 @@ def packed_though_excluded(module: str, packed: Sequence[str], setting: str) -> 
 def check_plain(module: str, stored: Mapping[str, TensorInfo], setting: str) -> None:
     """Refuse a matrix of which the config says that it is quantized, and the file does not."""
     weight = stored.get("weight")
-    if weight is not None and len(weight.shape) != 2:
+    # Cohere's norms of heads are matrices too
+    if weight is not None and (len(weight.shape) != 2 or module.endswith("norm")):
         return
     tensors = (
         f"an unquantized weight {weight.dtype} {list(weight.shape)}"
