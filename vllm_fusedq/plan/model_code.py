@@ -30,8 +30,8 @@ STATE_GROUPS = ("mamba_n_groups", "mamba_ngroups", "n_groups")
 class ModelCode:
     """What the code of some architectures `does` to modules of these last names.
 
-    No architectures stand for all. vLLM has that code `before` a version, "" for all versions, and
-    runs it on weights that the file holds in `dtype`, "" for any.
+    No architectures stand for all, no names for all modules. vLLM has that code `before` a version,
+    "" for all versions, and runs it on weights that the file holds in `dtype`, "" for any.
     """
 
     architectures: frozenset[str]
@@ -97,6 +97,11 @@ _REFUSED = (
         frozenset({"up_gate_proj"}),
         "splits the stored tensors into up and gate on their first dimension",
     ),
+    ModelCode(
+        frozenset({"Zamba2ForCausalLM"}),
+        frozenset(),
+        "numbers its blocks otherwise than the file, so that layers are taken for one another",
+    ),
 )
 
 
@@ -109,7 +114,8 @@ def rearranged(checkpoint: Checkpoint, module: str) -> Problem | None:
         if code.dtype and (weight is None or weight.dtype != code.dtype):
             continue
         named = not code.architectures or architectures & code.architectures
-        if last in code.modules and named and _has(code):
+        touched = not code.modules or last in code.modules
+        if touched and named and _has(code):
             name = min(architectures & code.architectures, default="this model")
             return Problem(
                 layer=module,
