@@ -2,6 +2,7 @@
 
 import json
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,22 @@ def generate(
     prompts: list[list[int]],
     max_tokens: int = 1,
     dump: Path | None = None,
-    adapter: Path | None = None,
+    adapters: Sequence[Path] = (),
     env: dict[str, str] | None = None,
     **engine: Any,
 ) -> list[dict[str, Any]]:
     """Generate greedily with `vllm.LLM(model, **engine)`; one answer per prompt of token ids.
 
     Each answer holds "tokens", their "logprobs" and "prompt_logprobs" (natural logarithms, first
-    one None). With a LoRA `adapter` every prompt is answered without it, then every prompt with it;
-    "prompt_logprobs" is None, which vLLM cannot give beside adapters on a CPU.
+    one None). With LoRA `adapters` every prompt is answered without one, then with each in turn,
+    all in one batch; "prompt_logprobs" is None, which vLLM cannot give beside adapters on a CPU.
     """
     request = {
         "engine": {**SMALL, "model": str(model), **engine},
         "prompts": prompts,
         "max_tokens": max_tokens,
         "dump": str(dump) if dump else None,
-        "adapter": str(adapter) if adapter else None,
+        "adapters": [str(adapter) for adapter in adapters],
     }
     return ask("generate.py", folder, request, env)
 

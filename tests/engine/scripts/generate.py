@@ -3,7 +3,7 @@
 Request: {"engine": LLM keyword arguments, "prompts": token ids, "max_tokens": int,
 "dump": directory for the resident weights of each rank, also of a draft model, and for what its KV
 caches are, or null,
-"adapter": directory of a LoRA adapter with which the prompts are answered a second time, or null}.
+"adapters": directories of LoRA adapters, with each of which the prompts are answered once more}.
 """
 
 import json
@@ -29,10 +29,15 @@ def main(request_file: str, answer_file: str) -> None:
         ignore_eos=True,
     )
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in request["prompts"]]
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    if request.get("adapter"):
-        adapter = LoRARequest("adapter", 1, request["adapter"])
-        outputs += llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
+    adapters: list[LoRARequest | None] = [None]
+    for path in request["adapters"]:
+        adapters.append(LoRARequest(path, len(adapters), path))
+    outputs = llm.generate(
+        prompts * len(adapters),
+        sampling,
+        use_tqdm=False,
+        lora_request=[adapter for adapter in adapters for _ in prompts],
+    )
     answers = []
     for output in outputs:
         answers.append(
