@@ -102,6 +102,7 @@ def _main(
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.argv = [script, *arguments]
+    sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
     # A collection would visit, and so copy, every page that this process shares with the others.
     gc.freeze()
     fork_when_spawning()

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 from transformers import DeepseekV2Config, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from architectures.base import VOCABULARY
 from checkpoints import Tensors, drop, put
 from engines import SMALL, EngineFailed, ask, generate, mean_error
 from local_server import compile_arguments
 from mixtures import stacked
-from random_models import VOCABULARY, write_dequantized, write_random_model
+from random_models import write_dequantized, write_random_model
 from test_tensor_parallel import TWO_RANKS
 from tiny_models import MIXTURE, asset, reference
 
@@ -90,12 +91,13 @@ def test_answers_as_plain_models(tmp_path: Path, request: pytest.FixtureRequest,
         pytest.skip("needs --all-models")
     config, build, plain, engine = (MODELS | MORE_MODELS)[name]
     edits = [stacked()] if "stacked" in name else []
-    model = write_random_model(tmp_path / "model", config, build, plain, edits=edits)
+    left = (plain,) if plain else ()
+    model = write_random_model(tmp_path / "model", config, build, left, edits=edits)
     prompts, tokens = model.sure_prompts(CANDIDATES, len(PROMPTS))
     expected = model.logprobs(prompts)
     if config is DEEPSEEK:
         # vLLM's own model of it answers otherwise eagerly on one rank, plain or not
-        single = write_random_model(tmp_path / "single", config, build, plain)
+        single = write_random_model(tmp_path / "single", config, build, left)
         plain_path = write_dequantized(tmp_path / "plain", single)
         plainly = engine | {"quantization": None, "dtype": "float32"}
         # vLLM's own experts on a CPU die where some are on another rank

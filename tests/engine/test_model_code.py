@@ -1,127 +1,137 @@
-"""Models whose rows, names or loading code are not Llama's, against transformers in fp32."""
+"""Every architecture against plain models with the same dequantized weights.
 
+In every run of the tests a few against transformers in fp32; with --all-models all, against vLLM's
+own unquantized model in fp32. `scripts/architecture_table.py` writes a table of such a run.
+"""
+
+import importlib.util
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import (
-    FalconConfig,
-    GPT2Config,
-    GPTBigCodeConfig,
-    GPTNeoXConfig,
-    GraniteMoeHybridConfig,
-    NemotronHConfig,
-    PreTrainedConfig,
-)
 
+from architectures import ARCHITECTURES, Architecture
+from architectures.base import VOCABULARY
 from engines import EngineFailed, ask, generate, mean_error
-from random_models import VOCABULARY, falcon_h1_config, write_random_model
+from random_models import RandomModel, write_dequantized, write_random_model
 from test_tensor_parallel import TWO_RANKS
 
 pytestmark = pytest.mark.engine
 
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 2}
 PROMPTS = 6
 CANDIDATES = [[(7 * i + 11 * j + 3) % VOCABULARY for i in range(24)] for j in range(48)]
-
-
-def falcon(**config: Any) -> FalconConfig:
-    untied = {"alibi": False, "bias": False, "tie_word_embeddings": False}
-    return FalconConfig(**SIZES, num_attention_heads=4, **{**untied, **config})
-
-
-def gpt(kind: type[PreTrainedConfig], **config: Any) -> PreTrainedConfig:
-    return kind(vocab_size=VOCABULARY, n_embd=256, n_head=4, n_layer=2, n_positions=256, **config)
-
-
-NEW_FALCON = falcon(new_decoder_architecture=True, num_kv_heads=2)
-OLD_FALCON = falcon(multi_query=False, parallel_attn=False, bias=True, alibi=True)
-MAMBA = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
-# One group of B and C, which both ranks hold whole
-GRANITE_4 = GraniteMoeHybridConfig(
-    **SIZES | MAMBA,
-    num_local_experts=0,
-    shared_intermediate_size=512,
-    position_embedding_type="nope",
-    layer_types=["mamba", "attention"],
-    mamba_n_heads=16,
-    mamba_d_head=32,
-    mamba_n_groups=1,
-    mamba_d_state=32,
-    mamba_chunk_size=64,
-    tie_word_embeddings=False,
-)
-# Two groups, one for each rank
-NEMOTRON_H = NemotronHConfig(
-    **SIZES | MAMBA | {"num_hidden_layers": 3},
-    hybrid_override_pattern="M-*",
-    head_dim=64,
-    mamba_num_heads=16,
-    mamba_head_dim=32,
-    n_groups=2,
-    ssm_state_size=32,
-    chunk_size=64,
-)
-# Name -> (config, how it is quantized, ranks). In every run of the tests:
-MODELS = {
-    "falcon": (NEW_FALCON, "gptq-sym", 1),
-    "falcon, two ranks": (NEW_FALCON, "awq", 2),
-    "old falcon": (OLD_FALCON, "gptq-asym", 1),
-    "falcon-h1, two ranks": (falcon_h1_config(layers=2), "ct-asym", 2),
-    "gpt-neox": (GPTNeoXConfig(**SIZES, num_attention_heads=4, intermediate_size=512), "awq", 1),
+LIMIT = 0.02
+"""Of the mean absolute difference of log-probabilities, in nats."""
+# In every run of the tests, on so many ranks: rows in head groups, rows of states, transformers'
+# own model, a prefix.
+ALWAYS = {
+    "Falcon, AWQ": 2,
+    "Falcon-H1, compressed-tensors": 2,
+    "GPT-NeoX": 1,
+    "Qwen2.5-VL": 1,
 }
-# Only with --all-models:
-MORE_MODELS = {
-    "falcon, compressed-tensors": (NEW_FALCON, "ct-asym", 2),
-    "falcon, act-order": (NEW_FALCON, "gptq-asym-order", 2),
-    "falcon, bitsandbytes": (NEW_FALCON, "bnb-nf4", 2),
-    "old falcon, two ranks": (OLD_FALCON, "ct-sym", 2),
-    "multi-query falcon": (falcon(multi_query=True), "gptq-sym", 1),
-    "multi-query falcon, two ranks": (falcon(multi_query=True), "awq", 2),
-    "falcon-h1": (falcon_h1_config(layers=2), "gptq-sym", 1),
-    "granite 4, two ranks": (GRANITE_4, "bnb-nf4", 2),
-    "nemotron-h, two ranks": (NEMOTRON_H, "gptq-asym-order", 2),
-    "gpt-bigcode": (gpt(GPTBigCodeConfig, multi_query=True), "gptq-asym", 1),
-    "gpt-bigcode, awq": (gpt(GPTBigCodeConfig, multi_query=True), "awq", 1),
-    "gpt2": (gpt(GPT2Config), "gptq-sym", 1),
-    "gpt2, awq": (gpt(GPT2Config), "awq", 1),
-}
+STAND_INS = Path(__file__).parent / "stand_ins"
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = "| model | transformers' class |"
 
 
-@pytest.mark.parametrize("name", [*MODELS, *MORE_MODELS])
-def test_answers_as_transformers(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
-    if name in MORE_MODELS and not request.config.getoption("--all-models"):
-        pytest.skip("needs --all-models")
-    config, build, tp_size = (MODELS | MORE_MODELS)[name]
-    model = write_random_model(tmp_path / "model", config, build)
-    prompts, expected_tokens = model.sure_prompts(CANDIDATES, PROMPTS)
-    answers = generate(
-        tmp_path,
-        model.path,
+def answers(
+    folder: Path, architecture: Architecture, model: Path, prompts: list[list[int]], **engine: Any
+) -> tuple[list[list[float | None]], list[int]]:
+    """Log-probabilities of each prompt's tokens and the token after it; text alone."""
+    env = dict(TWO_RANKS) if engine.get("tensor_parallel_size") == 2 else {}
+    if "vision_config" in architecture.settings:
+        engine["language_model_only"] = True
+        if importlib.util.find_spec("torchvision") is None:
+            env["PYTHONPATH"] = os.pathsep.join(
+                filter(None, [str(STAND_INS), os.environ.get("PYTHONPATH")])
+            )
+    found = generate(
+        folder,
+        model,
         prompts,
-        env=TWO_RANKS if tp_size == 2 else None,
-        quantization="fusedq",
-        tensor_parallel_size=tp_size,
+        env=env,
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_model_len=128,
-        dtype="bfloat16",
+        **engine,
     )
-    errors = [
-        mean_error(answer["prompt_logprobs"], expected)
-        for answer, expected in zip(answers, model.logprobs(prompts), strict=True)
-    ]
-    assert sum(errors) / len(errors) <= 0.02
-    assert [answer["tokens"] for answer in answers] == [[token] for token in expected_tokens]
-    layers = {re.sub(r"\b[kv]_proj$", "q_proj", module) for module in model.truths}
-    layers -= {re.sub(r"\bgate_proj$", "up_proj", module) for module in layers if "gate" in module}
-    assert f"fused: {len(layers)} (" in (tmp_path / "engine.log").read_text()
+    return [each["prompt_logprobs"] for each in found], [each["tokens"][0] for each in found]
+
+
+def difference(found: list[list[float | None]], wanted: list[list[float | None]]) -> float:
+    errors = [mean_error(a, b) for a, b in zip(found, wanted, strict=True)]
+    return sum(errors) / len(errors)
+
+
+def fused_layers(folder: Path, model: RandomModel) -> int:
+    """How many layers are fused; together they hold every weight that the file quantizes."""
+    rows = json.loads((folder / "plan.json").read_text())["layers"]
+    held = sum(row["count"] * row["out_features"] * row["in_features"] for row in rows)
+    assert held == sum(truth.codes.size for truth in model.truths.values())
+    return sum(row["count"] for row in rows)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_answers_as_plain_models(
+    tmp_path: Path, request: pytest.FixtureRequest, record_property: Any, name: str
+) -> None:
+    every = request.config.getoption("--all-models")
+    if not every and name not in ALWAYS:
+        pytest.skip("needs --all-models")
+    architecture = ARCHITECTURES[name]
+    model = write_random_model(
+        tmp_path / "model", architecture.config(), architecture.build, architecture.plain
+    )
+    prompts, tokens = model.sure_prompts(CANDIDATES, PROMPTS)
+    expected = model.logprobs(prompts)
+    record: dict[str, Any] = {"name": name, "class": type(model.model).__name__}
+    record |= {"build": architecture.build, "ranks": {}}
+    plan = {"fusedq": {"report": str(tmp_path / "plan.json")}}
+    fused = {"quantization": "fusedq", "dtype": "bfloat16", "additional_config": plan}
+    if architecture.refused:
+        with pytest.raises(EngineFailed, match=re.escape(architecture.refused)):
+            answers(tmp_path, architecture, model.path, prompts, **fused)
+        record["refused"] = architecture.refused
+    elif every:
+        plain = write_dequantized(tmp_path / "plain", model)
+        if architecture.fails:
+            with pytest.raises(EngineFailed, match=re.escape(architecture.fails)):
+                answers(tmp_path, architecture, plain, prompts, dtype="float32")
+            record["fails"] = architecture.fails
+        else:
+            found, tokens = answers(tmp_path, architecture, plain, prompts, dtype="float32")
+            record["apart"] = difference(found, expected)
+            assert (record["apart"] > LIMIT / 10) == bool(architecture.apart)
+            expected = found
+    runs = not architecture.refused and not architecture.fails
+    for ranks in (architecture.ranks if every else (ALWAYS[name],)) if runs else ():
+        found, said = answers(
+            tmp_path, architecture, model.path, prompts, tensor_parallel_size=ranks, **fused
+        )
+        record["ranks"][ranks] = difference(found, expected)
+        assert record["ranks"][ranks] <= LIMIT
+        assert said == tokens
+        layers = int(re.search(r"fused: (\d+)", (tmp_path / "engine.log").read_text()).group(1))
+        assert record.setdefault("layers", layers) == layers
+        if ranks == 1:
+            assert layers == fused_layers(tmp_path, model)
+    record_property("architecture", json.dumps(record))
+
+
+def test_every_architecture_is_in_the_table() -> None:
+    text = (ROOT / "docs" / "models.md").read_text()
+    rows = [line.split("|")[1].strip() for line in text.split(TABLE)[1].splitlines()[2:]]
+    assert sorted(rows) == sorted(ARCHITECTURES)
 
 
 def test_model_code_that_rearranges_unknown_to_us_is_refused(tmp_path: Path) -> None:
     """A model class from outside of vLLM that reorders rows of what it loads."""
-    model = write_random_model(tmp_path / "model", NEW_FALCON, "gptq-sym")
+    architecture = ARCHITECTURES["Falcon"]
+    model = write_random_model(tmp_path / "model", architecture.config(), architecture.build)
     with pytest.raises(EngineFailed) as error:
         ask("rearranging.py", tmp_path, {"engine": {"model": str(model.path)}}, None)
     said = str(error.value)

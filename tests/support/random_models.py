@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FalconConfig, FalconH1Config, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    FalconConfig,
+    FalconH1Config,
+    PreTrainedConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
+from architectures.base import HEADS
+from architectures.hybrid import FALCON_H1
 from checkpoints import ALL_BUILDS, Edit, Truth, write_json
 
 GROUP = 32
-VOCABULARY = 128
 SURE = 0.1
 """How much likelier a token is than the next, in nats, for rounding not to change the choice."""
 
@@ -72,43 +79,31 @@ def falcon_config(heads: int = 4, kv_heads: int = 2) -> FalconConfig:
 
 def falcon_h1_config(layers: int = 1) -> FalconH1Config:
     """Attention beside a Mamba-2 layer with one group of B and C, in each block."""
-    return FalconH1Config(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        mamba_d_ssm=256,
-        mamba_n_heads=32,
-        mamba_d_head=8,
-        mamba_n_groups=1,
-        mamba_d_state=32,
-        mamba_chunk_size=64,
-        tie_word_embeddings=False,
-    )
+    return FalconH1Config(**HEADS | FALCON_H1 | {"num_hidden_layers": layers})
 
 
 def write_random_model(
     path: Path,
     config: PreTrainedConfig,
     build: str,
-    plain: str = "",
+    plain: Sequence[str] = (),
     edits: Iterable[Edit] = (),
 ) -> RandomModel:
     """Write a checkpoint of random weights; every linear layer of its blocks is quantized.
 
-    But for those whose name holds `plain`. Experts, which transformers keeps in one tensor, are
-    stored one by one, as quantizers store them. `edits` change what is stored.
+    But for those whose name holds one of `plain`. Experts, which transformers keeps in one tensor,
+    are stored one by one, as quantizers store them. `edits` change what is stored.
     """
     made, dtype = ALL_BUILDS[build], torch.float16
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    sees = hasattr(config, "vision_config")
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = kind.from_config(config, dtype=torch.float32).eval()
     randomize(model)
     matrices = {
         name: matrix
         for name, matrix in (*_linears(model), *_experts(model))
-        if not plain or plain not in name
+        if not any(part in name for part in plain)
     }
     tensors: dict[str, torch.Tensor] = {}
     truths: dict[str, Truth] = {}
@@ -140,7 +135,11 @@ def write_dequantized(path: Path, quantized: RandomModel) -> Path:
     """The same checkpoint with what its quantized modules are worth, in fp32."""
     packed = tuple(f"{module}." for module in quantized.truths)
     stored = load_file(quantized.path / "model.safetensors")
-    tensors = {name: each for name, each in stored.items() if not name.startswith(packed)}
+    tensors = {
+        name: each
+        for name, each in stored.items()
+        if not name.startswith(packed) or name.endswith(".bias")
+    }
     for module, truth in quantized.truths.items():
         values = truth.values(0, truth.codes.shape[0], 0, truth.codes.shape[1])
         tensors[f"{module}.weight"] = values.float().contiguous()
@@ -185,15 +184,15 @@ def stored_name(config: PreTrainedConfig, name: str) -> str:
     return name
 
 
-def excluding(build: str, part: str) -> dict[str, Any]:
-    """How a format's config excludes modules whose names hold `part`; empty excludes none."""
-    if not part:
+def excluding(build: str, parts: Sequence[str]) -> dict[str, Any]:
+    """How a format's config excludes modules whose names hold one of `parts`."""
+    if not parts:
         return {}
     by_format: dict[str, dict[str, Any]] = {
-        "awq": {"modules_to_not_convert": [part]},
-        "gptq": {"dynamic": {f"-:.*{part}": {}}},
-        "ct": {"ignore": ["lm_head", f"re:.*{part}.*"]},
-        "bnb": {"llm_int8_skip_modules": [part]},
+        "awq": {"modules_to_not_convert": list(parts)},
+        "gptq": {"dynamic": {f"-:.*{part}": {} for part in parts}},
+        "ct": {"ignore": ["lm_head", *(f"re:.*{part}.*" for part in parts)]},
+        "bnb": {"llm_int8_skip_modules": list(parts)},
     }
     return by_format[build.partition("-")[0]]
 
