@@ -34,6 +34,11 @@ _INSTRUCTIONS = {
 # The same with groups of 32, and what a zero point per group takes there.
 _INSTRUCTIONS_GROUPS_OF_32 = {"8x128": 3.2, "16x128": 3.45}
 _ZERO_POINTS_GROUPS_OF_32 = 0.3
+# What these may take for themselves, by weight type, group size and tile.
+_INSTRUCTIONS_OF = {
+    **{("uint4b8", 32, "8x128"): 3.0, ("uint4b8", 32, "16x128"): 3.2},
+    ("float4_e2m1f", 16, "16x128"): 4.5,
+}
 # What another weight type may spend beyond that: the codes of 8 bits take more loads, an entry of a
 # codebook more permutes, the sign of a float a path of its own.
 _BEYOND = {
@@ -165,6 +170,9 @@ class AuditRow(CompiledRow):
         """mma.sync and groups of other sizes repeat work that the budget does not count."""
         if device_by_name(self.target).capability[0] != 9 or self.tile.segments != 1:
             return float("inf")
+        key = (self.weight_type, self.group_size, self.tile_name)
+        if key in _INSTRUCTIONS_OF:
+            return _INSTRUCTIONS_OF[key]
         budgets, more = {}, _BEYOND[self.weight_type]
         if self.group_size % BLOCK_K == 0:
             budgets = _INSTRUCTIONS

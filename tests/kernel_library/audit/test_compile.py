@@ -282,6 +282,15 @@ GOOD = rows.AuditRow(
         ({"loop_instructions": 470, "group_size": 32}, ()),
         ({"loop_instructions": 490, "group_size": 32}, ("instructions",)),
         ({"loop_instructions": 460, "group_size": 32, "weight_type": "uint4b8"}, ("instructions",)),
+        ({"weight_type": "float4_e2m1f", "group_size": 16, "loop_instructions": 576}, ()),
+        (
+            {"weight_type": "float4_e2m1f", "group_size": 16, "loop_instructions": 577},
+            ("instructions",),
+        ),
+        (
+            {"weight_type": "uint4b8", "group_size": 32, "loop_instructions": 410},
+            ("instructions",),
+        ),
     ],
 )
 def test_every_problem_is_found(changes, problems):
