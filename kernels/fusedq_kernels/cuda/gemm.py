@@ -60,7 +60,8 @@ def kernel_constants(
         and act_dtype is torch.bfloat16
         and groups.step == QUARTERS_STEP
         and groups.num_groups > 1
-        and not scale_weights
+        # For tcgen05 Triton 3.7 keeps registers in memory for it
+        and not (scale_weights or tile.scale_steps)
     )
     constants = weight_constants(spec, groups)
     if quarters:

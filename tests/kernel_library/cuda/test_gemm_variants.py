@@ -28,7 +28,7 @@ def test_scaled_weights_are_rounded_once(weight_type, group_size, act_dtype):
     assert torch.equal(y, reference.dequantize(logical, act_dtype).t().to(act_dtype))
 
 
-@pytest.mark.parametrize("options", [{}, {"split_k": 2}, {"scale_steps": True}])
+@pytest.mark.parametrize("options", [{}, {"split_k": 2}, {"segments": 2}])
 @pytest.mark.parametrize("group_size", [32, 96])
 @pytest.mark.parametrize("weight_type", [WeightType.UINT4, WeightType.UINT4B8])
 def test_quarters_of_weights_get_four_times_their_scale(weight_type, group_size, options):
