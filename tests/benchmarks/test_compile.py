@@ -16,6 +16,7 @@ from fusedq_kernels.audit.compile import compile_kernel
 from fusedq_kernels.types import QuantSpec, WeightType
 from gemmbench import ablation, triton_kernels, variants
 from gemmbench.experiments import EXPERIMENTS
+from vllm_fusedq.measure.undecoded_triton import decoding
 
 
 def compiled(kernel, pointers, constants, num_warps):

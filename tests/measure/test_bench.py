@@ -365,6 +365,15 @@ def test_the_start_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "20.50" in render(serving_table([ours, stock]))
 
 
+def test_compiling_on_a_cpu_is_timed_by_the_clock_of_the_log() -> None:
+    log = (
+        "(Engine 1) INFO 11-30 23:59:50 [runner.py:87] Warming up model for the compilation...\n"
+        "(Engine 1) INFO 12-01 00:00:07 [runner.py:91] Warming up done.\n"
+    )
+    assert serving.log_metrics(log) == {"cpu_compile_s": 17.0}
+    assert serving.log_metrics(log.splitlines()[0]) == {}
+
+
 def test_a_model_that_fusedq_cannot_serve_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def run_apart(*arguments: object) -> str:
         raise EngineError("no")

@@ -31,6 +31,12 @@ LOG = {
     "compile_s": r"torch\.compile took ([\d.]+) s",
     "init_engine_s": r"init engine \(.*?\) took ([\d.]+) s",
 }
+# On a CPU the log has no duration of compiling, but the time of day around it
+_CPU_COMPILES = tuple(
+    re.compile(rf" (\d\d):(\d\d):(\d\d) \[[^]]*\] Warming up {what}")
+    for what in (r"model for the compilation", r"done\.")
+)
+_DAY = 24 * 3600
 # What of the log is shown, and under which name
 _PARTS = {
     "load_read_s": "reading and loading weights, s",
@@ -38,6 +44,7 @@ _PARTS = {
     "warm_up_s": "  of it warm-up of kernels, s",
     "init_engine_s": "profiling, KV cache, compiling, warm-up of the engine, s",
     "compile_s": "  of it torch.compile, s",
+    "cpu_compile_s": "  of it compiling for a CPU and the first run, s (whole ones)",
     "graph_capture_s": "  of it graph capture, s",
 }
 
@@ -79,7 +86,16 @@ def serve(
 def log_metrics(log: str) -> dict[str, float]:
     """What vLLM's log tells, by the names of `LOG`; sums where it tells it several times."""
     found = {name: re.findall(pattern, log) for name, pattern in LOG.items()}
-    return {name: sum(map(float, values)) for name, values in found.items() if values}
+    told = {name: sum(map(float, values)) for name, values in found.items() if values}
+    begin, end = (pattern.search(log) for pattern in _CPU_COMPILES)
+    if begin and end:
+        told["cpu_compile_s"] = float((_of_day(end) - _of_day(begin)) % _DAY)
+    return told
+
+
+def _of_day(match: re.Match[str]) -> int:
+    hours, minutes, seconds = map(int, match.groups())
+    return 3600 * hours + 60 * minutes + seconds
 
 
 def _served(

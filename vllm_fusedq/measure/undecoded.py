@@ -13,7 +13,7 @@ import torch
 
 from fusedq_kernels.call import Call
 from fusedq_kernels.catalogue import CPU_FUSED, KERNELS, TRITON_GEMM
-from fusedq_kernels.native.build import library
+from fusedq_kernels.native.build import forget, library
 from fusedq_kernels.native.isa import this_isa
 from fusedq_kernels.types import Launch, PackedWeight
 from vllm_fusedq.measure.contenders import Contender, Run
@@ -85,7 +85,9 @@ def load() -> Multiply:
         BuildError: it cannot be.
     """
     isa = this_isa()
-    torch.ops.load_library(str(library(isa, HEADER)))
+    path = library(isa, HEADER)
+    torch.ops.load_library(str(path))
+    forget(path)
     return getattr(torch.ops.fusedq_undecoded, isa.operator).default
 
 
