@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,17 @@ def test_one_hot_tokens_read_the_weight_itself(
     found = torch.cat([multiply(part, packed, None) for part in one_hot.split(tokens)])
     # fp32 has the product of 8 bits of a code and 11 of a scale
     assert torch.equal(found, exact(logical, dtype).T.float().to(dtype))
+
+
+@pytest.mark.parametrize("weight_type", [WeightType.UINT4B8, WeightType.UINT4], ids=str)
+def test_subnormal_scales_are_exact(weight_type: WeightType) -> None:
+    """Of fp16, each of the lowest numbers that it has."""
+    logical = weight_of(weight_type, (32, 160, 16), torch.float16, 128)
+    units = torch.arange(logical.scales.numel()).view_as(logical.scales) % 1023 + 1
+    logical = replace(logical, scales=(units * 2.0**-24).half())
+    packed = pack(logical, TILED_LAYOUTS[weight_type], torch.bfloat16)
+    found = multiply(torch.eye(160, dtype=torch.bfloat16), packed, None)
+    assert torch.equal(found, exact(logical, torch.bfloat16).T.float().bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
