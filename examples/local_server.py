@@ -79,28 +79,47 @@ def start(command: Sequence[str], log_file: Path, env: dict[str, str]) -> Proces
         )
 
 
+Start = Callable[[Sequence[str], Path, dict[str, str]], Process]
+
+
+def launch(
+    model: Path,
+    log_file: Path,
+    arguments: Sequence[str] = (),
+    port: int | None = None,
+    start: Start = start,
+    **env: str,
+) -> Server:
+    """Start `vllm serve MODEL ARGUMENTS`, on a free port unless told, and do not wait for it.
+
+    The server gets a process group of its own, so that its workers stop with it.
+    """
+    port = port or free_port()
+    command = [*VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    process = start(command, log_file, environment(**env))
+    return Server(f"http://127.0.0.1:{port}", log_file, process)
+
+
 @contextmanager
 def serving(
     model: Path,
     log_file: Path,
     arguments: Sequence[str] = (),
     timeout: float = 300,
-    start: Callable[[Sequence[str], Path, dict[str, str]], Process] = start,
+    start: Start = start,
     **env: str,
 ) -> Iterator[Server]:
-    """Run `vllm serve MODEL ARGUMENTS` until the block ends; raises ServerDied if it cannot start.
+    """Run `vllm serve MODEL ARGUMENTS` until the block ends.
 
-    The server gets a process group of its own, so that its workers stop with it.
+    Raises:
+        ServerDied: it cannot start.
     """
-    port = free_port()
-    command = [*VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
-    process = start(command, log_file, environment(**env))
-    server = Server(f"http://127.0.0.1:{port}", log_file, process)
+    server = launch(model, log_file, arguments, start=start, **env)
     try:
-        _wait_until_healthy(server, timeout)
+        wait_until_healthy(server, timeout)
         yield server
     finally:
-        stop(process)
+        stop(server.process)
 
 
 def stop(process: Process) -> None:
@@ -114,7 +133,8 @@ def stop(process: Process) -> None:
     process.wait()
 
 
-def _wait_until_healthy(server: Server, timeout: float) -> None:
+def wait_until_healthy(server: Server, timeout: float = 300) -> None:
+    """Raises ServerDied if it exits before it answers, or does not answer in `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if server.process.poll() is not None:

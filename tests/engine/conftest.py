@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import preloaded
 from deployed import environment, on_this_machine, service
 from engines import SMALL_CACHE
 from local_server import Server, compile_arguments, serving
+from soaking.kills import Kill, left_behind, strike
+from soaking.processes import Watch
 from tiny_models import CHECKPOINTS, asset
 
 DEPLOYED = "tiny-llama-gptq-g128"
@@ -26,7 +29,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[tuple[s
     """Every committed quantized checkpoint behind `vllm serve`, torch.compile on.
 
     One is served as `deploy/` serves a model on a CPU: with that command's options and environment,
-    and in processes that import vLLM themselves.
+    and in processes that import vLLM themselves; a worker of it is killed at the end.
     """
     name = request.param
     log = tmp_path_factory.mktemp(name) / "server.log"
@@ -42,7 +45,15 @@ def served(request: pytest.FixtureRequest, tmp_path_factory) -> Iterator[tuple[s
         env = environment("cpu") | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     start = local_server.start if name == DEPLOYED else preloaded.start
     with serving(asset(name), log, arguments, start=start, **env) as server:
+        if name != DEPLOYED:
+            yield name, server
+            return
+        watch = Watch(server.process.pid, every=2)
+        watch.start()
         yield name, server
+        strike(server, Kill("serving", "worker", signal.SIGKILL))
+        left = left_behind(server, watch, [])
+    assert not left.problems
 
 
 @pytest.fixture(scope="session")

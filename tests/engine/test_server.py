@@ -1,5 +1,6 @@
 """The main job: `vllm serve --quantization fusedq` over HTTP on every committed checkpoint."""
 
+import asyncio
 import json
 import math
 import re
@@ -15,6 +16,8 @@ from openai import OpenAI
 
 from engines import get, mean_error, prompt_logprobs
 from local_server import Server, compile_arguments
+from soaking.run import Load, soak
+from soaking.verdict import AMX_TOLERANCE
 from tiny_models import asset, reference
 from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.formats import format_for
@@ -23,6 +26,7 @@ pytestmark = pytest.mark.engine
 
 Served = tuple[str, Server]
 PLAN_SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "schemas" / "plan.v1.json"
+SOAKED = "tiny-llama-gptq-g128"
 FUSED_LAYERS = 8  # qkv_proj, o_proj, gate_up_proj and down_proj in each of two blocks
 
 
@@ -136,3 +140,16 @@ def test_health_and_metrics_of_the_live_plan(served: Served) -> None:
     size = sum(row["bytes"]["qweight"] for row in rank["layers"])
     assert float(metrics['fusedq_weight_bytes{kind="qweight"}']) == size
     assert float(metrics["fusedq_fallbacks_total"]) == 0
+
+
+@pytest.mark.parametrize("served", [SOAKED], indirect=True)
+def test_load_with_cancellations_loses_nothing_and_changes_no_answer(served: Served) -> None:
+    """`benchmarks/soak.py` for seconds: each answer is that of the same request alone."""
+    _, server = served
+    tolerance = AMX_TOLERANCE if torch.cpu._is_amx_tile_supported() else 0.0
+    load = Load(requests=120, concurrency=32, seconds=0, seed=0, tolerance=tolerance, pool=16)
+    found = asyncio.run(soak(server, load))
+    assert found["problems"] == []
+    requests = found["requests"]
+    assert requests["answered"] + requests["cancelled"] == requests["sent"] >= load.requests
+    assert requests["cancelled"] >= load.requests // 6
