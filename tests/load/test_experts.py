@@ -115,6 +115,29 @@ def test_a_bad_scale_names_its_expert(tmp_path: Path) -> None:
         load(tmp_path, plans_of(tmp_path))
 
 
+def test_each_rank_has_its_biases_and_the_first_alone_that_of_w2(tmp_path: Path) -> None:
+    """Their sums are added up over the ranks."""
+    sizes = {"gate_proj": INNER, "up_proj": INNER, "down_proj": 64}
+    biases = {
+        (number, name): torch.randn(size).half()
+        for number in range(COUNT)
+        for name, size in sizes.items()
+    }
+
+    def biased(tensors: dict[str, torch.Tensor]) -> None:
+        for (number, name), bias in biases.items():
+            tensors[f"{STACK}.{number}.{name}.bias"] = bias
+
+    write_mixture(tmp_path, edits=[biased])
+    for rank in range(2):
+        w13, w2 = load(tmp_path, plans_of(tmp_path, 2, rank))
+        half = slice(rank * INNER // 2, (rank + 1) * INNER // 2)
+        for number in range(COUNT):
+            gate, up = (biases[number, name][half].view(-1, 8) for name in sizes if name[0] != "d")
+            assert torch.equal(w13.bias[number], torch.stack([gate, up], dim=1).flatten())
+            assert torch.equal(w2.bias[number], biases[number, "down_proj"] * (rank == 0))
+
+
 def test_a_bias_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
     def biased(tensors: dict[str, torch.Tensor]) -> None:
         for number in range(COUNT):
