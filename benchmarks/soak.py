@@ -15,8 +15,8 @@ request's hidden states would make it.
 Kills: Ctrl-C, SIGTERM and SIGKILL to the server, SIGKILL to its engine or worker alone, at random
 moments while it loads and while it serves. No process, file in /dev/shm or the temporary folder, or
 port may be left, and the next server starts with the same caches and answers the same. What vLLM
-leaves without this plugin too (--stock) is listed, and no failure: its shared memory and sockets, and
-the engine of a server that got SIGKILL.
+leaves without this plugin too (--stock) is listed, and no failure: its shared memory, its sockets,
+and the engine of a server that got SIGKILL.
 
 Times mean nothing. Exit code 1 where anything failed.
 """
