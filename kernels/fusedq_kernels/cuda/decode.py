@@ -30,7 +30,6 @@ from fusedq_kernels.cuda.floats import (
     decode_unlifted_float4_e2m1f,
 )
 from fusedq_kernels.cuda.integers import (
-    decode_quarters_uint4,
     decode_quarters_uint4b8,
     decode_uint4,
     decode_uint4b8,
@@ -72,8 +71,5 @@ DECODERS = {
 UNLIFTED = {WeightType.FLOAT4_E2M1F: decode_unlifted_float4_e2m1f}
 # For bf16 in steps of 32, where the group's scale makes up for it: bits 4 to 7 of a half lie beyond
 # the mantissa, and are lifted to a quarter by one instruction, to the whole by two.
-QUARTERS = {
-    WeightType.UINT4: decode_quarters_uint4,
-    WeightType.UINT4B8: decode_quarters_uint4b8,
-}
+QUARTERS = {WeightType.UINT4B8: decode_quarters_uint4b8}
 QUARTERS_STEP = 32

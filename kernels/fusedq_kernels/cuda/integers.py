@@ -42,7 +42,7 @@ _PTX = tl.constexpr(
         (weight_type, name, quarters): integer_ptx(codes, dtype, quarters)
         for weight_type, codes in _INTEGERS.value.items()
         for name, dtype in PTX_DTYPES.items()
-        for quarters in (False, True)
+        for quarters in ((False, True) if codes.zero is not STORED else (False,))
     }
 )
 
@@ -167,19 +167,6 @@ def decode_uint4(
 ):
     """`code - zero_point`; the zero point, 0..16, is the low half of metadata."""
     return _integers(words, metadata, SUB, STEP, DTYPE, INTERPRET, "uint4", False)
-
-
-@triton.jit
-def decode_quarters_uint4(
-    words,
-    metadata,
-    SUB: tl.constexpr,
-    STEP: tl.constexpr,
-    DTYPE: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """`decode_uint4` of bf16 in steps of 32, a quarter of it where SUB is odd."""
-    return _integers(words, metadata, SUB, STEP, DTYPE, INTERPRET, "uint4", True)
 
 
 @triton.jit

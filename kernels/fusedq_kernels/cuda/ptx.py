@@ -71,9 +71,9 @@ class _Block:
 def integer_ptx(codes: Codes, dtype: torch.dtype, quarters: bool = False) -> str:
     """PTX of `code - zero`: the planes `$0`, `$1` .. of a P4 word `$4` or of a P8 word `$2`.
 
-    With `quarters`, for bf16 alone, planes 1 and 3 of P4 are a quarter of it. A stored zero point
-    is the low byte of the operand behind the word, whose second byte is zero: at most 16 beside
-    4-bit codes, 255 beside 8-bit ones.
+    With `quarters`, for bf16 and a zero point of the type alone, planes 1 and 3 of P4 are a quarter
+    of it. A stored zero point is the low byte of the operand behind the word, whose second byte is
+    zero: at most 16 beside 4-bit codes, 255 beside 8-bit ones.
     """
     block = _Block(dtype)
     if codes.bits == 4:
@@ -100,9 +100,7 @@ def _nibbles(block: _Block, codes: Codes, quarters: bool) -> None:
     if bf16:
         lift, quarter = block.pair("lift", _LIFT), block.pair("quarter", magic / 4)
         step, high_offset = block.pair("step", 4.0), offset
-        if quarters and codes.zero is STORED:
-            quarter = block.fma("quarter", offset, block.pair("fourth", 0.25), quarter)
-        elif quarters:
+        if quarters:
             quarter = block.pair("quarter", -codes.zero / 4)
     else:
         step = block.pair("step", 1 / 16)

@@ -30,9 +30,8 @@ def test_scaled_weights_are_rounded_once(weight_type, group_size, act_dtype):
 
 @pytest.mark.parametrize("options", [{}, {"split_k": 2}, {"segments": 2}])
 @pytest.mark.parametrize("group_size", [32, 96])
-@pytest.mark.parametrize("weight_type", [WeightType.UINT4, WeightType.UINT4B8])
-def test_quarters_of_weights_get_four_times_their_scale(weight_type, group_size, options):
-    spec = QuantSpec(weight_type, group_size, torch.bfloat16)
+def test_quarters_of_weights_get_four_times_their_scale(group_size, options):
+    spec = QuantSpec(WeightType.UINT4B8, group_size, torch.bfloat16)
     logical = testing.random_logical(72, 288, spec, phase=0)
     tile = launch(512, 128, **options).tile
     groups = geometry.group_geometry(288, group_size, 0)
