@@ -84,6 +84,13 @@ def test_pipeline_stages_share_the_model(tmp_path: Path) -> None:
     assert fullest.unquantized == 2 * (128256 * 4096 + (16 + 1) * 4096)
 
 
+def test_a_tied_embedding_is_on_the_first_and_the_last_stage(tmp_path: Path) -> None:
+    _, fullest = plan(tmp_path, MODELS["Qwen2.5-0.5B"], 1, Demand(pipeline_parallel_size=2))
+    assert fullest.stage == 1
+    biases = 12 * (896 + 128 + 128)
+    assert fullest.unquantized == 2 * (151936 * 896 + (24 + 1) * 896 + biases)
+
+
 def test_every_plain_tensor_counts_once(tmp_path: Path) -> None:
     write_headers(tmp_path, MODELS["Qwen3-8B"], "gptq")
     _, whole = plan(tmp_path, MODELS["Qwen3-8B"], 1, Demand(max_model_len=1))
