@@ -23,10 +23,11 @@ def reference_logprobs(
         truths: what each quantized module is worth.
         added: `[N, K]` to add to the weights of modules.
     """
+    packed = tuple(f"{module}." for module in truths)
     weights = {
         name: tensor.float()
         for name, tensor in load_file(path / "model.safetensors").items()
-        if name.rpartition(".")[0] not in truths
+        if not name.startswith(packed)
     }
     for module, truth in truths.items():
         n, k = truth.codes.shape

