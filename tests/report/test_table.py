@@ -1,6 +1,7 @@
 """The plan as text."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from vllm_fusedq.checkpoint.read import read_checkpoint
 from vllm_fusedq.errors import Problem
 from vllm_fusedq.plan.layer import Target
 from vllm_fusedq.plan.model import plan_model
-from vllm_fusedq.report.table import fitting_plan, plan_table, render, summary
+from vllm_fusedq.report.table import fitting_plan, plan_rows, plan_table, render, summary
 
 
 def test_equal_layers_are_one_row_with_the_kernel_named(tmp_path: Path) -> None:
@@ -28,6 +29,15 @@ def test_equal_layers_are_one_row_with_the_kernel_named(tmp_path: Path) -> None:
     assert summary(plan.layers, plan.unquantized) == (
         "fused: 12 (12 x cpu-fused); unquantized by the checkpoint: 2; fallbacks: 0"
     )
+
+
+def test_layers_of_other_sizes_are_rows_of_their_own() -> None:
+    target = Target(cpu_device(), torch.bfloat16)
+    layers = plan_model(read_checkpoint(asset("tiny-llama-awq-g128")), target).layers
+    first, second = (plan for plan in layers if plan.prefix.endswith("o_proj"))
+    assert [row.count for row in plan_rows([first, second])] == [2]
+    other = replace(second, resident=(("qweight", 1), *second.resident[1:]))
+    assert [row.count for row in plan_rows([first, other])] == [1, 1]
 
 
 def test_a_narrow_console_cuts_no_name(tmp_path: Path) -> None:
