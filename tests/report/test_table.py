@@ -40,6 +40,14 @@ def test_layers_of_other_sizes_are_rows_of_their_own() -> None:
     assert [row.count for row in plan_rows([first, other])] == [1, 1]
 
 
+def test_bits_per_weight_count_metadata() -> None:
+    target = Target(cpu_device(), torch.bfloat16)
+    plan = plan_model(read_checkpoint(asset("tiny-llama-awq-g128")), target).layers[0]
+    # 4, and a word of scale and zero point for each 128
+    assert plan.bits_per_weight == 4 + 32 / 128
+    assert "4.25" in render(plan_table([plan]))
+
+
 def test_a_narrow_console_cuts_no_name(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "awq", layers=3)
     plan = plan_model(read_checkpoint(tmp_path), Target(cpu_device(), torch.bfloat16))
