@@ -12,7 +12,7 @@ from vllm_fusedq.formats import FORMATS
 from vllm_fusedq.formats.autoround import DEFAULT_PACKING
 from vllm_fusedq.formats.awq_packing import VERSIONS
 from vllm_fusedq.formats.bitsandbytes import STATES
-from vllm_fusedq.formats.compressed_tensors import PACKINGS
+from vllm_fusedq.formats.compressed_tensors_weights import PACKINGS
 from vllm_fusedq.formats.fusedq import LAYOUT_VERSION
 from vllm_fusedq.formats.gptq_zeros import ZERO_OFFSETS
 from vllm_fusedq.formats.shared.rows import bit_widths

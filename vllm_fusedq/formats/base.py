@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 from vllm_fusedq.checkpoint.read import Checkpoint
 from vllm_fusedq.checkpoint.safetensors_header import PLAIN_DTYPES, TensorInfo
-from vllm_fusedq.errors import PreflightError, UnsupportedCheckpoint
+from vllm_fusedq.errors import UnsupportedCheckpoint
 from vllm_fusedq.formats.headers import describe_layer
 from vllm_fusedq.formats.kv_cache import (
     KV_CACHE_SCHEME,
@@ -30,6 +30,8 @@ from vllm_fusedq.formats.shared.refusals import (
     check_plain,
     check_stacks,
     packed_though_excluded,
+    quantized_router,
+    quantized_vocabulary,
     tied_though_quantized,
 )
 from vllm_fusedq.formats.shared.rows import Support
@@ -278,12 +280,7 @@ class CheckpointFormat(ABC):
 
     def _check_router(self, module: str) -> None:
         if self.is_router(module):
-            raise PreflightError.single(
-                module,
-                "a quantized router of experts",
-                "routers left unquantized, as vLLM builds them",
-                f"quantize again with this module excluded by {self.exclusion}",
-            )
+            raise quantized_router(module, self.exclusion)
 
     def _head_for(
         self, module: str, stored: Mapping[str, TensorInfo], packed: list[str]
@@ -302,13 +299,7 @@ class CheckpointFormat(ABC):
             return self._described(module, stored)
         if setting and (lm_head or is_input_embedding(module)):
             raise packed_though_excluded(module, packed, setting)
-        raise PreflightError.single(
-            module,
-            f"a quantized embedding or lm_head ({', '.join(packed)})",
-            "quantized linear layers, and an lm_head or (compressed-tensors) an input "
-            "embedding where the config says so",
-            f"quantize again without {module.rpartition('.')[2]}, or {USE_VLLM}",
-        )
+        raise quantized_vocabulary(module, packed, USE_VLLM)
 
     def _described(self, module: str, stored: Mapping[str, TensorInfo]) -> LayerFormat:
         scheme = self.scheme(module)

@@ -1,40 +1,25 @@
 """compressed-tensors checkpoints (llm-compressor): which modules are quantized, and how.
 
-`compressed_tensors_packing.py` has the tensors. Source: `QuantizationConfig` and `dequantize` of
-the compressed_tensors package.
+`compressed_tensors_packing.py` has the tensors, `compressed_tensors_weights.py` reads how those of
+a group are packed. Source: `QuantizationConfig` and `dequantize` of the compressed_tensors package.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from vllm_fusedq.errors import PreflightError
 from vllm_fusedq.formats.base import USE_VLLM, CheckpointFormat
-from vllm_fusedq.formats.compressed_tensors_packing import (
-    G_IDX,
-    SCALE,
-    SHAPE,
-    BytePacking,
-    CompressedTensorsPacking,
-    WordPacking,
-)
-from vllm_fusedq.formats.float4_packing import (
-    MXFP4,
-    MXFP4_GROUP,
-    NVFP4,
-    NVFP4_GROUP,
-    Float4Packing,
-)
-from vllm_fusedq.formats.float8_packing import (
-    BLOCKS,
-    MXFP8_GROUP,
-    Float8Packing,
-    ScaleOf,
-    is_block,
+from vllm_fusedq.formats.compressed_tensors_packing import G_IDX, SHAPE, WordPacking
+from vllm_fusedq.formats.compressed_tensors_weights import (
+    BITS,
+    FLOATS_IN_GROUPS,
+    PACKINGS,
+    AnyPacking,
+    read_weights,
 )
 from vllm_fusedq.formats.headers import unread
 from vllm_fusedq.formats.layer import Scheme
@@ -42,38 +27,10 @@ from vllm_fusedq.formats.shared.rows import Support, bit_widths
 from vllm_fusedq.formats.shared.vocabulary import is_input_embedding
 from vllm_fusedq.names import without_prefix
 
-_Packing: TypeAlias = CompressedTensorsPacking | Float4Packing | Float8Packing
-
-BITS = range(2, 9)
-WORDS, BYTES = "pack-quantized", ("int-quantized", "naive-quantized")
-FLOAT = "float-quantized"
-# What a group of them has to be: its strategy and size
-FLOATS_IN_GROUPS: dict[str, tuple[Float4Packing | Float8Packing, str, int]] = {
-    "nvfp4-pack-quantized": (NVFP4, "tensor_group", NVFP4_GROUP),
-    "mxfp4-pack-quantized": (MXFP4, "group", MXFP4_GROUP),
-    "mxfp8-quantized": (
-        Float8Packing(name="mxfp8", scale=SCALE.name, scale_of=ScaleOf.BLOCK, exponents=True),
-        *("group", MXFP8_GROUP),
-    ),
-}
-PACKINGS = (WORDS, *BYTES, FLOAT, *FLOATS_IN_GROUPS)
-# Of weights only, the package calls floats naive-quantized
-FLOAT_PACKINGS = (FLOAT, "naive-quantized")
-FLOAT_BITS = 8
-KNOWN_WEIGHTS = (
-    f"{BITS[0]}- to {BITS[-1]}-bit int weights, pack-quantized or int-quantized, and "
-    f"{FLOAT_BITS}-bit float ones, {FLOAT}"
-)
-FLOAT_STRATEGIES = ("tensor", "channel", "group", "block")
-# 3-, 5-, 6- and 7-bit codes straddle words from this version of the package on
-FIRST_STREAMING_VERSION = (0, 18)
 # What says how to quantize activations, where that is not found as they come
 OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale")
 LINEAR_CLASS = "Linear"
 EMBEDDING_CLASS = "Embedding"
-# Both only change how the quantizer calibrates, not what it stores
-HARMLESS_ORDERS = (None, False, "static", "weight")
-STORED_ORDERS = ("group", "dynamic")
 REFUSED_SECTIONS = {
     "sparsity_config": "sparse weights (sparsity_config)",
     "transform_config": "transformed weights (transform_config)",
@@ -191,119 +148,11 @@ class CompressedTensorsFormat(CheckpointFormat):
                 f"format {stored_as!r:.80} of {name}", f"format {' or '.join(PACKINGS)}"
             )
         weights = group["weights"]
-        packing, symmetric, group_size = self._read_weights(name, weights, stored_as)
+        packing, symmetric, group_size = read_weights(self, name, weights, stored_as)
         targets = self.check_names("targets", group)
         unprefixed = frozenset(without_prefix(name) for name in targets if "." in name)
         activations = f"{inputs.get('num_bits')}-bit {inputs.get('type', 'int')}" if inputs else ""
         return _Group(targets, unprefixed, packing, symmetric, group_size, activations)
-
-    def _read_weights(
-        self, name: str, weights: dict[str, Any], stored_as: str
-    ) -> tuple[_Packing, bool, int]:
-        """Packing, whether it is symmetric, and group size."""
-        if stored_as in FLOATS_IN_GROUPS:
-            return self._read_floats_in_groups(name, weights, stored_as)
-        if weights.get("type") == "float" and stored_as in FLOAT_PACKINGS:
-            return self._read_floats(name, weights)
-        bits = weights.get("num_bits")
-        known_bits = type(bits) is int and bits in BITS
-        if not known_bits or weights.get("type", "int") != "int" or stored_as == FLOAT:
-            found = f"{bits!r:.80}-bit {weights.get('type')} weights in {name}, {stored_as}"
-            raise self.refusal(found, KNOWN_WEIGHTS)
-        if weights.get("dynamic"):
-            raise self.refusal(f"dynamic weights in {name}", "static weights")
-        order = weights.get("actorder")
-        if order not in (*HARMLESS_ORDERS, *STORED_ORDERS):
-            known = "actorder null, static, weight, group or dynamic"
-            raise self.refusal(f"actorder {order!r:.80} in {name}", known)
-        symmetric = weights.get("symmetric", True)
-        if not isinstance(symmetric, bool):
-            raise self.refusal(f"symmetric {symmetric!r:.80} in {name}", "symmetric true or false")
-        group_size = self._group_size(name, weights)
-        ordered = order in STORED_ORDERS and group_size != -1
-        if stored_as in BYTES:
-            packing = BytePacking(bits=bits, ordered=ordered, name=stored_as)
-        else:
-            packing = self._word_packing(bits, ordered, name)
-        return packing, symmetric, group_size
-
-    def _read_floats(self, name: str, weights: dict[str, Any]) -> tuple[Float8Packing, bool, int]:
-        """`_read_weights` of floats."""
-        expected = {"num_bits": (FLOAT_BITS,), "symmetric": (True, None), "dynamic": (False, None)}
-        expected["actorder"] = HARMLESS_ORDERS
-        for key, known in expected.items():
-            if weights.get(key) not in known:
-                raise self.refusal(
-                    f"float weights with {key} {weights.get(key)!r:.80} in {name}",
-                    f"{FLOAT_BITS}-bit float weights, static, symmetric and without reordering",
-                )
-        strategy, group_size, rows = weights.get("strategy"), -1, 1
-        if strategy == "group":
-            group_size = self.check_group_size(weights.get("group_size"))
-        elif strategy == "block":
-            block = weights.get("block_structure")
-            if not is_block(block):
-                raise self.refusal(f"block_structure {block!r:.80} in {name}", BLOCKS)
-            rows, group_size = block
-        elif strategy not in FLOAT_STRATEGIES:
-            known = ", ".join(FLOAT_STRATEGIES)
-            raise self.refusal(f"strategy {strategy!r:.80} of float weights in {name}", known)
-        scale_of = ScaleOf.CHANNEL if group_size == -1 else ScaleOf.BLOCK
-        if strategy == "tensor":
-            scale_of = ScaleOf.TENSOR
-        packing = Float8Packing(name=FLOAT, scale=SCALE.name, scale_of=scale_of, rows=rows)
-        return packing, True, group_size
-
-    def _read_floats_in_groups(
-        self, name: str, weights: dict[str, Any], stored_as: str
-    ) -> tuple[Float4Packing | Float8Packing, bool, int]:
-        """`_read_weights` of NVFP4, MXFP4 and MXFP8."""
-        packing, strategy, group_size = FLOATS_IN_GROUPS[stored_as]
-        expected = {"num_bits": packing.bits, "type": "float"}
-        expected |= {"strategy": strategy, "group_size": group_size}
-        found = {key: weights.get(key) for key in expected}
-        order = weights.get("actorder")
-        # The package stores no order of such weights, whatever the config says of one
-        if order not in HARMLESS_ORDERS:
-            raise self.refusal(
-                f"{stored_as} with actorder {order!r:.80} in {name}",
-                "actorder null, static or weight",
-            )
-        if (
-            found != expected
-            or weights.get("dynamic")
-            or weights.get("symmetric", True) is not True
-        ):
-            raise self.refusal(
-                f"format {stored_as} with {found} in {name}",
-                f"static symmetric weights, {expected}",
-            )
-        return packing, True, group_size
-
-    def _word_packing(self, bits: int, ordered: bool, name: str) -> WordPacking:
-        if 32 % bits == 0 or self._streams(bits, name):
-            return WordPacking(bits=bits, ordered=ordered)
-        return WordPacking(bits=bits, ordered=ordered, name=f"{WORDS}, padded", streaming=False)
-
-    def _streams(self, bits: int, name: str) -> bool:
-        """Whether codes straddle words, by the version of the package that packed them."""
-        version = self.config.get("version")
-        match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
-        if match is None:
-            raise self.refusal(
-                f"{bits}-bit weights in {name} and version {version!r:.80} of compressed-tensors",
-                "a version in the config, because their packing changed with version 0.18",
-                "add the version of compressed-tensors that packed the model",
-            )
-        return tuple(int(part) for part in match.groups()) >= FIRST_STREAMING_VERSION
-
-    def _group_size(self, name: str, weights: dict[str, Any]) -> int:
-        strategy, group_size = weights.get("strategy"), weights.get("group_size")
-        if strategy == "group" or (strategy is None and group_size not in (None, -1)):
-            return self.check_group_size(group_size)
-        if strategy == "channel" or (strategy is None and group_size == -1):
-            return -1
-        raise self.refusal(f"strategy {strategy!r} in {name}", "strategy group or channel")
 
     def _group_of(self, module: str) -> _Group | None:
         """The group that targets a module: a name or regex wins over its class."""
@@ -322,7 +171,7 @@ class CompressedTensorsFormat(CheckpointFormat):
         return False
 
 
-def _of_stack(module: str, packing: _Packing) -> _Packing:
+def _of_stack(module: str, packing: AnyPacking) -> AnyPacking:
     """The packing of an expert whose tensors are pieces of those of all experts.
 
     Raises:
@@ -352,7 +201,7 @@ class _Group(NamedTuple):
 
     targets: list[str]
     unprefixed: frozenset[str]
-    packing: _Packing
+    packing: AnyPacking
     symmetric: bool
     group_size: int
     activations: str

@@ -52,6 +52,27 @@ def tied_though_quantized(module: str) -> PreflightError:
     )
 
 
+def quantized_router(module: str, exclusion: str) -> PreflightError:
+    """vLLM builds the gate that chooses experts without a quantization method."""
+    return PreflightError.single(
+        module,
+        "a quantized router of experts",
+        "routers left unquantized, as vLLM builds them",
+        f"quantize again with this module excluded by {exclusion}",
+    )
+
+
+def quantized_vocabulary(module: str, packed: Sequence[str], other: str) -> PreflightError:
+    """A matrix of the vocabulary that is not packed as linear layers are; `other` is a way out."""
+    return PreflightError.single(
+        module,
+        f"a quantized embedding or lm_head ({', '.join(packed)})",
+        "quantized linear layers, and an lm_head or (compressed-tensors) an input "
+        "embedding where the config says so",
+        f"quantize again without {module.rpartition('.')[2]}, or {other}",
+    )
+
+
 def check_stacks(fmt: CheckpointFormat) -> None:
     """Refuse tensors of all experts of a layer at once that no tool of this format writes.
 
