@@ -135,6 +135,12 @@ def test_the_modules_of_a_layer(
     assert stored_modules(prefix, modules, renamed, STACKED) == expected
 
 
+def test_layers_that_a_model_does_not_say_it_stacks() -> None:
+    """GPT-J and StableLM have no packed_modules_mapping."""
+    modules = [f"transformer.h.0.attn.{name}_proj" for name in "qkv"]
+    assert stored_modules("transformer.h.0.attn.qkv_proj", modules, {}, {}) == tuple(modules)
+
+
 def test_the_layer_of_a_module() -> None:
     assert vllm_layer(QKV[1]) == ("model.layers.0.self_attn.qkv_proj", "k")
     assert vllm_layer("up_proj") == ("gate_up_proj", 1)

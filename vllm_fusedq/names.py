@@ -31,6 +31,7 @@ EXPERT_PARTS: Mapping[str, str] = {
 }
 
 _FUSED_NAMES = {name: (fused, sid) for fused, parts in FUSED_LAYERS.items() for name, sid in parts}
+_STACKED = {fused: [name for name, _ in parts] for fused, parts in FUSED_LAYERS.items()}
 _LAYER = re.compile(r"(.*\.|)layers\.(\d+)(\..+)")
 _BEHIND = re.compile(r"(.*\.|)(\d+)(\..+)")
 _INDEX = re.compile(r"\.(\d+)\.")
@@ -86,8 +87,9 @@ def stored_modules(
         prefix: the layer's name in vLLM.
         modules: all of the checkpoint.
         renamed: vLLM's module names -> the checkpoint's, where a model renames its modules.
-        stacked: vLLM's packed_modules_mapping.
+        stacked: vLLM's packed_modules_mapping, which some models leave out (GPT-J, StableLM).
     """
+    stacked = {**_STACKED, **stacked}
     names = (prefix, stored_prefix(prefix, modules))
     for name in (*names, *(f"{name}{WRAPPED_LINEAR}" for name in names)):
         found = _stacked(name, modules, renamed, stacked)
