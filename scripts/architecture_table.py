@@ -18,6 +18,9 @@ HEAD = """\
 | model | transformers' class | weights | fused layers | one rank | two ranks |
 | --- | --- | --- | --- | --- | --- |
 """
+APART = " (*)"
+LIMIT = 0.002
+"""Above this difference of vLLM's unquantized model from transformers' a model gets `APART`."""
 
 
 def records(runs: Iterable[Path]) -> list[dict[str, Any]]:
@@ -42,7 +45,8 @@ def row(record: dict[str, Any]) -> str:
         ranks = [record["ranks"].get(size) for size in ("1", "2")]
         shown = ["" if each is None else f"{each:.4f}" for each in ranks]
         results = f"{record['layers']} | {' | '.join(shown)} "
-    return f"| {record['name']} | {record['class']} | {record['build']} | {results}|\n"
+    name = record["name"] + (APART if record.get("apart", 0) > LIMIT else "")
+    return f"| {name} | {record['class']} | {record['build']} | {results}|\n"
 
 
 def table_of(text: str) -> tuple[int, int, dict[str, str]]:
@@ -53,7 +57,7 @@ def table_of(text: str) -> tuple[int, int, dict[str, str]]:
         if not line.startswith("|"):
             break
         lines.append(line)
-    rows = {line.split("|")[1].strip(): line for line in lines}
+    rows = {line.split("|")[1].strip().removesuffix(APART): line for line in lines}
     return start, start + sum(map(len, lines)), rows
 
 

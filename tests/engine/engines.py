@@ -35,9 +35,10 @@ def generate(
 ) -> list[dict[str, Any]]:
     """Generate greedily with `vllm.LLM(model, **engine)`; one answer per prompt of token ids.
 
-    Each answer holds "tokens", their "logprobs" and "prompt_logprobs" (natural logarithms, first
-    one None). With LoRA `adapters` every prompt is answered without one, then with each in turn,
-    all in one batch; "prompt_logprobs" is None, which vLLM cannot give beside adapters on a CPU.
+    Each answer holds "tokens", their "logprobs", the "margin" of the first before the next likely,
+    and "prompt_logprobs" (natural logarithms, first one None). With LoRA `adapters` every prompt is
+    answered without one, then with each in turn, all in one batch; "prompt_logprobs" is None, which
+    vLLM cannot give beside adapters on a CPU.
     """
     request = {
         "engine": {**SMALL, "model": str(model), **engine},

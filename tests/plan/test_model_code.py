@@ -40,6 +40,7 @@ def checkpoint_of(
         ("K2HorizonForCausalLM", "self_attn.k_proj", "permutes the rows of query and key heads"),
         ("MuseSparkForConditionalGeneration", "self_attn.q_proj", "permutes the rows"),
         ("MistralForCausalLM", "attention.wq", r"\(Mistral's own names\)"),
+        ("MiniCPM3ForCausalLM", "self_attn.q_a_proj", "creates the layer without a name"),
         ("Zamba2ForCausalLM", "mamba.in_proj", "numbers its blocks otherwise than the file"),
         ("GteNewModel", "mlp.up_gate_proj", "splits the stored tensors into up and gate"),
     ],

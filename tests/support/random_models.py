@@ -140,8 +140,11 @@ def write_dequantized(path: Path, quantized: RandomModel) -> Path:
         for name, each in stored.items()
         if not name.startswith(packed) or name.endswith(".bias")
     }
+    modules = dict(quantized.model.named_modules())
     for module, truth in quantized.truths.items():
         values = truth.values(0, truth.codes.shape[0], 0, truth.codes.shape[1])
+        if isinstance(modules.get(module), Conv1D):
+            values = values.T
         tensors[f"{module}.weight"] = values.float().contiguous()
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -199,8 +202,11 @@ def excluding(build: str, parts: Sequence[str]) -> dict[str, Any]:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module) -> None:
-    """Parameters that fp16 holds exactly, large enough for predictions to differ."""
+    """Parameters that fp16 holds exactly, large enough for predictions to differ.
+
+    Norms stay about what the model begins with: 1, or 0 where it adds 1 itself.
+    """
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter) / 16
         is_norm = parameter.ndim == 1 and name.endswith("weight")
-        parameter.copy_((noise + is_norm).half())
+        parameter.copy_((noise + parameter if is_norm else noise).half())

@@ -98,6 +98,11 @@ _REFUSED = (
         "splits the stored tensors into up and gate on their first dimension",
     ),
     ModelCode(
+        frozenset({"MiniCPM3ForCausalLM"}),
+        frozenset({"q_a_proj"}),
+        "creates the layer without a name, by which no quantization finds it",
+    ),
+    ModelCode(
         frozenset({"Zamba2ForCausalLM"}),
         frozenset(),
         "numbers its blocks otherwise than the file, so that layers are taken for one another",

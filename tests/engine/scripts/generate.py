@@ -24,7 +24,7 @@ def main(request_file: str, answer_file: str) -> None:
     sampling = SamplingParams(
         temperature=0,
         max_tokens=request["max_tokens"],
-        logprobs=0,
+        logprobs=2,
         prompt_logprobs=None if request["engine"].get("enable_lora") else 0,
         ignore_eos=True,
     )
@@ -44,12 +44,19 @@ def main(request_file: str, answer_file: str) -> None:
             {
                 "tokens": list(output.outputs[0].token_ids),
                 "logprobs": chosen(output.outputs[0].token_ids, output.outputs[0].logprobs),
+                "margin": margin(output.outputs[0].logprobs[0]),
                 "prompt_logprobs": chosen(output.prompt_token_ids, output.prompt_logprobs),
             }
         )
     partial = Path(f"{answer_file}.partial")
     partial.write_text(json.dumps(answers))
     partial.rename(answer_file)
+
+
+def margin(entries: dict[int, Any]) -> float:
+    """How much likelier the likeliest token is than the next, in nats."""
+    first, second = sorted((entry.logprob for entry in entries.values()), reverse=True)[:2]
+    return first - second
 
 
 def chosen(tokens: list[int], entries: list[dict[int, Any]] | None) -> list[float | None] | None:

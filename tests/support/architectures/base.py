@@ -15,12 +15,12 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 TIED = {"tie_word_embeddings": True}
 LATENT = {
     "q_lora_rank": 128,
-    "kv_lora_rank": 128,
+    "kv_lora_rank": 512,
     "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 32,
+    "qk_rope_head_dim": 64,
     "v_head_dim": 64,
     "num_key_value_heads": 4,
-    "head_dim": 32,
+    "head_dim": 64,
 }
 """Multi-head latent attention."""
 DELTA = {
@@ -40,7 +40,8 @@ class Architecture:
 
     Modules whose names hold one of `plain` are not quantized. `ranks` are the tensor-parallel sizes
     that are tested. `refused` is a part of the plugin's error, `fails` one of vLLM's own, without
-    the plugin. `apart` says why vLLM's unquantized model does not answer as transformers'.
+    the plugin. `apart`: vLLM's unquantized model does not answer as transformers'. Where vLLM
+    has it not `in_fp32` on CPUs, the reference is transformers' model. `dtype`: of activations.
     """
 
     model_type: str
@@ -50,7 +51,13 @@ class Architecture:
     plain: tuple[str, ...] = ()
     refused: str = ""
     fails: str = ""
-    apart: str = ""
+    apart: bool = False
+    in_fp32: bool = True
+    dtype: str = "bfloat16"
+
+    @property
+    def sees(self) -> bool:
+        return "vision_config" in self.settings
 
     def config(self) -> PreTrainedConfig:
         return CONFIG_MAPPING[self.model_type](**self.settings)

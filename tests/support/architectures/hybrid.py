@@ -56,7 +56,14 @@ ZAMBA_2 = {
     "num_key_value_heads": 4,
 }
 NO_SCAN = "'_OpNamespace' '_C' object has no attribute 'selective_scan_fwd'"
-LFM2 = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+NO_TRITON = "module 'triton' has no attribute 'set_allocator'"
+LFM2 = {
+    "layer_types": ["conv", "full_attention"],
+    "block_auto_adjust_ff_dim": False,
+    # vLLM's code reads these, which checkpoints have and transformers leaves out
+    "conv_dim": 256,
+    "block_dim": 256,
+}
 
 HYBRID: dict[str, Architecture] = {
     "Falcon-H1": bare("falcon_h1", "gptq-sym", HEADS, FALCON_H1),
@@ -64,18 +71,18 @@ HYBRID: dict[str, Architecture] = {
     "Falcon Mamba": bare("falcon_mamba", "gptq-sym", MAMBA, fails=NO_SCAN),
     "Granite 4": dense("granitemoehybrid", "bnb-nf4", GRANITE_4, ranks=BOTH),
     "Jamba": dense("jamba", "awq", JAMBA, fails=NO_SCAN),
-    "LFM2": dense("lfm2", "gptq-sym", LFM2),
+    "LFM2": dense("lfm2", "gptq-sym", LFM2, apart=True),
     "Mamba": bare("mamba", "awq", MAMBA, fails=NO_SCAN),
     "Mamba 2": bare("mamba2", "gptq-sym", BLOCKS, MAMBA_2),
     "Nemotron-H": dense("nemotron_h", "gptq-asym-order", NEMOTRON_H, ranks=BOTH),
-    "OLMo Hybrid": dense("olmo_hybrid", "awq", DELTA, plain=("a_proj", "b_proj")),
-    "Qwen3-Next": dense(
-        "qwen3_next",
-        "gptq-sym",
+    "OLMo Hybrid": dense("olmo_hybrid", "awq", DELTA, plain=("a_proj", "b_proj"), fails=NO_TRITON),
+    "Qwen3.5": dense(
+        "qwen3_5_text",
+        "awq",
         DELTA,
-        {"mlp_only_layers": [0, 1], "num_experts": 0},
-        plain=("in_proj_ba",),
+        ranks=BOTH,
+        plain=("in_proj_a", "in_proj_b"),
+        in_fp32=False,
     ),
-    "Qwen3.5": dense("qwen3_5_text", "awq", DELTA, ranks=BOTH, plain=("in_proj_a", "in_proj_b")),
     "Zamba 2": dense("zamba2", "gptq-sym", ZAMBA_2, refused="Zamba2ForCausalLM rearranges"),
 }

@@ -60,6 +60,7 @@ IMAGES = {
         QWEN | {"image_size": 28},
         rope(4, 6, 6, partial=0.5),
         plain=("visual",),
+        apart=True,
     ),
     "Idefics 3": sees(
         "idefics3", "gptq-sym", SIGLIP, {"model_type": "llama"}, plain=("vision_model", "connector")
@@ -112,5 +113,6 @@ IMAGES = {
         QWEN | {"num_position_embeddings": 16},
         DELTA,
         plain=("visual", "in_proj_a", "in_proj_b"),
+        in_fp32=False,
     ),
 }
