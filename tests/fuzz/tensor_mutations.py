@@ -43,7 +43,10 @@ def rename_tensor(draft: Draft, rng: random.Random) -> None:
     module, name = pick(draft, rng)
     suffixes = ["weight", "bias", "qweight", "scales", "g_idx", "x", "weight_scale", "", "SCALES"]
     new = f"{module}.{rng.choice(suffixes)}"
-    renamed = draft.tensors[new] = draft.tensors.pop(name)
+    renamed = draft.tensors.pop(name)
+    if new in draft.tensors:
+        draft.may_lose_modules = True  # what is left may be one tensor of a name that says nothing
+    draft.tensors[new] = renamed
     draft.may_change(module)
     about(draft, module)
     if new == f"{module}.weight" and renamed.dtype in PLAIN:
