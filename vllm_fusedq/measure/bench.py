@@ -50,8 +50,8 @@ class Row:
     """One kind of layer with M tokens; `layers` and `count` are the plan's, sizes those of a rank.
 
     `weight_bytes` is what one call reads of the weight, metadata included; `read_gbs` what the
-    device reads at best in the same rounds. `decoding` is the part of the kernel's time that it is shorter
-    by without decoding, None where that was not measured.
+    device reads at best in the same rounds. `decoding` is the part of the kernel's time that it is
+    shorter by without decoding, None where that was not measured.
     """
 
     layers: str
