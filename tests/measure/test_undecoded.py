@@ -6,13 +6,16 @@ import torch
 from fusedq_kernels.call import Call
 from fusedq_kernels.catalogue import CPU_FUSED, TRITON_GEMM
 from fusedq_kernels.choose.device import device_by_name
+from fusedq_kernels.cuda.gemm import kernel_constants
 from fusedq_kernels.dtype import DType
+from fusedq_kernels.geometry import group_geometry
 from fusedq_kernels.layouts.packing import pack
 from fusedq_kernels.native import build
-from fusedq_kernels.types import GemmShape, Launch, PackedWeight, QuantSpec, WeightType
+from fusedq_kernels.types import GemmShape, Launch, PackedWeight, QuantSpec, TileConfig, WeightType
 from vllm_fusedq.measure import undecoded
 from vllm_fusedq.measure.random_weights import random_weight
 from vllm_fusedq.measure.undecoded import ALONE, UNDECODED, without_decoding
+from vllm_fusedq.measure.undecoded_triton import decoding, words_as_values
 
 # Two bf16 ones, and as good as one fp32 one
 ONES = 0x3F803F80
@@ -111,3 +114,23 @@ def test_other_kernels_have_none() -> None:
     spec = SPECS[0]
     call, packed = weight_of_ones(spec, torch.bfloat16, "cpu-striped")
     assert without_decoding(call, Launch("cpu-striped", None, "rule"), [packed], 1) == ()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(WeightType.UINT4B8, 32, DType.BFLOAT16),
+        QuantSpec(WeightType.FLOAT4_E2M1F, 16, DType.FLOAT8_E4M3FN, row_scaled=True),
+    ],
+    ids=lambda spec: spec.weight_type.value,
+)
+def test_a_kernel_with_a_decoder_of_its_own_form_is_without_decoding_too(spec: QuantSpec) -> None:
+    groups = group_geometry(256, spec.group_size, 0)
+    tile = TileConfig(16, 128, 1, 4, 4)
+    with decoding({spec.weight_type: words_as_values}):
+        found = kernel_constants(spec, groups, tile, torch.bfloat16, False)
+    assert found["DECODE"] is words_as_values
+    # What a form leaves to the scale, is not left to it then
+    assert (found["QUARTERS"], found["HEADROOM"]) == (False, 0)
+    own = kernel_constants(spec, groups, tile, torch.bfloat16, False)
+    assert own["QUARTERS"] or own["HEADROOM"]

@@ -73,3 +73,9 @@ UNLIFTED = {WeightType.FLOAT4_E2M1F: decode_unlifted_float4_e2m1f}
 # the mantissa, and are lifted to a quarter by one instruction, to the whole by two.
 QUARTERS = {WeightType.UINT4B8: decode_quarters_uint4b8}
 QUARTERS_STEP = 32
+_OWN = dict(DECODERS)
+
+
+def form(forms: dict[WeightType, object], weight_type: WeightType) -> object | None:
+    """The decoder of `forms`; None where there is none, or a measurement has put in another one."""
+    return forms.get(weight_type) if DECODERS[weight_type] is _OWN[weight_type] else None

@@ -14,7 +14,7 @@ from fusedq_kernels import call as calls
 from fusedq_kernels.call import Call
 from fusedq_kernels.choose import waves
 from fusedq_kernels.cuda.arrivals import MAX_TILES, arrival_counters
-from fusedq_kernels.cuda.decode import DECODERS, QUARTERS, QUARTERS_STEP, UNLIFTED
+from fusedq_kernels.cuda.decode import DECODERS, QUARTERS, QUARTERS_STEP, UNLIFTED, form
 from fusedq_kernels.cuda.floats import HEADROOM
 from fusedq_kernels.cuda.gemm_kernel import fused_gemm_kernel
 from fusedq_kernels.cuda.launcher import ALIGNMENT, INTERPRETED, Launcher
@@ -54,9 +54,16 @@ def kernel_constants(
     """The constexpr arguments of `fused_gemm_kernel`; shared by the launchers and the audit."""
     exactly = scales_exactly(spec, act_dtype)
     scale_weights = tile.scale_weights or (exactly and not tile.scale_steps)
-    lifts = exactly and scale_weights and spec.row_scaled and groups.num_groups > 1
+    unlifted, quartered = form(UNLIFTED, spec.weight_type), form(QUARTERS, spec.weight_type)
+    lifts = (
+        unlifted is not None
+        and exactly
+        and scale_weights
+        and spec.row_scaled
+        and groups.num_groups > 1
+    )
     quarters = (
-        spec.weight_type in QUARTERS
+        quartered is not None
         and act_dtype is torch.bfloat16
         and groups.step == QUARTERS_STEP
         and groups.num_groups > 1
@@ -65,9 +72,9 @@ def kernel_constants(
     )
     constants = weight_constants(spec, groups)
     if quarters:
-        constants["DECODE"] = QUARTERS[spec.weight_type]
+        constants["DECODE"] = quartered
     if lifts:
-        constants["DECODE"] = UNLIFTED[spec.weight_type]
+        constants["DECODE"] = unlifted
         constants["SCALE_DTYPE"] = _TL_DTYPES[DType.of(act_dtype)]
     return constants | {
         "HEADROOM": HEADROOM if lifts else 0,
